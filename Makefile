@@ -1,0 +1,34 @@
+# The two commands of the README: `make demo` runs the main job, `make test` runs the suite.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SEED ?= 0
+SAN ?= 1
+
+.PHONY: demo test test-fast lint clean
+
+# The stamp is written last, so that an interrupted installation starts again.
+$(VENV)/.installed: requirements.lock
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	    f'Python 3.11 or newer is needed, {v.major}.{v.minor} was found: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.lock
+	@touch $@
+
+$(VENV): $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(PY) demo.py --seed=$(SEED) --san=$(SAN) $(if $(QUICK),--quick)
+
+test: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

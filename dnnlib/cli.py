@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parsers and the command class that every script shares."""
+import re
+from typing import Any
+
+import click
+
+from dnnlib.errors import UserError
+
+#----------------------------------------------------------------------------
+
+class Command(click.Command):
+    """A click command that turns `UserError` into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as err:
+            message = click.ClickException(" ".join(str(err).split("\n")))
+            message.exit_code = err.exit_code
+            raise message from err
+
+#----------------------------------------------------------------------------
+
+class IntList(click.ParamType):
+    """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10]."""
+
+    name = "[LIST|RANGE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        numbers: list[int] = []
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            if match is None:
+                self.fail(f"{value!r} is not a list such as 0,3,5-10", param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                self.fail(f"the range {part.strip()!r} runs backwards", param, ctx)
+            numbers.extend(range(first, last + 1))
+        return numbers
+
+
+class StrList(click.ParamType):
+    """'a,b' -> ['a', 'b']; '' or 'none' -> []."""
+
+    name = "[NAME,NAME...|none]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        if isinstance(value, list):
+            return value
+        if value.strip().lower() in ("", "none"):
+            return []
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+
+class Vec2(click.ParamType):
+    """'0.3,1' -> (0.3, 1.0)."""
+
+    name = "X,Y"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            x, y = (float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a pair of numbers such as 0.3,1", param, ctx)
+        return x, y
+
+
+class Resolution(click.ParamType):
+    """'32' or '32x32' -> 32."""
+
+    name = "N|WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
+        if match is None or (match[2] and match[1] != match[2]) or int(match[1]) < 1:
+            self.fail(f"{value!r} is not a square size such as 32 or 32x32", param, ctx)
+        return int(match[1])
+
+#----------------------------------------------------------------------------
+
+def device_option() -> Any:
+    """The `--device` option, the same for every script; resolve it with `torch_utils.misc.select_device`."""
+    return click.option("--device", metavar="auto|cuda|cpu|mps", type=click.Choice(["auto", "cuda", "cpu", "mps"]),
+                        default="auto", show_default=True, help="Where to compute; auto takes a GPU if there is one")

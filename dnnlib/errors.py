@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception for mistakes that the user can mend."""
+
+
+class UserError(Exception):
+    """Wrong input. Scripts print the message as one line and exit with `exit_code`.
+
+    The message names the flag or file, the value that was found, and the remedy.
+    """
+
+    exit_code = 2

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attribute dictionaries, formatting, hashing and atomic files."""
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+#----------------------------------------------------------------------------
+
+class EasyDict(dict):
+    """A dict whose keys are also attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        del self[name]
+
+#----------------------------------------------------------------------------
+# Formatting.
+
+def format_time(seconds: float) -> str:
+    """Seconds as '42s', '3m 05s', '2h 10m 00s' or '5d 04h 00m'."""
+    s = int(round(seconds))
+    if s < 60:
+        return f"{s}s"
+    if s < 60 * 60:
+        return f"{s // 60}m {s % 60:02}s"
+    if s < 24 * 60 * 60:
+        return f"{s // 3600}h {s // 60 % 60:02}m {s % 60:02}s"
+    return f"{s // 86400}d {s // 3600 % 24:02}h {s // 60 % 60:02}m"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as '512 B', '3.2 KiB', '1.5 GiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def list_some(items: list, limit: int = 5) -> str:
+    """The first `limit` items joined by commas, with a count of the rest: for error messages."""
+    text = ", ".join(str(item) for item in items[:limit])
+    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
+
+#----------------------------------------------------------------------------
+# Files.
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, as 64 hex digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a temporary binary file beside `path`; rename it to `path` when the block ends without an error.
+
+    Whoever reads `path` sees the old content or the whole new content, never a part, also after a power cut.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "w+b") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        # mkstemp makes files private; give the result the permissions that open() would have given it.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temp, 0o666 & ~umask)
+        os.replace(temp, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp)
+        raise
+
+
+def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file so that readers see the old or the new content, never a part."""
+    with atomic_file(path) as f:
+        f.write(text.encode())

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices, shape checks, module summaries and scoped changes of global settings."""
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dnnlib import UserError
+
+#----------------------------------------------------------------------------
+
+def select_device(name: str) -> str:
+    """Device type for the value of `--device`: 'auto' takes CUDA if there is any, else the CPU.
+
+    Raises:
+        UserError: the device that was asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not available[name]():
+        raise UserError(f"--device={name}: this machine has no usable {name} device: use --device=cpu or --device=auto")
+    return name
+
+
+def assert_shape(tensor: torch.Tensor, shape: Sequence[int | None]) -> None:
+    """Check a tensor's shape; None stands for any size."""
+    ok = tensor.ndim == len(shape) and all(want in (None, got) for got, want in zip(tensor.shape, shape, strict=True))
+    if not ok:
+        raise ValueError(f"expected a tensor of shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def count_parameters(module: torch.nn.Module, trainable_only: bool = False) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+#----------------------------------------------------------------------------
+# Scoped changes. Every one restores what it found, also after an exception.
+
+@contextlib.contextmanager
+def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
+    """Put modules into eval mode for the block."""
+    modes = [(m, m.training) for top in modules for m in top.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def requires_grad(module: torch.nn.Module, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach just `parameters` of `module` for the block, and none after it."""
+    wanted = {id(p) for p in parameters}
+    try:
+        for p in module.parameters():
+            p.requires_grad_(id(p) in wanted)
+        yield
+    finally:
+        for p in module.parameters():
+            p.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 in matrix products and convolutions for the block (the default for convolutions is TF32)."""
+    old = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = old
