@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting of a run, typed, in frozen dataclasses that go to JSON and back.
+
+The same dictionaries describe networks inside snapshots, so a snapshot needs no other file to be rebuilt.
+"""
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from dnnlib import UserError
+
+#----------------------------------------------------------------------------
+# Generator.
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """One synthesis layer of StyleGAN3 (Karras et al. 2021, section 3.2). Sizes in pixels, rates and cutoffs per
+    image width. Images and feature maps are square."""
+
+    name: str                       # L<index>_<out_size>_<out_channels>
+    in_channels: int
+    out_channels: int
+    in_size: int
+    out_size: int
+    in_sampling_rate: float
+    out_sampling_rate: float
+    in_cutoff: float
+    out_cutoff: float
+    in_half_width: float
+    out_half_width: float
+    is_torgb: bool
+    is_critically_sampled: bool
+    use_fp16: bool                  # On CUDA devices; elsewhere everything is float32.
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """Fourier features at the bottom of the synthesis network."""
+
+    channels: int
+    size: int
+    sampling_rate: float
+    bandwidth: float                # Cutoff of the first layer.
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """A generator, whole: the layer table is spelled out, so that stages, whatever they were grown from, look alike."""
+
+    img_resolution: int
+    input: InputSpec
+    layers: tuple[LayerSpec, ...]
+    img_channels: int = 3
+    z_dim: int = 64
+    c_dim: int = 0                  # Classes; 0 means unconditional.
+    w_dim: int = 512
+    mapping_layers: int = 2
+    embed_dim: int = 320            # Width of the class-embedding table; ignored when unconditional.
+    conv_kernel: int = 3            # 3 for config T, 1 for config R.
+    use_radial_filters: bool = False
+    filter_size: int = 6            # Taps per step of the sampling rate.
+    lrelu_upsampling: int = 2
+    conv_clamp: float | None = 256
+    magnitude_ema_beta: float = 0.999
+    output_scale: float = 0.25
+    margin_size: int = 10           # Needed again when a super-resolution stage is grown.
+    channel_base: int = 65536
+    channel_max: int = 1024
+    num_frozen_layers: int = 0      # Leading L* layers that a super-resolution stage keeps from its stem, frozen.
+
+    @property
+    def num_ws(self) -> int:
+        """One w for the input and one per layer."""
+        return len(self.layers) + 1
+
+#----------------------------------------------------------------------------
+# Discriminator.
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """A projected discriminator."""
+
+    backbones: tuple[str, ...] = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
+    img_resolution: int = 256
+    c_dim: int = 0
+    san: bool = True                # False: a plain last layer and no direction loss.
+    cmap_dim: int = 64              # Width of the conditional head.
+    proj_channels: int = 64         # Channels of the shallowest mixed map; deeper ones have 1, 2, 4 times as many.
+    max_channels: int = 512         # Cap on the channels of the small discriminators.
+    diffaug: tuple[str, ...] = ("color", "translation", "cutout")
+    bn_warmup: bool = True          # The official construction-time forward of zeros (spec/model: the quirk).
+    seed: int = 0                   # Of the frozen random projections.
+
+#----------------------------------------------------------------------------
+# Loss, optimisation, data, run.
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights have their official meaning at micro-batch 8: per sample they are `weight / reference_micro_batch`."""
+
+    blur_init_sigma: float = 2.0
+    blur_fade_kimg: float = 300.0
+    pl_weight: float = 2.0
+    pl_start_kimg: float = 1000.0
+    pl_batch_shrink: int = 2
+    pl_decay: float = 0.01
+    cls_weight: float = 0.0
+    cls_model: str = "deit_small_distilled_patch16_224"
+    reference_micro_batch: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Adam; the lazy-regularisation interval corrects lr and betas even where the regulariser is empty."""
+
+    G_lr: float = 0.0025
+    D_lr: float = 0.002
+    betas: tuple[float, float] = (0.0, 0.99)
+    eps: float = 1e-8
+    G_reg_interval: int = 4
+    D_reg_interval: int = 16
+    ema_kimg: float = 10.0          # Half-life of G_ema.
+    ema_rampup: float | None = 0.05 # Half-life is at most this share of the images seen.
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str
+    resolution: int
+    c_dim: int                      # Classes used for training; 0 when unconditional.
+    mirror: bool = False
+    workers: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole run, as printed and saved in training_options.json."""
+
+    outdir: str
+    data: DataConfig
+    generator: GeneratorConfig
+    discriminator: DiscriminatorConfig
+    loss: LossConfig
+    optim: OptimConfig
+    batch: int
+    batch_gpu: int
+    total_kimg: float
+    kimg_per_tick: float
+    snapshot_ticks: int
+    metrics: tuple[str, ...] = ()
+    embedding: str = "data"         # data | random | a file.
+    path_stem: str | None = None
+    resume: str | None = None
+    seed: int = 0
+    fp32: bool = False
+    restart_every: int = 0          # Seconds after which the run saves and exits; 0 means never.
+
+#----------------------------------------------------------------------------
+# JSON.
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as a dict of plain values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """A dict of plain values as the dataclass `kind`. Unknown or missing names are an error that lists them."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(values) - set(fields)):
+        raise UserError(f"{kind.__name__}: unknown settings {', '.join(unknown)}: the known ones are {', '.join(fields)}")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise UserError(f"{kind.__name__}: settings {', '.join(missing)} are missing")
+    return kind(**{name: _convert(hints[name], value) for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Plain value -> the annotated type: nested dataclasses and tuples."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return tuple(_convert(args[0] if args[-1] is Ellipsis else arg, item)
+                     for arg, item in zip(args if args[-1] is not Ellipsis else [args[0]] * len(value), value, strict=True))
+    if origin is types.UnionType and value is not None:
+        return _convert(next(a for a in args if a is not type(None)), value)
+    return value
