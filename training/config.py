@@ -169,7 +169,8 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(values) - set(fields)):
-        raise UserError(f"{kind.__name__}: unknown settings {', '.join(unknown)}: the known ones are {', '.join(fields)}")
+        raise UserError(f"{kind.__name__}: unknown settings {', '.join(unknown)}: "
+                        f"the known ones are {', '.join(fields)}")
     required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise UserError(f"{kind.__name__}: settings {', '.join(missing)} are missing")
@@ -182,8 +183,8 @@ def _convert(hint: Any, value: Any) -> Any:
         return from_dict(hint, value)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
-        return tuple(_convert(args[0] if args[-1] is Ellipsis else arg, item)
-                     for arg, item in zip(args if args[-1] is not Ellipsis else [args[0]] * len(value), value, strict=True))
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_convert(kind, item) for kind, item in zip(kinds, value, strict=True))
     if origin is types.UnionType and value is not None:
         return _convert(next(a for a in args if a is not type(None)), value)
     return value
