@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Signal-processing operations of the networks. `dispatch` decides which implementation of each runs."""

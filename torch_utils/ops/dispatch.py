@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an operation runs: the one place where that is decided.
+
+Every operation registers its forms here under a name:
+    'ref'     plain PyTorch, written to be read; the oracle of all others
+    'matrix'  plain PyTorch, the same numbers through matrix products; faster
+    'cpu', 'cuda'  native code for that kind of device
+A caller says `impl='auto'` or names a form.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FORMS = ("ref", "matrix", "cpu", "cuda")
+NATIVE = ("cpu", "cuda")
+
+_implementations: dict[str, dict[str, Callable[..., Any]]] = {}     # Operation -> form -> function; filled at import.
+
+#----------------------------------------------------------------------------
+
+def implements(op: str, form: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that files the function below it as one form of an operation."""
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} of {op}: choose from {', '.join(FORMS)}")
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        if form in _implementations.setdefault(op, {}):
+            raise ValueError(f"{op} has a form {form!r} already")
+        _implementations[op][form] = function
+        return function
+    return add
+
+
+def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
+    """The function that computes `op` for tensors on `device`.
+
+    'auto' takes native code for the device if there is any, then 'matrix', then 'ref'.
+
+    Raises:
+        ValueError: `impl` is no known name, has no such form of this operation, or belongs to another device.
+    """
+    forms = _implementations[op]
+    if impl == "auto":
+        order = ([device.type] if device.type in NATIVE else []) + ["matrix", "ref"]
+        return next(forms[form] for form in order if form in forms)
+    if impl not in FORMS:
+        raise ValueError(f"impl={impl!r}: choose from auto, {', '.join(FORMS)}")
+    if impl not in forms:
+        if impl in NATIVE:
+            raise ValueError(f"impl={impl!r}: {op} has no native {impl} build here: use impl='auto' or impl='ref'")
+        raise ValueError(f"impl={impl!r}: {op} has only the forms {', '.join(forms)}")
+    if impl in NATIVE and device.type != impl:
+        raise ValueError(f"impl={impl!r}: {op} was called with a tensor on {device}")
+    return forms[impl]
+
+
+def describe() -> str:
+    """One line for the start of a run: what `impl='auto'` will use."""
+    native = {form: sorted(op for op, forms in _implementations.items() if form in forms) for form in NATIVE}
+    parts = [f"native {form} ({', '.join(ops)})" for form, ops in native.items() if ops]
+    return f"ops: {'; '.join(parts)}" if parts else "ops: reference (no native build)"

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upsample, filter and downsample batches of images in one call (zero-insert, pad, FIR, decimate)."""
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from torch_utils.ops import dispatch
+
+MIN_SEPARABLE_TAPS = 8      # Shorter 1-D filters become 2-D ones: official checkpoints hold them so.
+
+#----------------------------------------------------------------------------
+# Arguments.
+
+def parse_rate(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """(x, y) from an integer or a pair of them, each at least 1; `name` is for the message."""
+    pair = _integers(value)
+    if pair is not None and len(pair) == 1:
+        pair *= 2
+    if pair is None or len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least 1, or a pair (x, y) of them")
+    return pair[0], pair[1]
+
+
+def parse_padding(value: int | Sequence[int]) -> tuple[int, int, int, int]:
+    """(x0, x1, y0, y1) from an integer, (x, y) or (x0, x1, y0, y1); negative numbers crop."""
+    numbers = _integers(value)
+    if numbers is not None and len(numbers) == 1:
+        numbers *= 4
+    elif numbers is not None and len(numbers) == 2:
+        numbers = [numbers[0], numbers[0], numbers[1], numbers[1]]
+    if numbers is None or len(numbers) != 4:
+        raise ValueError(f"padding={value!r}: expected an integer, (x, y) or (x0, x1, y0, y1)")
+    return numbers[0], numbers[1], numbers[2], numbers[3]
+
+
+def _integers(value: Any) -> list[int] | None:
+    """The integers in a number or a sequence; None if there is anything else."""
+    try:
+        items = [value] if not isinstance(value, Sequence) else list(value)
+        numbers = [int(item) for item in items]
+    except (TypeError, ValueError):
+        return None
+    return numbers if all(number == item for number, item in zip(numbers, items, strict=True)) else None
+
+
+def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
+    """(width, height) in taps.
+
+    Raises:
+        ValueError: not a filter: neither None nor a tensor of one or two dimensions with at least one tap.
+    """
+    if f is None:
+        return 1, 1
+    if not isinstance(f, torch.Tensor) or f.ndim not in (1, 2) or f.numel() == 0 or not f.is_floating_point():
+        raise ValueError(f"filter {describe_tensor(f)}: expected None or floating-point taps of shape [n] or [h, w]")
+    if f.requires_grad:
+        raise ValueError("the filter requires a gradient: filters are constants here, detach it")
+    return f.shape[-1], f.shape[0]
+
+
+def describe_tensor(value: Any) -> str:
+    """Shape and type, for error messages."""
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def output_size(size: int, taps: int, up: int, down: int, pad0: int, pad1: int) -> int:
+    """Number of samples that one axis of `size` samples becomes; not positive if nothing is left."""
+    return (size * up + pad0 + pad1 - taps) // down + 1
+
+
+def split_gain(gain: float) -> tuple[float, float]:
+    """Two factors of equal magnitude whose product is `gain`, one for each axis of a separable filter."""
+    root = math.sqrt(abs(gain))
+    return math.copysign(root, gain), root
+
+#----------------------------------------------------------------------------
+
+def setup_filter(
+    f: torch.Tensor | Sequence[Any] | float | None,
+    device: torch.device | str = "cpu",
+    normalize: bool = True,
+    flip_filter: bool = False,
+    gain: float = 1,
+    separable: bool | None = None,
+) -> torch.Tensor:
+    """Make a filter for the functions below.
+
+    Args:
+        f: Taps: [n], [h, w], a number (one tap), or None (the identity).
+        device: Where the result lies.
+        normalize: Scale the taps to sum 1, so that a constant image stays the same.
+        flip_filter: Mirror the taps along every axis.
+        gain: Overall factor for the image (each axis of a separable filter takes its root).
+        separable: Keep a 1-D filter as it is, to be applied along both axes; False makes it 2-D.
+            None keeps it from 8 taps on.
+
+    Returns:
+        float32 tensor [n] (separable) or [h, w].
+    """
+    f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    if f.ndim > 2 or f.numel() == 0:
+        raise ValueError(f"filter {describe_tensor(f)}: expected a number, [n] or [h, w] with at least one tap")
+    if f.ndim == 0:
+        f = f[None]
+    if separable is None:
+        separable = f.ndim == 1 and f.numel() >= MIN_SEPARABLE_TAPS
+    if separable and f.ndim != 1:
+        raise ValueError(f"separable=True: needs a filter of shape [n], got {list(f.shape)}")
+    if f.ndim == 1 and not separable:
+        f = torch.outer(f, f)
+    if normalize:
+        f = f / f.sum()
+    if flip_filter:
+        f = f.flip(list(range(f.ndim)))
+    return (f * gain ** (f.ndim / 2)).to(device=device)
+
+#----------------------------------------------------------------------------
+
+def upfirdn2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: int | Sequence[int] = 1,
+    down: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Upsample, pad or crop, filter and downsample every channel of a batch, differentiable to any order in `x`.
+
+    1. Insert `up - 1` zeros after every sample. 2. Pad with zeros, or crop where `padding` is negative.
+    3. Convolve with `f`, keeping the outputs for which every tap lies inside. 4. Keep every `down`-th sample.
+
+    Args:
+        x: [N, C, H, W], floating point.
+        f: [n] (the same taps along both axes), [h, w], or None (one tap of 1). No gradient passes into it.
+        up: Factor, or (x, y).
+        down: Factor, or (x, y).
+        padding: With respect to the upsampled image: a number, (x, y) or (x0, x1, y0, y1).
+        flip_filter: False for convolution, True for correlation.
+        gain: Factor of the result.
+        impl: See `dispatch.select`.
+
+    Returns:
+        [N, C, (H*up + y0 + y1 - h) // down + 1, the same for W], of the type of `x`.
+
+    Raises:
+        ValueError: an argument does not fit, or the filter is larger than the padded image.
+    """
+    up_xy, down_xy, pad = parse_rate(up, "up"), parse_rate(down, "down"), parse_padding(padding)
+    check_images(x, f, up_xy, down_xy, pad)
+    return dispatch.select("upfirdn2d", impl, x.device)(x, f, up_xy, down_xy, pad, flip_filter, float(gain))
+
+
+def check_images(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+) -> tuple[int, int]:
+    """Check `x` and `f` and return the (width, height) of the result."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x {describe_tensor(x)}: expected floating-point images [N, C, H, W]")
+    taps = filter_size(f)
+    width = output_size(x.shape[3], taps[0], up[0], down[0], padding[0], padding[1])
+    height = output_size(x.shape[2], taps[1], up[1], down[1], padding[2], padding[3])
+    if min(width, height) < 1:
+        raise ValueError(f"padding={list(padding)}: images of {x.shape[2]}x{x.shape[3]} upsampled by {list(up)} (x, y) "
+                         f"become smaller than the filter of {taps[1]}x{taps[0]}")
+    return width, height
+
+#----------------------------------------------------------------------------
+
+@dispatch.implements("upfirdn2d", "ref")
+def upfirdn2d_ref(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> torch.Tensor:
+    """The definition, step by step, with depthwise convolutions."""
+    n, c, h, w = x.shape
+    # Zeros after every sample: pad two axes of size one that stand behind H and W.
+    x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, up[0] - 1, 0, 0, 0, up[1] - 1])
+    x = x.reshape(n, c, h * up[1], w * up[0])
+    x = F.pad(x, [max(p, 0) for p in padding])
+    x0, x1, y0, y1 = (max(-p, 0) for p in padding)
+    x = x[:, :, y0 : x.shape[2] - y1, x0 : x.shape[3] - x1]
+    f = torch.ones([1, 1]) if f is None else f
+    f = f.to(dtype=x.dtype, device=x.device)
+    if not flip_filter:
+        f = f.flip(list(range(f.ndim)))     # PyTorch's convolutions do not flip.
+    if f.ndim == 1:
+        gain_x, gain_y = split_gain(gain)
+        x = _depthwise(x, gain_x * f[None, :])
+        x = _depthwise(x, gain_y * f[:, None])
+    else:
+        x = _depthwise(x, gain * f)
+    return x[:, :, :: down[1], :: down[0]]
+
+
+def _depthwise(x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    """Correlate every channel of x [N, C, H, W] with f [h, w]."""
+    c = x.shape[1]
+    return F.conv2d(x, f.expand(c, 1, *f.shape), groups=c)
+
+#----------------------------------------------------------------------------
+# The same with padding that keeps images aligned. `padding` comes on top of it.
+
+def filter2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Filter images and keep their size. See `upfirdn2d` for the arguments.
+
+    Returns:
+        [N, C, H, W], larger by `padding`.
+    """
+    fw, fh = filter_size(f)
+    x0, x1, y0, y1 = parse_padding(padding)
+    pad = [x0 + fw // 2, x1 + (fw - 1) // 2, y0 + fh // 2, y1 + (fh - 1) // 2]
+    return upfirdn2d(x, f, padding=pad, flip_filter=flip_filter, gain=gain, impl=impl)
+
+
+def upsample2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Enlarge images by `up`, keeping their brightness. See `upfirdn2d` for the arguments.
+
+    Returns:
+        [N, C, H*up, W*up], larger by `padding`.
+    """
+    fw, fh = filter_size(f)
+    ux, uy = parse_rate(up, "up")
+    x0, x1, y0, y1 = parse_padding(padding)
+    pad = [x0 + (fw + ux - 1) // 2, x1 + (fw - ux) // 2, y0 + (fh + uy - 1) // 2, y1 + (fh - uy) // 2]
+    return upfirdn2d(x, f, up=up, padding=pad, flip_filter=flip_filter, gain=gain * ux * uy, impl=impl)
+
+
+def downsample2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    down: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Shrink images by `down`. See `upfirdn2d` for the arguments.
+
+    Returns:
+        [N, C, H/down, W/down], larger by `padding` / `down`.
+    """
+    fw, fh = filter_size(f)
+    dx, dy = parse_rate(down, "down")
+    x0, x1, y0, y1 = parse_padding(padding)
+    pad = [x0 + (fw - dx + 1) // 2, x1 + (fw - dx) // 2, y0 + (fh - dy + 1) // 2, y1 + (fh - dy) // 2]
+    return upfirdn2d(x, f, down=down, padding=pad, flip_filter=flip_filter, gain=gain, impl=impl)
