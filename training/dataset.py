@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image data sets in the official format, the order in which they are shown, and the stream of micro-batches."""
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.utils.data
+
+from dnnlib import UserError
+from training.image_sources import (
+    DECODE_ERRORS,
+    METADATA_NAME,
+    class_list,
+    label_table,
+    labels_of,
+    open_image,
+    open_store,
+)
+from training.randomness import permutation
+
+CHECKED_AT_START = 256      # Files whose size and mode are looked at before training; the rest when they are read.
+MIN_RESOLUTION = 4
+
+#----------------------------------------------------------------------------
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Square RGB or grayscale images in a zip archive or a folder, with optional class labels in dataset.json.
+
+    Item i is (uint8 [3, resolution, resolution], class index; 0 without labels). Files are in the order of their names.
+    Can be pickled; worker processes open the archive for themselves.
+
+    Raises:
+        UserError: the path, an image or the labels are not as they must be; the message names the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,        # A zip archive or a folder.
+        use_labels: bool = False,       # Read the labels and serve them.
+        xflip: bool = False,            # Append every image again, mirrored.
+        max_size: int | None = None,    # Serve a random choice of this many images, before mirroring.
+        seed: int = 0,                  # Of that choice.
+    ):
+        self.path = str(path)
+        self.name = os.path.splitext(os.path.basename(os.path.normpath(self.path)))[0]
+        self.xflip = xflip
+        self._store = open_store(path)
+        self._use_labels = use_labels
+        self._image_labels, self.class_names = self._read_labels() if use_labels else (None, [])
+        self._chosen = np.arange(len(self._store.names))        # Images served, as indices into the stored ones.
+        if max_size is not None and max_size < len(self._chosen):
+            if max_size < 1:
+                raise UserError(f"{path}: at least one image is needed, but max_size is {max_size}")
+            np.random.RandomState(seed % (1 << 31)).shuffle(self._chosen)
+            self._chosen = np.sort(self._chosen[:max_size])
+        self.resolution = self._check_images()
+
+    def _read_labels(self) -> tuple[np.ndarray, list[str]]:
+        """Labels of all stored images, int64, and the names of the classes."""
+        table = label_table(self._store)
+        if table is None:
+            raise UserError(f"--cond=1: {self.path} has no labels in a {METADATA_NAME}: make it with dataset_tool.py "
+                            f"from a folder that has one sub-folder per class, or train with --cond=0")
+        labels = labels_of(self._store, table)
+        return labels, class_list(self._store) or [str(i) for i in range(int(labels.max()) + 1)]
+
+    def _check_images(self) -> int:
+        """Look at some files spread over the data set; returns the resolution that all must have."""
+        size, first = self._open(self._chosen[0]).size, self._store.where(self._chosen[0])
+        resolution = size[0]
+        if size[0] != size[1]:
+            raise UserError(f"{first}: {size[0]}x{size[1]} pixels, but images must be square: "
+                            f"convert with dataset_tool.py --transform=center-crop --resolution=N")
+        if resolution < MIN_RESOLUTION or resolution & (resolution - 1):
+            raise UserError(f"{first}: {resolution}x{resolution} pixels, but the size must be a power of two: "
+                            f"convert with dataset_tool.py --resolution={1 << max(resolution.bit_length() - 1, 2)}")
+        step = max(len(self._chosen) / CHECKED_AT_START, 1)
+        for k in np.arange(0, len(self._chosen), step).astype(np.int64):
+            self._check(self._open(self._chosen[k]), self._chosen[k], resolution)
+        self._store.close()
+        return resolution
+
+    def _check(self, image: PIL.Image.Image, index: int, resolution: int) -> None:
+        where = self._store.where(index)
+        if image.size != (resolution, resolution):
+            raise UserError(f"{where}: {image.size[0]}x{image.size[1]} pixels, but {self.file_name(0)} has "
+                            f"{resolution}x{resolution}: convert with dataset_tool.py --transform=center-crop "
+                            f"--resolution={resolution}")
+        if image.mode not in ("L", "RGB"):
+            raise UserError(f"{where}: pixels are {image.mode}, but must be RGB or grayscale of 8 bits: "
+                            f"convert with dataset_tool.py")
+
+    def _open(self, index: int) -> PIL.Image.Image:
+        try:
+            return open_image(self._store.read(index))
+        except DECODE_ERRORS as err:
+            raise UserError(f"{self._store.where(index)}: cannot be decoded ({err}): replace the file or make the "
+                            f"data set again with dataset_tool.py") from err
+
+    #------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._chosen) * (2 if self.xflip else 1)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        mirrored, place = divmod(int(i), len(self._chosen))
+        index = self._chosen[place]
+        image = self._open(index)
+        self._check(image, index, self.resolution)
+        pixels = np.asarray(image.convert("RGB"))[:, ::-1 if mirrored else 1]       # [H, W, 3]
+        label = 0 if self._image_labels is None else int(self._image_labels[index])
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), label
+
+    def file_name(self, i: int) -> str:
+        """Name of item i's file inside the data set."""
+        return self._store.names[self._chosen[i % len(self._chosen)]]
+
+    def close(self) -> None:
+        """Close the archive; it opens again when needed."""
+        self._store.close()
+
+    @property
+    def num_channels(self) -> int:
+        """Always 3: grayscale files are served with three equal channels."""
+        return 3
+
+    @property
+    def c_dim(self) -> int:
+        """Number of classes; 0 unless labels are used."""
+        return len(self.class_names)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether dataset.json lists labels, used or not."""
+        return bool(self._store.metadata.get("labels"))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Label of every item, int64 [len(self)]; zeros unless labels are used."""
+        if self._image_labels is None:
+            return np.zeros(len(self), dtype=np.int64)
+        return np.tile(self._image_labels[self._chosen], 2 if self.xflip else 1)
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """Items per class, int64 [c_dim]."""
+        return np.bincount(self.labels, minlength=self.c_dim)[:self.c_dim]
+
+    def label_distribution(self) -> np.ndarray:
+        """Share of each class among the items, float64 [c_dim]."""
+        return self.label_counts / len(self)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what is served: names, sizes and CRC-32 of the files, labels, mirroring. 64 hex digits.
+
+        Equal for an archive and a folder of the same files. An archive is not read for it, a folder is read whole.
+        """
+        digest = hashlib.sha256()
+        for index in self._chosen:
+            digest.update(repr((self._store.names[index], *self._store.content_key(index))).encode())
+        described = {"labels": self._store.metadata.get("labels") or None,
+                     "classes": self._store.metadata.get("classes"), "xflip": self.xflip}
+        digest.update(json.dumps(described, sort_keys=True).encode())
+        return digest.hexdigest()
+
+#----------------------------------------------------------------------------
+
+class EpochOrder:
+    """Which item is shown at which position: one fresh permutation per epoch, a pure function of (seed, position).
+
+    A position counts the items shown since the start of training, over all processes. There is nothing to save.
+    """
+
+    def __init__(self, num_items: int, seed: int = 0):
+        if num_items < 1:
+            raise ValueError(f"an order of {num_items} items")
+        self.num_items = num_items
+        self.seed = seed
+        self._permutations: dict[int, np.ndarray] = {}      # Of the last epochs asked for.
+
+    def index(self, position: int) -> int:
+        """Item at one position."""
+        return int(self.indices([position])[0])
+
+    def indices(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Items at several positions, int64 [N]."""
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_items)
+        items = np.empty(len(epochs), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            items[here] = self._permutation(epoch)[places[here]]
+        return items
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            while len(self._permutations) > 1:
+                del self._permutations[next(iter(self._permutations))]
+            self._permutations[epoch] = permutation(self.seed, epoch, self.num_items)
+        return self._permutations[epoch]
+
+#----------------------------------------------------------------------------
+
+class _MicroBatches(torch.utils.data.Dataset):
+    """Items by lists of indices, stacked. A user's mistake is handed over as a value: an exception that passes
+    between processes comes out with the whole traceback for a message."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | UserError:
+        try:
+            items = [self.dataset[i] for i in indices]
+        except UserError as err:
+            return err
+        images = torch.from_numpy(np.stack([image for image, _label in items]))
+        return images, torch.tensor([label for _image, label in items], dtype=torch.int64)
+
+
+class _MicroBatchIndices(torch.utils.data.Sampler):
+    """Without end, the items of one process's micro-batches."""
+
+    def __init__(self, order: EpochOrder, batch_gpu: int, first: int, stride: int):
+        self.order = order
+        self.batch_gpu = batch_gpu
+        self.first = first          # Position of the first item.
+        self.stride = stride        # Positions from one micro-batch of this process to its next.
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for start in itertools.count(self.first, self.stride):
+            yield self.order.indices(np.arange(start, start + self.batch_gpu))
+
+
+class TrainingStream:
+    """Endless micro-batches of one process: (uint8 [batch_gpu, 3, H, W], int64 [batch_gpu]).
+
+    Micro-batch k of process `rank` holds the batch_gpu positions from start_nimg + (k * world_size + rank) * batch_gpu.
+
+    Raises (while iterating):
+        UserError: an image cannot be served; the message names the file.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        order: EpochOrder,              # Of len(dataset) items.
+        rank: int = 0,                  # Process number.
+        world_size: int = 1,            # Number of processes.
+        batch_gpu: int = 1,             # Images per micro-batch.
+        start_nimg: int = 0,            # Images seen before, by all processes.
+        workers: int = 0,               # Loader processes; 0 loads in this one.
+    ):
+        if order.num_items != len(dataset):
+            raise ValueError(f"the order is of {order.num_items} items, the data set of {len(dataset)}")
+        if not 0 <= rank < world_size or batch_gpu < 1 or start_nimg < 0:
+            raise ValueError(f"rank {rank} of {world_size}, batch_gpu {batch_gpu}, start_nimg {start_nimg}")
+        sampler = _MicroBatchIndices(order, batch_gpu, start_nimg + rank * batch_gpu, world_size * batch_gpu)
+        self._loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
+            _MicroBatches(dataset), sampler=sampler, batch_size=None, num_workers=workers,
+            pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+            generator=torch.Generator(),        # The loader draws a seed for its workers: not from the global state.
+        )
+        self._batches: Iterator | None = None
+
+    def __iter__(self) -> "TrainingStream":
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._loader is None:
+            raise StopIteration
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches)
+        if isinstance(batch, UserError):
+            raise batch
+        images, labels = batch          # Through pinned memory a tuple arrives as a list.
+        return images, labels
+
+    def close(self) -> None:
+        """End the loader processes and the stream."""
+        self._batches = self._loader = None
