@@ -2,12 +2,15 @@
 """Leaky ReLU at a higher sampling rate: bias, upsample, activate, downsample in one call."""
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from torch_utils.ops import dispatch
+from torch_utils.ops.arguments import check_images, filter_size, output_size, parse_padding
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.upfirdn2d import check_images, filter_size, output_size, parse_padding, upfirdn2d_ref
+from torch_utils.ops.upfirdn2d import upfirdn2d_matrix, upfirdn2d_ref
 
 #----------------------------------------------------------------------------
 
@@ -88,3 +91,70 @@ def filtered_lrelu_ref(
     x = upfirdn2d_ref(x, fu, (up, up), (1, 1), padding, flip_filter, float(up**2))
     x = bias_act(x, act="lrelu", alpha=slope, gain=gain, clamp=clamp, impl="ref")
     return upfirdn2d_ref(x, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
+
+#----------------------------------------------------------------------------
+
+@dispatch.implements("filtered_lrelu", "matrix")
+def filtered_lrelu_matrix(
+    x: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    b: torch.Tensor | None,
+    up: int,
+    down: int,
+    padding: tuple[int, int, int, int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool,
+) -> torch.Tensor:
+    """Four matrix products and, between them, one pass over the upsampled values, of which one copy is kept.
+
+    The leaky ReLU lets positive factors through, so `gain` is part of the upsampling filter.
+    """
+    x = bias_act(x, b, impl="ref")
+    x = upfirdn2d_matrix(x, fu, (up, up), (1, 1), padding, flip_filter, up**2 * gain,
+                         then=lambda v: _LeakyClamp.apply(v, slope, clamp))
+    return upfirdn2d_matrix(x, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
+
+
+class _LeakyClamp(torch.autograd.Function):
+    """Leaky ReLU and clamp, in place, with a gradient of any order from the result alone.
+
+    The result tells the piece that an element is in, as the slope is not negative; within a piece the function is
+    linear, so the gradient depends on the input in no other way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slope: float, clamp: float | None) -> torch.Tensor:
+        if slope != 1:
+            F.leaky_relu_(x, slope)
+        if clamp is not None:
+            x.clamp_(-clamp, clamp)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        ctx.slope, ctx.clamp = slope, clamp
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        y, = ctx.saved_tensors
+        return _LeakyClampGrad.apply(grad, y.detach(), ctx.slope, ctx.clamp), None, None
+
+
+class _LeakyClampGrad(torch.autograd.Function):
+    """The gradient of `_LeakyClamp`: linear in its first argument, and its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, y: torch.Tensor, slope: float, clamp: float | None) -> torch.Tensor:
+        ctx.save_for_backward(y)
+        ctx.slope, ctx.clamp = slope, clamp
+        grad = torch.ops.aten.leaky_relu_backward(grad, y, slope, True)
+        if clamp is not None:
+            torch.ops.aten.hardtanh_backward.grad_input(grad, y, -clamp, clamp, grad_input=grad)
+        return grad
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        y, = ctx.saved_tensors
+        return _LeakyClampGrad.apply(grad, y, ctx.slope, ctx.clamp), None, None, None
