@@ -1,0 +1,165 @@
+"""Generators against the recorded numbers of the official implementation, and their own rules."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parity import PARITY, load_json, load_npz, needs_parity, rel_error
+from training.config import from_dict, to_dict
+from training.layer_schedule import stem_config, superres_config
+from training.networks_stylegan3 import Generator, MappingNetwork, modulated_conv2d
+from training.superres import grow, stage_table
+
+TOLERANCE = 1e-4
+
+
+def entries() -> dict[str, dict]:
+    return {e["name"]: e for e in load_json("generators.json")} if PARITY.is_dir() else {}
+
+
+def config_of(name: str):
+    entry = entries()[name]
+    if entry["kind"] == "superres":
+        return superres_config(config_of(entry["stem"]), entry["up_factor"], entry["head_layers"])
+    args = entry["args"]
+    radial = entry["cfg"] == "r"
+    return stem_config(args["img_resolution"], args["num_layers"], args["channel_base"], args["channel_max"],
+                       z_dim=args["z_dim"], w_dim=args["w_dim"], c_dim=entry["c_dim"],
+                       embed_dim=args["embedding"][1], mapping_layers=args["mapping_layers"],
+                       magnitude_ema_beta=args["magnitude_ema_beta"],
+                       conv_kernel=1 if radial else 3, use_radial_filters=radial)
+
+
+@pytest.fixture(scope="module", params=sorted(entries()))
+def recorded(request):
+    data = load_npz(request.param + ".npz")
+    G = Generator(config_of(request.param)).requires_grad_(False).eval()
+    state = {k[6:]: torch.as_tensor(v) for k, v in data.items() if k.startswith("state/")}
+    if G.c_dim == 0:
+        state.pop("mapping.embed.weight", None)
+    G.load_state_dict(state)
+    return G, {k: torch.as_tensor(v) for k, v in data.items()}
+
+
+@needs_parity
+def test_latents(recorded):
+    G, data = recorded
+    z, c = data["z"], data["c"]
+    assert rel_error(G.mapping(z, c), data["ws"]) < TOLERANCE
+    assert rel_error(G.mapping(z, c, truncation_psi=0.6), data["ws_trunc"]) < TOLERANCE
+    assert rel_error(G.mapping(z, c, truncation_psi=0.6, truncation_cutoff=3), data["ws_trunc_cutoff3"]) < TOLERANCE
+
+
+@needs_parity
+def test_images(recorded):
+    G, data = recorded
+    assert rel_error(G(data["z"], data["c"]), data["img"]) < TOLERANCE
+    assert rel_error(G(data["z"], data["c"], truncation_psi=0.6), data["img_trunc"]) < TOLERANCE
+
+
+@needs_parity
+def test_gradients(recorded):
+    G, data = recorded
+    ws = data["ws"].clone().requires_grad_(True)
+    names = [k[5:] for k in data if k.startswith("grad/") and k != "grad/ws"]
+    parameters = dict(G.named_parameters())
+    assert {n for n in parameters if n.startswith("synthesis.")} == set(names)
+    try:
+        G.synthesis.requires_grad_(True)
+        loss = (G.synthesis(ws) * data["probe"]).sum()
+        grads = torch.autograd.grad(loss, [ws] + [parameters[n] for n in names])
+    finally:
+        G.requires_grad_(False)
+    for name, grad in zip(["ws"] + names, grads, strict=True):
+        assert rel_error(grad, data["grad/" + name]) < TOLERANCE, name
+
+
+@needs_parity
+def test_transform_and_ema(recorded):
+    G, data = recorded
+    before = {k: v.clone() for k, v in G.state_dict().items()}
+    try:
+        G.synthesis.input.transform.copy_(data["transform"])
+        assert rel_error(G.synthesis(data["ws"]), data["img_transformed"]) < TOLERANCE
+        G.load_state_dict(before)
+        ws = G.mapping(data["z"], data["c"])
+        G.mapping.update_w_avg(ws[:, 0], data["c"])
+        img = G.synthesis(ws, update_magnitude_ema=True)
+        state = G.state_dict()
+        for key in [k for k in data if k.startswith("ema/")]:
+            assert rel_error(state[key[4:]], data[key]) < TOLERANCE, key
+        assert rel_error(img, data["img_after_ema"]) < TOLERANCE
+    finally:
+        G.load_state_dict(before)
+
+#----------------------------------------------------------------------------
+
+def small_config(**settings):
+    return stem_config(16, 4, 256, 16, **({"w_dim": 32, "c_dim": 5, "embed_dim": 8} | settings))
+
+
+@pytest.mark.parametrize("c_dim", [1, 3, 7])
+def test_w_avg_equals_the_loop_over_samples(c_dim):
+    torch.manual_seed(c_dim)
+    mapping = MappingNetwork(small_config(c_dim=c_dim)).double()
+    mapping.w_avg.normal_()
+    labels = torch.randint(0, c_dim, [40])
+    w = torch.randn([40, 32], dtype=torch.float64)
+    expected = mapping.w_avg.clone()
+    for i, label in enumerate(labels):
+        expected[label] = w[i].lerp(expected[label], 0.998)
+    mapping.update_w_avg(w, torch.nn.functional.one_hot(labels, c_dim).double())
+    assert torch.allclose(mapping.w_avg, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+def test_shared_weights_equal_a_weight_per_sample(demodulate):
+    torch.manual_seed(0)
+    x, weight, styles = torch.randn(3, 4, 8, 8).double(), torch.randn(5, 4, 3, 3).double(), torch.randn(3, 4).double()
+    gain = torch.tensor(0.7).double()
+    y = modulated_conv2d(x, weight, styles, demodulate, padding=2, input_gain=gain)
+    s = styles / styles.square().mean().sqrt() if demodulate else styles
+    w = weight / weight.square().mean(dim=[1, 2, 3], keepdim=True).sqrt() if demodulate else weight
+    for n in range(3):
+        per_sample = w * s[n].reshape(1, -1, 1, 1)
+        if demodulate:
+            per_sample = per_sample / (per_sample.square().sum(dim=[1, 2, 3], keepdim=True) + 1e-8).sqrt()
+        expected = torch.nn.functional.conv2d(x[n:n + 1], per_sample * gain, padding=2)
+        assert torch.allclose(y[n:n + 1], expected, atol=1e-12)
+
+
+def test_frequencies_fill_the_disc_uniformly():
+    """A radius r of a uniform disc of radius 1 has distribution function r^2."""
+    torch.manual_seed(0)
+    config = small_config()
+    spec = dataclasses.replace(config.input, channels=20000)
+    from training.networks_stylegan3 import SynthesisInput
+    radii = np.sort(SynthesisInput(spec, 4).freqs.norm(dim=1).numpy() / spec.bandwidth)
+    quantiles = (np.arange(len(radii)) + 0.5) / len(radii)
+    # The official rule is close to uniform, not exactly: r = exp(-g^2/4) has distribution function r^2.
+    assert np.abs(radii ** 2 - quantiles).max() < 0.02
+    assert radii.max() <= 1
+
+
+def test_growing_keeps_the_stem_bit_for_bit():
+    torch.manual_seed(0)
+    stem = Generator(small_config())
+    G = grow(stem.config, stem.state_dict(), up_factor=2, head_layers=4)
+    kept = stem.config.layers[:-3]
+    assert G.config.layers[:len(kept)] == kept
+    for name, value in stem.state_dict().items():
+        if name.startswith(("mapping.", "synthesis.input.")) or name.split(".")[1] in [k.name for k in kept]:
+            assert torch.equal(G.state_dict()[name], value), name
+    trained = {id(p) for p in G.trainable_parameters()}
+    for name, p in G.named_parameters():
+        frozen = name.startswith("mapping.") or name.split(".")[1] in [k.name for k in kept]
+        assert (id(p) in trained) != frozen, name
+    assert "frozen" in stage_table(G.config, stem.config)
+    assert "cut" in stage_table(G.config, stem.config)
+
+
+def test_config_survives_json():
+    import json
+    config = superres_config(small_config(), 4, 5)
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config

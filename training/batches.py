@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes into each phase: latents, labels, augmentation numbers and real images.
+
+Every random number is a function of (seed, stream, position), where the position of a sample is the number of images shown
+before it. It does not matter which process draws it, in which micro-batch, or whether the run was restarted in between.
+"""
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from training.diffaug import NUM_UNIFORMS
+from training.loss import MicroBatch
+from training.networks_stylegan3 import Generator
+from training.phases import Phase
+from training.randomness import CounterRNG
+
+
+class BatchSource:
+    """Makes the micro-batches of this process."""
+
+    def __init__(
+        self,
+        G: Generator,
+        rng: CounterRNG,
+        label_probs: np.ndarray | None,     # [c_dim] float64: how often each class is asked for; None: unconditional.
+        real_images: Iterator[tuple[torch.Tensor, torch.Tensor]],   # uint8 [batch_gpu, 3, R, R], int64 [batch_gpu].
+        num_backbones: int,                 # Augmentation is drawn anew for each.
+        batch: int,                         # Over all processes.
+        batch_gpu: int,                     # Of one micro-batch.
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        augment: bool = True,
+    ):
+        self.G, self.rng, self.label_probs, self.real_images = G, rng, label_probs, real_images
+        self.num_backbones, self.device, self.augment = num_backbones, device, augment
+        self.batch_gpu, self.rank, self.world_size = batch_gpu, rank, world_size
+        self.num_micro_batches = batch // (batch_gpu * world_size)
+
+    def micro_batches(self, phase: Phase, cur_nimg: int) -> Iterator[MicroBatch]:
+        """This process's share of the iteration that begins at image `cur_nimg`."""
+        for k in range(self.num_micro_batches):
+            first = cur_nimg + (k * self.world_size + self.rank) * self.batch_gpu
+            yield self._micro_batch(phase, np.arange(first, first + self.batch_gpu))
+
+    def _micro_batch(self, phase: Phase, positions: np.ndarray) -> MicroBatch:
+        name, config = phase.name, self.G.config
+        content = {
+            "z": self._to_device(self.rng.normal(f"z/{name}", positions, (config.z_dim,))),
+            "gen_c": self._one_hot(self._labels(name, positions)),
+            "augment_fake": self._augmentation(f"augment/{name}/fake", positions),
+        }
+        if phase.uses_real_images:
+            images, labels = next(self.real_images)
+            images = images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
+            content |= {"real_img": images, "real_c": self._one_hot(labels),
+                        "augment_real": self._augmentation(f"augment/{name}/real", positions)}
+        if phase.uses_noise:
+            shape = (config.img_channels, config.img_resolution, config.img_resolution)
+            content["pl_noise"] = self._to_device(self.rng.normal(f"noise/{name}", positions, shape))
+        return MicroBatch(**content)
+
+    def _labels(self, name: str, positions: np.ndarray) -> torch.Tensor:
+        if self.label_probs is None:
+            return torch.zeros([len(positions)], dtype=torch.int64)
+        return torch.from_numpy(self.rng.integers_from(f"c/{name}", positions, self.label_probs))
+
+    def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:
+        """[N] -> [N, c_dim] float32; [N, 0] when unconditional."""
+        if self.G.c_dim == 0:
+            return torch.zeros([len(labels), 0], device=self.device)
+        return F.one_hot(labels.to(self.device, non_blocking=True).to(torch.int64), self.G.c_dim).to(torch.float32)
+
+    def _augmentation(self, stream: str, positions: np.ndarray) -> torch.Tensor | None:
+        """[backbones, N, NUM_UNIFORMS]."""
+        if not self.augment:
+            return None
+        u = self.rng.uniform(stream, positions, (self.num_backbones, NUM_UNIFORMS))
+        return self._to_device(u.transpose(1, 0, 2).copy())
+
+    def _to_device(self, x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x).to(self.device, non_blocking=True)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training phases' forward and backward passes.
+
+Every term is a mean over the samples of the global batch, so gradients do not depend on how a batch is split. Guidance
+and path-length weights keep their official meaning at micro-batch 8: officially adversarial terms are summed over a
+micro-batch while these two are averaged, so per sample their weight is `weight / reference_micro_batch`.
+"""
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from torch_utils import distributed
+from training.blur import blur, blur_sigma
+from training.config import LossConfig
+from training.discriminators.projected import ProjectedDiscriminator
+from training.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss, path_lengths
+from training.networks_stylegan3 import Generator
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """What one process feeds through the networks at once; N samples."""
+
+    z: torch.Tensor                             # [N, z_dim]
+    gen_c: torch.Tensor                         # [N, c_dim], one-hot.
+    real_img: torch.Tensor | None = None        # [N, 3, R, R] in [-1, 1]; None in phases that see no real image.
+    real_c: torch.Tensor | None = None          # [N, c_dim], one-hot.
+    augment_fake: torch.Tensor | None = None    # [backbones, N, NUM_UNIFORMS] uniform numbers; None: no augmentation.
+    augment_real: torch.Tensor | None = None
+    pl_noise: torch.Tensor | None = None        # [N, 3, R, R] standard normal; only the path-length phase uses it.
+
+
+class StyleSanLoss:
+    """Forward and backward of each phase. Gradients are added to `.grad`; parameters are never stepped here."""
+
+    def __init__(
+        self,
+        G: Generator,
+        D: ProjectedDiscriminator,
+        config: LossConfig,
+        device: torch.device,
+        classifier: Callable[[torch.Tensor], torch.Tensor] | None = None,   # Images in [-1, 1] -> logits [N, c_dim].
+        report: Callable[[str, torch.Tensor], None] = lambda name, value: None,
+        force_fp32: bool = False,
+    ):
+        self.G, self.D, self.config, self.classifier = G, D, config, classifier
+        self.report = report
+        self.force_fp32 = force_fp32
+        self.pl_mean = torch.zeros([], device=device)
+        self.blur_sigma = 0.0
+
+    def set_progress(self, cur_nimg: int) -> None:
+        """Set what depends on the number of images seen in this stage."""
+        self.blur_sigma = blur_sigma(cur_nimg, self.config.blur_init_sigma, self.config.blur_fade_kimg)
+
+    def path_length_is_active(self, cur_nimg: int) -> bool:
+        """Stems only, and only from `pl_start_kimg` on."""
+        is_stem = self.G.config.num_frozen_layers == 0
+        return self.config.pl_weight > 0 and is_stem and cur_nimg >= self.config.pl_start_kimg * 1e3
+
+    def _report_scores(self, kind: str, logits: list[torch.Tensor]) -> None:
+        """Mean score and mean sign: over all heads, and per backbone."""
+        for name, x in zip(self.D.backbone_names, logits, strict=True):
+            self.report(f"Loss/scores/{kind}", x)
+            self.report(f"Loss/signs/{kind}", x.detach().sign())
+            self.report(f"Loss/signs/{kind}/{name}", x.detach().sign())
+
+    #------------------------------------------------------------------------
+    # Phases. `global_batch` is the number of samples over all micro-batches and processes.
+
+    def generator_main(self, batch: MicroBatch, global_batch: int) -> None:
+        """Maximise the score of generated images; with a classifier, its confidence in the class that was asked for."""
+        images = self.G(batch.z, batch.gen_c, force_fp32=self.force_fp32)
+        logits = self.D(blur(images, self.blur_sigma), batch.gen_c, batch.augment_fake)
+        self._report_scores("fake", logits)
+        loss = generator_loss(logits)
+        self.report("Loss/G/adversarial", loss)
+        if self.classifier is not None:
+            guidance = F.cross_entropy(self.classifier(images), batch.gen_c.argmax(dim=1), reduction="none")
+            self.report("Loss/G/guidance_loss", guidance)
+            loss = loss + guidance * (self.config.cls_weight / self.config.reference_micro_batch)
+        self.report("Loss/G/loss", loss)
+        (loss.sum() / global_batch).backward()
+
+    def generator_path_length(self, batch: MicroBatch, global_batch: int) -> None:
+        """Path-length regularisation (Karras et al. 2020, equation 4) on part of the micro-batch.
+
+        The running mean is updated first and enters the penalty with its gradient; the penalty is not multiplied by the
+        interval of the phase (StyleGAN3 does that; StyleGAN-XL does not).
+        """
+        count = max(len(batch.z) // self.config.pl_batch_shrink, 1)
+        ws = self.G.mapping(batch.z[:count], batch.gen_c[:count])
+        images = self.G.synthesis(ws, force_fp32=self.force_fp32)
+        lengths = path_lengths(images, ws, batch.pl_noise[:count])
+        mean = self.pl_mean.lerp(lengths.mean(), self.config.pl_decay)
+        self.pl_mean.copy_(mean.detach())
+        penalty = (lengths - mean).square()
+        self.report("Loss/pl_penalty", penalty)
+        weight = self.config.pl_weight / self.config.reference_micro_batch
+        # The mean over the samples used here, weighted by this micro-batch's share of the global batch.
+        loss = penalty.mean() * weight * (len(batch.z) / global_batch)
+        self.report("Loss/G/reg", penalty.detach() * weight)
+        loss.backward()
+
+    def discriminator_main(self, batch: MicroBatch, global_batch: int) -> None:
+        """Tell generated from real images, and turn the SAN directions towards where they differ most."""
+        with torch.no_grad():
+            ws = self.G.mapping(batch.z, batch.gen_c)
+            # The running mean of w sees every process's samples, in the order of the ranks.
+            self.G.mapping.update_w_avg(distributed.all_gather(ws[:, 0]), distributed.all_gather(batch.gen_c))
+            fake = self.G.synthesis(ws, force_fp32=self.force_fp32)
+            # The frozen part takes generated and real images in one batch; batch statistics exist only behind it.
+            both = blur(torch.cat([fake, batch.real_img]), self.blur_sigma)
+            augment = None
+            if batch.augment_fake is not None:
+                augment = torch.cat([batch.augment_fake, batch.augment_real], dim=1)
+            features_fake, features_real = self.D.split_features(self.D.features(both, augment), len(fake))
+
+        outputs = self.D.heads_san(features_fake, batch.gen_c)
+        self._report_scores("fake", [out.fun for out in outputs])
+        loss_fake = discriminator_loss_fake(outputs)
+        (loss_fake.sum() / global_batch).backward()
+
+        outputs = self.D.heads_san(features_real, batch.real_c)
+        self._report_scores("real", [out.fun for out in outputs])
+        loss_real = discriminator_loss_real(outputs)
+        (loss_real.sum() / global_batch).backward()
+        self.report("Loss/D/loss", loss_fake.detach() + loss_real.detach())

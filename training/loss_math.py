@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses as pure functions of network outputs. Every function returns one value per sample, [N].
+
+The scores of a sample are its logits, concatenated over the scales of a backbone; a sample's value is their mean,
+summed over backbones. How samples are averaged is the business of the caller (spec: the loss-scale trap).
+"""
+from collections.abc import Sequence
+
+import torch
+
+from training.discriminators.san import SanOutput
+
+
+def generator_loss(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """-D(G(z, c), c): logits [N, L] per backbone -> [N]."""
+    return sum(-x.mean(dim=1) for x in logits)
+
+
+def discriminator_loss_fake(outputs: Sequence[SanOutput]) -> torch.Tensor:
+    """Hinge on `fun`, Wasserstein on `dir` (Takida et al. 2024, equation 14 with the hinge GAN): -> [N]."""
+    return sum((torch.relu(1 + fun) + dir).mean(dim=1) for fun, dir in outputs)
+
+
+def discriminator_loss_real(outputs: Sequence[SanOutput]) -> torch.Tensor:
+    """The same on real images: -> [N]."""
+    return sum((torch.relu(1 - fun) - dir).mean(dim=1) for fun, dir in outputs)
+
+
+def path_lengths(images: torch.Tensor, ws: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Norms of the Jacobian-vector products J_w^T y (Karras et al. 2020, section 3.2): -> [N], with their graph.
+
+    Args:
+        images: [N, 3, H, W], a function of `ws`.
+        ws: [N, num_ws, w_dim].
+        noise: [N, 3, H, W], standard normal.
+    """
+    height, width = images.shape[2:]
+    product = (images * (noise / (height * width) ** 0.5)).sum()
+    (grad,) = torch.autograd.grad(product, ws, create_graph=True)
+    return grad.square().sum(dim=2).mean(dim=1).sqrt()

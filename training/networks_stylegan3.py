@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The alias-free generator (Karras et al. 2021) with the class-conditional mapping of StyleGAN-XL (Sauer et al. 2022).
+
+Parameter names are the official ones, so that official checkpoints fit. One class serves stems and super-resolution
+stages: they differ only in their layer table (`training.config.GeneratorConfig`).
+"""
+import math
+
+import numpy as np
+import scipy.signal
+import scipy.special
+import torch
+import torch.nn.functional as F
+
+from torch_utils.misc import assert_shape
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.filtered_lrelu import filtered_lrelu
+from training.config import GeneratorConfig, InputSpec, LayerSpec
+
+#----------------------------------------------------------------------------
+
+def unit_rms(x: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """Scale every row of [N, D] to root mean square 1."""
+    return x * (x.square().mean(dim=1, keepdim=True) + eps).rsqrt()
+
+
+class FullyConnectedLayer(torch.nn.Module):
+    """Linear layer with equalised learning rate: the stored weight is multiplied by lr_multiplier / sqrt(fan_in)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: str = "linear",     # A name of torch_utils.ops.bias_act.
+        lr_multiplier: float = 1.0,
+        weight_init: float = 1.0,       # Standard deviation of the effective weight times sqrt(fan_in).
+        bias_init: float | list[float] = 0.0,
+    ):
+        super().__init__()
+        self.activation = activation
+        self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) * (weight_init / lr_multiplier))
+        bias = torch.as_tensor(bias_init, dtype=torch.float32).expand(out_features)
+        self.bias = torch.nn.Parameter(bias / lr_multiplier)
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:     # [N, in_features] -> [N, out_features]
+        weight = self.weight.to(x.dtype) * self.weight_gain
+        bias = self.bias.to(x.dtype) * self.bias_gain
+        if self.activation == "linear":
+            return torch.addmm(bias, x, weight.t())
+        return bias_act(x @ weight.t(), bias, act=self.activation)
+
+#----------------------------------------------------------------------------
+
+class MappingNetwork(torch.nn.Module):
+    """(z, c) -> w, repeated for every layer; keeps a running mean of w per class for truncation."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.z_dim, self.c_dim, self.w_dim, self.num_ws = config.z_dim, config.c_dim, config.w_dim, config.num_ws
+        self.w_avg_beta = 0.998
+        features = config.z_dim
+        if config.c_dim > 0:
+            self.embed = torch.nn.Embedding(config.c_dim, config.embed_dim)
+            self.embed_proj = FullyConnectedLayer(config.embed_dim, config.z_dim, activation="lrelu")
+            features += config.z_dim
+        self.num_layers = config.mapping_layers
+        for i in range(self.num_layers):
+            layer = FullyConnectedLayer(features if i == 0 else config.w_dim, config.w_dim, "lrelu", lr_multiplier=0.01)
+            setattr(self, f"fc{i}", layer)
+        shape = [config.c_dim, config.w_dim] if config.c_dim > 0 else [config.w_dim]
+        self.register_buffer("w_avg", torch.zeros(shape))
+
+    def forward(self, z: torch.Tensor, c: torch.Tensor | None, truncation_psi: float = 1.0,
+                truncation_cutoff: int | None = None) -> torch.Tensor:
+        """[N, z_dim], one-hot [N, c_dim] -> ws [N, num_ws, w_dim].
+
+        Args:
+            z: Standard normal latents.
+            c: Class labels; None or [N, 0] when unconditional.
+            truncation_psi: Pull w towards the class's mean: 1 leaves it, 0 gives the mean.
+            truncation_cutoff: Only the first so many layers are pulled; None means all.
+        """
+        assert_shape(z, [None, self.z_dim])
+        x = unit_rms(z.float())
+        if self.c_dim > 0:
+            assert_shape(c, [None, self.c_dim])
+            y = self.embed_proj(self.embed(c.argmax(dim=1)))
+            x = torch.cat([x, unit_rms(y)], dim=1)
+        for i in range(self.num_layers):
+            x = getattr(self, f"fc{i}")(x)
+        ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)       # [N, num_ws, w_dim]
+        if truncation_psi == 1:
+            return ws
+        mean = self.w_avg[c.argmax(dim=1)].unsqueeze(1) if self.c_dim > 0 else self.w_avg
+        cut = self.num_ws if truncation_cutoff is None else truncation_cutoff
+        return torch.cat([mean.lerp(ws[:, :cut], truncation_psi), ws[:, cut:]], dim=1)
+
+    @torch.no_grad()
+    def update_w_avg(self, w: torch.Tensor, c: torch.Tensor | None) -> None:
+        """Move the running mean towards the batch. w: [N, w_dim]; c: one-hot [N, c_dim].
+
+        Officially samples enter one after the other, `w_avg[class] = lerp(w, w_avg[class], beta)`. Unrolled, a class
+        with samples w_1..w_n becomes `beta^n * w_avg + (1 - beta) * sum_i beta^(n - i) * w_i`, which needs no loop.
+        """
+        beta = self.w_avg_beta
+        if self.c_dim == 0:
+            self.w_avg.copy_(w.mean(dim=0).lerp(self.w_avg, beta))
+            return
+        same = c @ c.t()                                            # [N, N]: 1 where the classes agree.
+        later = torch.triu(same, diagonal=1).sum(dim=1)             # Samples of the same class that come after.
+        share = (1 - beta) * beta ** later                          # [N]
+        self.w_avg.mul_((beta ** c.sum(dim=0)).unsqueeze(1))
+        self.w_avg.index_add_(0, c.argmax(dim=1), w * share.unsqueeze(1))
+
+#----------------------------------------------------------------------------
+
+class SynthesisInput(torch.nn.Module):
+    """Fourier features, rotated and translated by w and by the user (Karras et al. 2021, section 3.2, appendix F)."""
+
+    def __init__(self, spec: InputSpec, w_dim: int):
+        super().__init__()
+        self.spec = spec
+        # Frequencies uniform in a disc, phases uniform in a period.
+        freqs = torch.randn([spec.channels, 2])
+        radii = freqs.square().sum(dim=1, keepdim=True).sqrt()
+        freqs = freqs / (radii * radii.square().exp().pow(0.25)) * spec.bandwidth
+        self.weight = torch.nn.Parameter(torch.randn([spec.channels, spec.channels]))
+        self.affine = FullyConnectedLayer(w_dim, 4, weight_init=0, bias_init=[1, 0, 0, 0])
+        self.register_buffer("transform", torch.eye(3))     # The user's transform, inverted: output -> input.
+        self.register_buffer("freqs", freqs)
+        self.register_buffer("phases", torch.rand([spec.channels]) - 0.5)
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:     # [N, w_dim] -> [N, channels, size, size]
+        t = self.affine(w)                                  # [N, 4]: cos, sin, shift x, shift y.
+        t = t / t[:, :2].norm(dim=1, keepdim=True)
+        cos, sin, dx, dy = t.unbind(dim=1)
+        one, zero = torch.ones_like(cos), torch.zeros_like(cos)
+        rotate = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=1).reshape(-1, 3, 3)
+        shift = torch.stack([one, zero, -dx, zero, one, -dy, zero, zero, one], dim=1).reshape(-1, 3, 3)
+        transform = rotate @ shift @ self.transform         # [N, 3, 3]
+
+        # Moving the picture is the same as turning the frequencies and adding to the phases.
+        freqs = self.freqs @ transform[:, :2, :2]                                           # [N, C, 2]
+        phases = self.phases + (self.freqs @ transform[:, :2, 2:]).squeeze(2)               # [N, C]
+        # Frequencies that the transform pushes beyond the band fade out before they alias.
+        spec = self.spec
+        amplitudes = 1 - (freqs.norm(dim=2) - spec.bandwidth) / (spec.sampling_rate / 2 - spec.bandwidth)
+        amplitudes = amplitudes.clamp(0, 1)                                                 # [N, C]
+
+        scale = 0.5 * spec.size / spec.sampling_rate
+        theta = torch.tensor([[[scale, 0, 0], [0, scale, 0]]], device=w.device, dtype=torch.float32)
+        grid = F.affine_grid(theta, [1, 1, spec.size, spec.size], align_corners=False)      # [1, H, W, 2]
+        x = grid.reshape(1, -1, 2) @ freqs.transpose(1, 2) + phases.unsqueeze(1)            # [N, H*W, C]
+        x = torch.sin(x * (2 * math.pi)) * amplitudes.unsqueeze(1)
+        x = x @ (self.weight / math.sqrt(spec.channels)).t()
+        return x.transpose(1, 2).reshape(-1, spec.channels, spec.size, spec.size)
+
+#----------------------------------------------------------------------------
+
+def design_lowpass_filter(num_taps: int, cutoff: float, width: float, sampling_rate: float,
+                          radial: bool = False) -> torch.Tensor | None:
+    """Kaiser low-pass filter (Karras et al. 2021, appendix C): [taps], radial [taps, taps], or None for one tap."""
+    if num_taps == 1:
+        return None
+    if not radial:
+        taps = scipy.signal.firwin(num_taps, cutoff, width=width, fs=sampling_rate)
+        return torch.as_tensor(taps, dtype=torch.float32)
+    # Jinc: the radially symmetric counterpart of the sinc, windowed by the outer product of the 1-D window.
+    x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
+    r = np.hypot(*np.meshgrid(x, x))
+    f = scipy.special.j1(2 * cutoff * (np.pi * r)) / (np.pi * r)
+    beta = scipy.signal.kaiser_beta(scipy.signal.kaiser_atten(num_taps, width / (sampling_rate / 2)))
+    window = np.kaiser(num_taps, beta)
+    f *= np.outer(window, window)
+    return torch.as_tensor(f / f.sum(), dtype=torch.float32)
+
+
+def modulated_conv2d(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
+                     input_gain: torch.Tensor) -> torch.Tensor:
+    """Convolution whose input channels are scaled per sample (Karras et al. 2020, equations 1-3).
+
+    The weights stay shared over the batch: inputs are scaled by the styles, outputs by the demodulation factors. Equal
+    to a grouped convolution with a weight per sample up to rounding, and several times faster.
+
+    Args:
+        x: [N, I, H, W].
+        weight: [O, I, k, k].
+        styles: [N, I].
+        demodulate: Give every output feature map unit expected variance.
+        padding: Zeros on every side.
+        input_gain: Scalar on the input, after demodulation was worked out.
+    """
+    if demodulate:
+        # Pre-normalisation keeps half precision in range; demodulation takes it out again. Where the range is no
+        # concern the weights stay as they are and their norm goes to the outputs, which are fewer.
+        norm = weight.square().mean(dim=[1, 2, 3]).rsqrt()                      # [O]
+        styles = styles * styles.square().mean().rsqrt()
+        energy = styles.square() @ weight.square().sum(dim=[2, 3]).t() * norm.square()
+        demodulation = (energy + 1e-8).rsqrt()                                  # [N, O]
+        if x.dtype == torch.float16:
+            weight = weight * norm[:, None, None, None]
+        else:
+            demodulation = demodulation * norm
+    scale = (styles * input_gain).to(x.dtype)
+    x = F.conv2d(x * scale[:, :, None, None], weight.to(x.dtype), padding=padding)
+    return x * demodulation.to(x.dtype)[:, :, None, None] if demodulate else x
+
+
+class SynthesisLayer(torch.nn.Module):
+    """Modulated convolution, then bias and leaky ReLU between an upsampling and a downsampling filter."""
+
+    def __init__(self, spec: LayerSpec, config: GeneratorConfig):
+        super().__init__()
+        self.spec = spec
+        self.conv_kernel = 1 if spec.is_torgb else config.conv_kernel
+        self.conv_clamp = config.conv_clamp
+        self.magnitude_ema_beta = config.magnitude_ema_beta
+        self.affine = FullyConnectedLayer(config.w_dim, spec.in_channels, bias_init=1)
+        kernel = self.conv_kernel
+        self.weight = torch.nn.Parameter(torch.randn([spec.out_channels, spec.in_channels, kernel, kernel]))
+        self.bias = torch.nn.Parameter(torch.zeros([spec.out_channels]))
+        self.register_buffer("magnitude_ema", torch.ones([]))
+
+        # The nonlinearity works at `rate`, high enough for the new frequencies it makes.
+        rate = max(spec.in_sampling_rate, spec.out_sampling_rate) * (1 if spec.is_torgb else config.lrelu_upsampling)
+        self.up, self.down = round(rate / spec.in_sampling_rate), round(rate / spec.out_sampling_rate)
+        up_taps = config.filter_size * self.up if self.up > 1 and not spec.is_torgb else 1
+        down_taps = config.filter_size * self.down if self.down > 1 and not spec.is_torgb else 1
+        self.register_buffer("up_filter", design_lowpass_filter(
+            up_taps, spec.in_cutoff, spec.in_half_width * 2, rate))
+        self.register_buffer("down_filter", design_lowpass_filter(
+            down_taps, spec.out_cutoff, spec.out_half_width * 2, rate,
+            radial=config.use_radial_filters and not spec.is_critically_sampled))
+
+        # Padding that turns in_size (grown by the convolution) into out_size; an odd rest goes to the far side.
+        total = (spec.out_size - 1) * self.down + 1 - (spec.in_size + kernel - 1) * self.up + up_taps + down_taps - 2
+        low = (total + self.up) // 2
+        self.padding = [low, total - low] * 2
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, force_fp32: bool = False,
+                update_magnitude_ema: bool = False) -> torch.Tensor:
+        """[N, in_channels, in_size, in_size], w [N, w_dim] -> [N, out_channels, out_size, out_size]."""
+        spec = self.spec
+        assert_shape(x, [None, spec.in_channels, spec.in_size, spec.in_size])
+        if update_magnitude_ema:
+            with torch.no_grad():
+                self.magnitude_ema.copy_(x.float().square().mean().lerp(self.magnitude_ema, self.magnitude_ema_beta))
+        styles = self.affine(w)
+        if spec.is_torgb:
+            styles = styles / math.sqrt(spec.in_channels * self.conv_kernel ** 2)
+        half = spec.use_fp16 and not force_fp32 and x.device.type == "cuda"
+        x = modulated_conv2d(x.to(torch.float16 if half else torch.float32), self.weight, styles,
+                             demodulate=not spec.is_torgb, padding=self.conv_kernel - 1,
+                             input_gain=self.magnitude_ema.rsqrt())
+        gain, slope = (1.0, 1.0) if spec.is_torgb else (math.sqrt(2), 0.2)
+        return filtered_lrelu(x, fu=self.up_filter, fd=self.down_filter, b=self.bias.to(x.dtype), up=self.up,
+                              down=self.down, padding=self.padding, gain=gain, slope=slope, clamp=self.conv_clamp)
+
+    def extra_repr(self) -> str:
+        return (f"{self.spec.name}, up={self.up}, down={self.down}, padding={self.padding}, "
+                f"critical={self.spec.is_critically_sampled}, fp16={self.spec.use_fp16}")
+
+#----------------------------------------------------------------------------
+
+class SynthesisNetwork(torch.nn.Module):
+    """ws -> image: the input, then the layers of the table in turn."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.num_ws = config.num_ws
+        self.output_scale = config.output_scale
+        self.layer_names = [spec.name for spec in config.layers]
+        self.input = SynthesisInput(config.input, config.w_dim)
+        for spec in config.layers:
+            setattr(self, spec.name, SynthesisLayer(spec, config))
+
+    def forward(self, ws: torch.Tensor, force_fp32: bool = False, update_magnitude_ema: bool = False) -> torch.Tensor:
+        """[N, num_ws, w_dim] -> float32 images [N, 3, R, R], about [-1, 1].
+
+        Args:
+            force_fp32: No half precision, also in layers that are marked for it.
+            update_magnitude_ema: Track the magnitudes of the layers' inputs. Nothing in training asks for it: with
+                projected discriminators it led to collapse (Sauer et al. 2022), so the gains stay at 1.
+        """
+        first, *rest = ws.float().unbind(dim=1)
+        x = self.input(first)
+        for name, w in zip(self.layer_names, rest, strict=True):
+            x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema)
+        return x.float() * self.output_scale
+
+#----------------------------------------------------------------------------
+
+class Generator(torch.nn.Module):
+    """Class-conditional StyleGAN-XL generator of any stage."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        self.z_dim, self.c_dim, self.w_dim, self.num_ws = config.z_dim, config.c_dim, config.w_dim, config.num_ws
+        self.img_resolution, self.img_channels = config.img_resolution, config.img_channels
+        self.synthesis = SynthesisNetwork(config)
+        self.mapping = MappingNetwork(config)
+
+    def forward(self, z: torch.Tensor, c: torch.Tensor | None, truncation_psi: float = 1.0,
+                truncation_cutoff: int | None = None, force_fp32: bool = False) -> torch.Tensor:
+        """z [N, z_dim], one-hot c [N, c_dim] -> images [N, 3, R, R], about [-1, 1]."""
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
+        return self.synthesis(ws, force_fp32=force_fp32)
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """All parameters of a stem; of a super-resolution stage those of the input and of the head.
+
+        A stage freezes the mapping with its embedding and the layers that it keeps (Sauer et al. 2022, section 3.3);
+        its input (`weight` and `affine`) trains on, as officially.
+        """
+        kept = self.config.layers[: self.config.num_frozen_layers]
+        if not kept:
+            return list(self.parameters())
+        frozen = tuple(f"synthesis.{spec.name}." for spec in kept) + ("mapping.",)
+        return [p for name, p in self.named_parameters() if not name.startswith(frozen)]
