@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes into each phase: latents, labels, augmentation numbers and real images.
 
-Every random number is a function of (seed, stream, position), where the position of a sample is the number of images shown
-before it. It does not matter which process draws it, in which micro-batch, or whether the run was restarted in between.
+Every random number is a function of (seed, stream, position), where the position of a sample is the number of images
+shown before it. It does not matter which process draws it, in which micro-batch, or whether the run was restarted.
 """
 from collections.abc import Iterator
 

@@ -83,11 +83,10 @@ class MappingNetwork(torch.nn.Module):
             truncation_cutoff: Only the first so many layers are pulled; None means all.
         """
         assert_shape(z, [None, self.z_dim])
-        x = unit_rms(z.float())
+        x = unit_rms(z.to(self.fc0.weight.dtype))
         if self.c_dim > 0:
             assert_shape(c, [None, self.c_dim])
-            y = self.embed_proj(self.embed(c.argmax(dim=1)))
-            x = torch.cat([x, unit_rms(y)], dim=1)
+            x = torch.cat([x, unit_rms(self.embed_proj(self.embed(c.argmax(dim=1))))], dim=1)
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)
         ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)       # [N, num_ws, w_dim]
@@ -150,7 +149,7 @@ class SynthesisInput(torch.nn.Module):
         amplitudes = amplitudes.clamp(0, 1)                                                 # [N, C]
 
         scale = 0.5 * spec.size / spec.sampling_rate
-        theta = torch.tensor([[[scale, 0, 0], [0, scale, 0]]], device=w.device, dtype=torch.float32)
+        theta = torch.tensor([[[scale, 0, 0], [0, scale, 0]]], device=w.device, dtype=w.dtype)
         grid = F.affine_grid(theta, [1, 1, spec.size, spec.size], align_corners=False)      # [1, H, W, 2]
         x = grid.reshape(1, -1, 2) @ freqs.transpose(1, 2) + phases.unsqueeze(1)            # [N, H*W, C]
         x = torch.sin(x * (2 * math.pi)) * amplitudes.unsqueeze(1)
@@ -251,7 +250,7 @@ class SynthesisLayer(torch.nn.Module):
         if spec.is_torgb:
             styles = styles / math.sqrt(spec.in_channels * self.conv_kernel ** 2)
         half = spec.use_fp16 and not force_fp32 and x.device.type == "cuda"
-        x = modulated_conv2d(x.to(torch.float16 if half else torch.float32), self.weight, styles,
+        x = modulated_conv2d(x.to(torch.float16 if half else self.weight.dtype), self.weight, styles,
                              demodulate=not spec.is_torgb, padding=self.conv_kernel - 1,
                              input_gain=self.magnitude_ema.rsqrt())
         gain, slope = (1.0, 1.0) if spec.is_torgb else (math.sqrt(2), 0.2)
@@ -277,18 +276,18 @@ class SynthesisNetwork(torch.nn.Module):
             setattr(self, spec.name, SynthesisLayer(spec, config))
 
     def forward(self, ws: torch.Tensor, force_fp32: bool = False, update_magnitude_ema: bool = False) -> torch.Tensor:
-        """[N, num_ws, w_dim] -> float32 images [N, 3, R, R], about [-1, 1].
+        """[N, num_ws, w_dim] -> images [N, 3, R, R], about [-1, 1].
 
         Args:
             force_fp32: No half precision, also in layers that are marked for it.
             update_magnitude_ema: Track the magnitudes of the layers' inputs. Nothing in training asks for it: with
                 projected discriminators it led to collapse (Sauer et al. 2022), so the gains stay at 1.
         """
-        first, *rest = ws.float().unbind(dim=1)
+        first, *rest = ws.to(self.input.weight.dtype).unbind(dim=1)
         x = self.input(first)
         for name, w in zip(self.layer_names, rest, strict=True):
             x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema)
-        return x.float() * self.output_scale
+        return x.to(self.input.weight.dtype) * self.output_scale
 
 #----------------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ class TrainingState:
                 raise UserError(f"--resume={label}: {len(wrong)} of {len(own)} tensors of {name} do not fit this run "
                                 f"(first: {wrong[0]}): use the same --cfg, widths, layers, resolution and --cond")
             module.load_state_dict(state)
-        same_D = (snapshot.get("D") is not None
-                  and from_dict(DiscriminatorConfig, snapshot["discriminator_config"]).backbones == self.D.config.backbones)
-        if same_D:
-            self.D.load_own_state_dict(snapshot["D"])
+        if snapshot.get("D") is not None:
+            theirs = from_dict(DiscriminatorConfig, snapshot["discriminator_config"])
+            if theirs == self.D.config:
+                self.D.load_own_state_dict(snapshot["D"])

@@ -65,7 +65,7 @@ def test_table_of_real_recipe(index, configs):
         assert (layer.down_filter is not None and layer.down_filter.ndim == 2) == row["radial_down"]
     head = [layer.name for layer in config.layers[config.num_frozen_layers:]]
     assert head == entry.get("head_layer_names", head)
-    unused_rows = 1000 - config.c_dim       # The official G holds the ImageNet table whatever the data, also without labels.
+    unused_rows = 1000 - config.c_dim       # The official G holds the ImageNet table whatever the data.
     assert count_parameters(G) + unused_rows * 320 == entry["params"]
 
 
