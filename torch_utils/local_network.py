@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small convolutional classifier that users train on their own images: features without any download.
+
+It serves as a backbone of the discriminator, as the network behind metrics, and as the classifier for guidance.
+A file is a .safetensors with the configuration as JSON in its header; reading one runs no code.
+"""
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from dnnlib import UserError
+from dnnlib.util import atomic_file, file_sha256
+
+FORMAT = "stylesan-xl/local-network/1"
+
+#----------------------------------------------------------------------------
+
+def local_config(num_classes: int, input_resolution: int = 32, widths: Sequence[int] = (32, 64, 128),
+                 class_names: Sequence[str] | None = None, in_channels: int = 3) -> dict[str, Any]:
+    """A checked configuration: plain values that go to JSON and back."""
+    widths = [int(width) for width in widths]
+    names = [str(i) for i in range(num_classes)] if class_names is None else [str(name) for name in class_names]
+    if num_classes < 1 or len(names) != num_classes:
+        raise UserError(f"local network: {num_classes} classes with {len(names)} names: give one name per class")
+    if not widths or min(widths) < 1:
+        raise UserError(f"local network: widths {widths}: give one positive width per stage, such as 32,64,128")
+    if input_resolution < 2 ** len(widths):
+        raise UserError(f"local network: {len(widths)} stages halve {input_resolution} pixels to less than one: "
+                        f"take a resolution of at least {2 ** len(widths)} or fewer widths")
+    return {"input_resolution": int(input_resolution), "widths": widths, "num_classes": int(num_classes),
+            "class_names": names, "in_channels": int(in_channels)}
+
+
+class LocalNet(torch.nn.Module):
+    """Stages of convolution 3x3 with stride 2, BatchNorm, ReLU; mean over positions; linear classifier.
+
+    Attributes:
+        config: What `local_config` returns.
+        metadata: Further texts from the file's header.
+        sha256: Of the file it was read from; None for a network that was not.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.config = local_config(**config)
+        self.metadata: dict[str, str] = {}
+        self.sha256: str | None = None
+        widths = self.config["widths"]
+        stages = []
+        for wide_in, wide_out in zip([self.config["in_channels"], *widths[:-1]], widths, strict=True):
+            conv = torch.nn.Conv2d(wide_in, wide_out, kernel_size=3, stride=2, padding=1, bias=False)
+            stages.append(torch.nn.Sequential(conv, torch.nn.BatchNorm2d(wide_out), torch.nn.ReLU()))
+        self.stages = torch.nn.ModuleList(stages)
+        self.classifier = torch.nn.Linear(widths[-1], self.config["num_classes"])
+
+    @property
+    def input_resolution(self) -> int:
+        """Side of the images that `maps`, `embed` and `logits` take."""
+        return self.config["input_resolution"]
+
+    @property
+    def embed_dim(self) -> int:
+        """D of `embed`."""
+        return self.config["widths"][-1]
+
+    @property
+    def num_classes(self) -> int:
+        """Width of `logits`."""
+        return self.config["num_classes"]
+
+    @property
+    def class_names(self) -> list[str]:
+        """One per class."""
+        return self.config["class_names"]
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, 3, H, W] -> float in [-1, 1], resized to the input resolution."""
+        return self.prepare_float(images.to(torch.float32) / 127.5 - 1)
+
+    def prepare_float(self, images: torch.Tensor) -> torch.Tensor:
+        """float [N, 3, H, W] in [-1, 1] -> resized to the input resolution.
+
+        Bilinear without antialiasing; differentiable.
+        """
+        size = (self.input_resolution, self.input_resolution)
+        if images.shape[2:] == size:
+            return images
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """One map per stage, shallowest first: [N, widths[i], R / 2^(i+1), R / 2^(i+1)], from prepared images."""
+        outputs = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return outputs
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean of the last map over its positions, [N, D], from prepared images."""
+        return self.maps(x)[-1].mean(dim=(2, 3))
+
+    def embed_and_logits(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedding [N, D] and logits [N, num_classes] with one pass over prepared images."""
+        h = self.embed(x)
+        return h, self.classifier(h)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, num_classes], from prepared images."""
+        return self.embed_and_logits(x)[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits."""
+        return self.logits(x)
+
+#----------------------------------------------------------------------------
+
+def save_local_network(path: str | os.PathLike, net: LocalNet, metadata: dict[str, str] | None = None) -> str:
+    """Write a network, atomically. The same network and metadata give the same bytes.
+
+    Args:
+        path: File, by custom *.safetensors.
+        net: The network.
+        metadata: Further texts for the header, such as where the data came from.
+
+    Returns:
+        SHA-256 of the file.
+    """
+    header = {**(metadata or {}), "format": FORMAT, "config": json.dumps(net.config, sort_keys=True)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    with atomic_file(path) as f:
+        f.write(safetensors.torch.save(tensors, metadata=header))
+    return file_sha256(path)
+
+
+def load_local_network(path: str | os.PathLike) -> LocalNet:
+    """Read a network: on the CPU, in eval mode, frozen.
+
+    Raises:
+        UserError: no such file; damaged; not a local network.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file: train one with python -m training.feature_networks.train")
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            header = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}   # noqa: SIM118 (it is no dict)
+    except (safetensors.SafetensorError, OSError, ValueError) as err:
+        raise UserError(f"{path}: damaged or cut off (size {os.path.getsize(path)} bytes): "
+                        "copy it again or train it again") from err
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path}: expected a file of format {FORMAT!r}, found {header.get('format')!r}: "
+                        "name a file that python -m training.feature_networks.train wrote")
+    try:
+        net = LocalNet(json.loads(header["config"]))
+        net.load_state_dict(tensors)
+    except (UserError, KeyError, TypeError, ValueError, RuntimeError) as err:
+        raise UserError(f"{path}: damaged: its configuration and its tensors do not agree: train it again") from err
+    net.metadata = {key: value for key, value in header.items() if key not in ("format", "config")}
+    net.sha256 = file_sha256(path)
+    return net.eval().requires_grad_(False)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The projected discriminator (Sauer et al., NeurIPS 2021; StyleGAN-XL, SIGGRAPH 2022) with SAN heads.
+
+Image -> per backbone: DiffAugment, frozen backbone, frozen random projections -> trainable heads on four scales.
+The frozen part has no state that moves, so real and generated images may share a batch there; the heads hold BatchNorm
+and must see them in separate forwards.
+"""
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+
+import torch
+
+from dnnlib import UserError
+from dnnlib.util import list_some
+from torch_utils.misc import assert_shape
+from training.config import DiscriminatorConfig
+from training.diffaug import NUM_UNIFORMS, POLICIES, diff_augment
+from training.discriminators.heads import MultiScaleD
+from training.discriminators.projector import FeatureFusion, Reassembly, seeded
+from training.discriminators.san import SanMixin, SanOutput
+from training.feature_networks.backbones import Backbone, warm_up_batch_norm
+from training.feature_networks.registry import load_backbone
+
+Features = dict[str, list[torch.Tensor]]    # Key of the backbone -> mixed maps, shallowest first.
+
+#----------------------------------------------------------------------------
+
+def module_keys(names: Sequence[str]) -> list[str]:
+    """Names under which backbones are filed in state dicts: unique, without dots or folders.
+
+    A path gives its stem, so that a snapshot can be read where the same file lies elsewhere.
+    """
+    keys: list[str] = []
+    for name in names:
+        stem = PurePath(name).stem if name.endswith(".safetensors") else name
+        key = base = re.sub(r"\W", "_", stem)
+        number = 2
+        while key in keys:
+            key, number = f"{base}_{number}", number + 1
+        keys.append(key)
+    return keys
+
+
+class FeatureNetwork(torch.nn.Module):
+    """The frozen part for one backbone. Names in the state dict are official but for the backbone's own."""
+
+    def __init__(self, backbone: Backbone, proj_channels: int):
+        super().__init__()
+        self.backbone = backbone
+        channels, sizes = backbone.channels, backbone.map_sizes
+        if backbone.isotropic:
+            self.pretrained = Reassembly(channels[-1])
+            channels, sizes = self.pretrained.out_channels, self.pretrained.out_sizes(sizes)
+        self.scratch = FeatureFusion(channels, proj_channels)
+        self.out_channels = self.scratch.out_channels
+        self.out_sizes = self.scratch.out_sizes(sizes)      # For images of the backbone's input size.
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """[N, 3, R, R] in [-1, 1] -> mixed maps, shallowest first."""
+        maps = self.backbone.maps(self.backbone.preprocess(images))
+        return self.scratch(self.pretrained(maps) if self.backbone.isotropic else maps)
+
+#----------------------------------------------------------------------------
+
+class ProjectedDiscriminator(torch.nn.Module):
+    """Logits of real against generated, one vector per backbone.
+
+    The heads' architecture depends on the backbones' input sizes and not on `config.img_resolution`: larger images give
+    larger maps of logits.
+
+    Args:
+        config: The settings.
+        backbones: Ready-made backbones by their names in `config.backbones`; the others are loaded by name.
+        weights: Folders with published weights, looked into first.
+    """
+
+    def __init__(self, config: DiscriminatorConfig, backbones: Mapping[str, Backbone] | None = None,
+                 weights: Sequence[str] = ()):
+        super().__init__()
+        if not config.backbones:
+            raise UserError("backbones: none given: name at least one")
+        if unknown := sorted(set(config.diffaug) - set(POLICIES)):
+            raise UserError(f"diffaug: unknown augmentation {unknown[0]!r}: choose from {', '.join(POLICIES)}")
+        self.config = config
+        self.keys = module_keys(config.backbones)
+        self.feature_networks = torch.nn.ModuleDict()
+        self.discriminators = torch.nn.ModuleDict()
+        for i, (key, name) in enumerate(zip(self.keys, config.backbones, strict=True)):
+            backbone = backbones[name] if backbones and name in backbones else load_backbone(name, weights)
+            if config.bn_warmup:
+                warm_up_batch_norm(backbone)
+            with seeded(config.seed, f"projection {i}"):
+                network = FeatureNetwork(backbone, config.proj_channels)
+            self.feature_networks[key] = network
+            self.discriminators[key] = MultiScaleD(network.out_channels, network.out_sizes, config.c_dim,
+                                                   config.cmap_dim, config.max_channels, config.san)
+
+    #------------------------------------------------------------------------
+    # Frozen part.
+
+    def features(self, img: torch.Tensor, augment: torch.Tensor | None = None) -> Features:
+        """Mixed feature maps per backbone.
+
+        Args:
+            img: [N, 3, R, R] in [-1, 1]; gradients pass through to it.
+            augment: Uniform numbers in [0, 1), [num_backbones, N, NUM_UNIFORMS]: each backbone has its own DiffAugment.
+                None for no augmentation.
+        """
+        assert_shape(img, [None, 3, None, None])
+        if augment is not None:
+            assert_shape(augment, [len(self.keys), img.shape[0], NUM_UNIFORMS])
+        features: Features = {}
+        for i, (key, network) in enumerate(self.feature_networks.items()):
+            x = img if augment is None else diff_augment(img, self.config.diffaug, augment[i])
+            features[key] = network(x)
+        return features
+
+    @staticmethod
+    def split_batch(features: Features, sizes: Sequence[int]) -> list[Features]:
+        """Undo a concatenation along the batch: features of sum(sizes) images -> one set per size."""
+        parts = {key: [x.split(list(sizes)) for x in maps] for key, maps in features.items()}
+        return [{key: [split[i] for split in maps] for key, maps in parts.items()} for i in range(len(sizes))]
+
+    #------------------------------------------------------------------------
+    # Heads.
+
+    def heads(self, features: Features, c: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [N, L] per backbone; `c` one-hot [N, c_dim]."""
+        self._check_labels(c)
+        return [disc(features[key], c) for key, disc in self.discriminators.items()]
+
+    def heads_san(self, features: Features, c: torch.Tensor) -> list[SanOutput]:
+        """Both outputs of the discriminator step per backbone, each [N, L]; `c` one-hot [N, c_dim]."""
+        self._check_labels(c)
+        return [disc.san(features[key], c) for key, disc in self.discriminators.items()]
+
+    def forward(self, img: torch.Tensor, c: torch.Tensor, augment: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Logits [N, L] per backbone: generator step and inference. Arguments as in `features` and `heads`."""
+        return self.heads(self.features(img, augment), c)
+
+    def san(self, img: torch.Tensor, c: torch.Tensor, augment: torch.Tensor | None = None) -> list[SanOutput]:
+        """Both outputs per backbone: discriminator step. Arguments as in `features` and `heads`."""
+        return self.heads_san(self.features(img, augment), c)
+
+    def _check_labels(self, c: torch.Tensor) -> None:
+        assert_shape(c, [None, self.config.c_dim])
+
+    #------------------------------------------------------------------------
+    # State.
+
+    def project_(self) -> None:
+        """Bring the directions of all SAN layers back to unit norm: after every optimiser step."""
+        for module in self.modules():
+            if isinstance(module, SanMixin):
+                module.project_()
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """Those of the heads."""
+        return list(self.discriminators.parameters())
+
+    def backbone_info(self) -> dict[str, dict[str, str | None]]:
+        """Key -> name, source and SHA-256 of each backbone, whose tensors snapshots do not hold."""
+        backbones = {key: network.backbone for key, network in self.feature_networks.items()}
+        return {key: {"name": b.name, "source": b.source, "sha256": b.sha256} for key, b in backbones.items()}
+
+    def _own(self) -> dict[str, torch.Tensor]:
+        skipped = tuple(f"feature_networks.{key}.backbone." for key in self.keys)
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(skipped)}
+
+    def own_state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything but the backbones' tensors, under official names: heads, projections, reassembly."""
+        return self._own()
+
+    def load_own_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Read what `own_state_dict` gave; all of it must be there and fit.
+
+        Raises:
+            UserError: missing or unknown tensors, other shapes.
+        """
+        own = self._own()
+        if missing := sorted(set(own) - set(state)):
+            raise UserError(f"discriminator: the snapshot lacks {list_some(missing, 3)}: its backbones, c_dim or san "
+                            f"differ from this run's ({', '.join(self.config.backbones)}; c_dim {self.config.c_dim})")
+        if unknown := sorted(set(state) - set(own)):
+            raise UserError(f"discriminator: the snapshot has unknown tensors {list_some(unknown, 3)}: its backbones, "
+                            f"c_dim or san differ from this run's ({', '.join(self.config.backbones)}; "
+                            f"c_dim {self.config.c_dim})")
+        wrong = [f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
+                 for name in own if state[name].shape != own[name].shape]
+        if wrong:
+            raise UserError(f"discriminator: shapes in the snapshot do not fit: {list_some(wrong, 3)}: "
+                            "take the snapshot's own settings (c_dim, cmap_dim, proj_channels, max_channels)")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Last layers for slicing adversarial networks: SAN (Takida et al., ICLR 2024).
+
+A last linear map w is held as a direction w/|w| (unit norm per output row) and a trainable scale. The discriminator
+step asks for two outputs of equal value, `scale * <direction, h>`, that differ in what they train:
+
+* `fun = scale * <stop(direction), h>` trains features and scale; it goes with the base loss (here hinge);
+* `dir = stop(scale) * <direction, stop(h)>` trains the direction; it goes with the Wasserstein objective.
+
+The plain layers at the end have the same interface and no direction objective: for training without SAN.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+NORM_EPS = 1e-12    # Keeps an all-zero row finite; any row of sensible size is untouched.
+
+#----------------------------------------------------------------------------
+
+class SanOutput(NamedTuple):
+    """The two outputs of a discriminator step: equal values, different gradients."""
+
+    fun: torch.Tensor   # Gradients reach features and scale, never the direction.
+    dir: torch.Tensor   # Gradients reach the direction, never features or scale.
+
+
+class SanMixin:
+    """What every SAN layer has: `weight` with one unit row per output along axis 0, and `scale`, one per row.
+
+    A layer that mixes this in is a module with the parameters `weight` and `scale`, and calls `_split_norm_` on a
+    freshly drawn weight.
+    """
+
+    weight: torch.nn.Parameter
+    scale: torch.nn.Parameter
+
+    def row_norms(self) -> torch.Tensor:
+        """Norms of the stored rows, shaped to divide `weight`: [out, 1, ...]."""
+        rows = self.weight.flatten(1)
+        norms = rows.square().sum(dim=1).sqrt().clamp_min(NORM_EPS)
+        return norms.reshape([-1] + [1] * (self.weight.ndim - 1))
+
+    def direction(self) -> torch.Tensor:
+        """w/|w|, of the shape of `weight`."""
+        return self.weight / self.row_norms()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Bring the stored rows back to unit norm: after every optimiser step. The layer's function stays the same."""
+        self.weight.copy_(self.direction())
+
+    @torch.no_grad()
+    def _split_norm_(self) -> None:
+        """scale := norm of the drawn weight, weight := its direction."""
+        self.scale.copy_(self.row_norms().reshape(self.scale.shape))
+        self.project_()
+
+#----------------------------------------------------------------------------
+
+class _SanLinearMap(SanMixin, torch.nn.Module):
+    """What linear and convolutional layers share. A bias, where there is one, is added to the input:
+    so the output stays an inner product with the direction."""
+
+    def __init__(self, weight_shape: tuple[int, ...], bias: bool):
+        super().__init__()
+        out_features, in_features = weight_shape[:2]
+        fan_in = math.prod(weight_shape[1:])
+        bound = 1 / math.sqrt(fan_in)       # The usual initialisation of linear and convolutional layers in PyTorch.
+        self.weight = torch.nn.Parameter(torch.empty(weight_shape).uniform_(-bound, bound))
+        self.scale = torch.nn.Parameter(torch.empty(out_features))
+        self.bias = torch.nn.Parameter(torch.zeros(in_features)) if bias else None
+        self._split_norm_()
+
+    def _apply_map(self, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        """<direction, x> per output row and position."""
+        raise NotImplementedError
+
+    def _along_channels(self, vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """[C] -> [1, C, 1, ...] with the number of axes of `like`."""
+        return vector.reshape([1, -1] + [1] * (like.ndim - 2))
+
+    def _shifted(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.bias is None else x + self._along_channels(self.bias, x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """scale * <w/|w|, x + bias>: the generator step and inference.
+
+        Args:
+            x: [N, in_features] or [N, in_channels, ...].
+        """
+        y = self._apply_map(self._shifted(x), self.direction())
+        return y * self._along_channels(self.scale, y)
+
+    def san(self, x: torch.Tensor) -> SanOutput:
+        """Both outputs of the discriminator step; `x` as in `forward`."""
+        h, direction = self._shifted(x), self.direction()
+        fun = self._apply_map(h, direction.detach())
+        along = self._apply_map(h.detach(), direction)
+        scale = self._along_channels(self.scale, fun)
+        return SanOutput(fun * scale, along * scale.detach())
+
+
+class SanLinear(_SanLinearMap):
+    """[N, in_features] -> [N, out_features]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__((out_features, in_features), bias)
+
+    def _apply_map(self, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, direction)
+
+
+class SanConv1d(_SanLinearMap):
+    """[N, in_channels, L] -> [N, out_channels, L']."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
+                 bias: bool = True):
+        super().__init__((out_channels, in_channels, kernel_size), bias)
+        self.stride, self.padding = stride, padding
+
+    def _apply_map(self, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        return F.conv1d(x, direction, stride=self.stride, padding=self.padding)
+
+
+class SanConv2d(_SanLinearMap):
+    """[N, in_channels, H, W] -> [N, out_channels, H', W']; the norm is over input channels and taps."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
+                 bias: bool = True):
+        super().__init__((out_channels, in_channels, kernel_size, kernel_size), bias)
+        self.stride, self.padding = stride, padding
+
+    def _apply_map(self, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, direction, stride=self.stride, padding=self.padding)
+
+
+class SanEmbedding(SanMixin, torch.nn.Module):
+    """Class number -> last linear map of a conditional discriminator: one direction and one scale per class.
+
+    The inner product with the features is the caller's: `<fun, h>` and `<dir, stop(h)>`.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(num_embeddings, embedding_dim))
+        self.scale = torch.nn.Parameter(torch.empty(num_embeddings, 1))
+        self._split_norm_()
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        """int64 [N] -> scale * direction, [N, embedding_dim]."""
+        return F.embedding(index, self.direction() * self.scale)
+
+    def san(self, index: torch.Tensor) -> SanOutput:
+        """int64 [N] -> the map that trains the scale and the map that trains the direction, each [N, embedding_dim]."""
+        direction, scale = F.embedding(index, self.direction()), F.embedding(index, self.scale)
+        return SanOutput(direction.detach() * scale, direction * scale.detach())
+
+#----------------------------------------------------------------------------
+# The same interface without SAN.
+
+class PlainConv2d(torch.nn.Conv2d):
+    """An ordinary convolution. It has no direction objective: `san(x).dir` is zero."""
+
+    def san(self, x: torch.Tensor) -> SanOutput:
+        """Args: x [N, in_channels, H, W]."""
+        y = self(x)
+        return SanOutput(y, torch.zeros_like(y))
+
+
+class PlainEmbedding(torch.nn.Embedding):
+    """An ordinary table of class vectors. It has no direction objective: `san(index).dir` is zero."""
+
+    def san(self, index: torch.Tensor) -> SanOutput:
+        """Args: index int64 [N]."""
+        row = self(index)
+        return SanOutput(row, torch.zeros_like(row))

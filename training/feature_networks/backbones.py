@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen feature networks behind one interface: timm's convolutional pyramids and transformers, and local networks."""
+import timm.models
+import torch
+import torch.nn.functional as F
+
+from dnnlib import UserError
+from torch_utils.local_network import LocalNet
+
+NUM_MAPS = 4                # Maps taken from a timm model, the deepest ones; fewer if it has fewer.
+BN_WARMUP_SIZE = 256
+
+#----------------------------------------------------------------------------
+
+class Backbone(torch.nn.Module):
+    """A frozen network that turns images into a pyramid of feature maps. It stays in eval mode whatever it is told.
+
+    Attributes:
+        name: As the user wrote it.
+        net: The network itself; its state dict has its own library's keys.
+        channels: Of the maps, shallowest first.
+        map_sizes: Sides of the maps for images of `input_size`.
+        input_size: Side of the images it was made for.
+        always_resize: Whether images of every other size are resized to it; if not, only smaller ones are.
+        isotropic: All maps have one size (transformers); a pyramid is made of them later.
+        sha256: Of the weights file; None where there is none (random weights).
+        source: Where the weights came from.
+    """
+
+    def __init__(self, name: str, net: torch.nn.Module, input_size: int, always_resize: bool,
+                 mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.name = name
+        self.net = net.requires_grad_(False)
+        self.input_size = input_size
+        self.always_resize = always_resize
+        self.isotropic = False
+        self.sha256: str | None = None
+        self.source = "given"
+        self.channels: list[int] = []
+        self.map_sizes: list[int] = []
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stay in eval mode: BatchNorm statistics of a frozen network must not move."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def probe(self) -> "Backbone":
+        """Read off channels and sizes of the maps from one image of zeros."""
+        maps = self._maps(torch.zeros(1, 3, self.input_size, self.input_size))
+        if any(x.ndim != 4 or x.shape[2] != x.shape[3] for x in maps):
+            raise UserError(f"backbone {self.name}: gives maps of shapes {[list(x.shape) for x in maps]}, "
+                            "square [N, C, H, W] needed: choose another model")
+        self.channels = [x.shape[1] for x in maps]
+        self.map_sizes = [x.shape[2] for x in maps]
+        return self
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, R, R] in [-1, 1] -> what `maps` takes: to [0, 1], mean and std, bilinear resize where needed."""
+        x = ((images + 1) / 2 - self.mean) / self.std
+        if x.shape[-1] < self.input_size or (self.always_resize and x.shape[-1] != self.input_size):
+            x = F.interpolate(x, size=self.input_size, mode="bilinear", align_corners=False)
+        return x
+
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps [N, channels[i], h_i, w_i] of preprocessed images, shallowest first."""
+        maps = self._maps(x)
+        shapes = [(y.shape[1], y.shape[2] if x.shape[2] == self.input_size else None) for y in maps]
+        expected = [(c, s if x.shape[2] == self.input_size else None)
+                    for c, s in zip(self.channels, self.map_sizes, strict=True)]
+        assert shapes == expected, f"backbone {self.name}: maps (channels, side) {shapes}, expected {expected}"
+        return maps
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """Last map averaged over positions, [N, channels[-1]], of preprocessed images."""
+        return self.maps(x)[-1].mean(dim=(2, 3))
+
+    def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        raise NotImplementedError
+
+
+class TimmBackbone(Backbone):
+    """A model of timm. Maps are its deepest stages; of a transformer, activations after evenly spaced blocks without
+    the leading tokens and without the final normalisation (of 12 blocks: 2, 5, 8 and 11)."""
+
+    def __init__(self, name: str, net: torch.nn.Module):
+        cfg = net.pretrained_cfg
+        reductions = [info["reduction"] for info in getattr(net, "feature_info", [])]
+        if not reductions or not hasattr(net, "forward_intermediates"):
+            raise UserError(f"backbone {name}: this model of timm gives no feature maps: choose another model")
+        isotropic = len(reductions) > 1 and len(set(reductions)) == 1
+        super().__init__(name, net, input_size=cfg["input_size"][-1], mean=cfg["mean"], std=cfg["std"],
+                         always_resize=isotropic or bool(cfg.get("fixed_input_size")))
+        self.isotropic = isotropic
+        depth = len(reductions)
+        if isotropic:
+            self.indices = [depth * (i + 1) // NUM_MAPS - 1 for i in range(NUM_MAPS)]
+        else:
+            self.indices = list(range(max(depth - NUM_MAPS, 0), depth))
+        self.probe()
+
+    def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return self.net.forward_intermediates(x, indices=self.indices, intermediates_only=True, output_fmt="NCHW")
+
+
+class LocalBackbone(Backbone):
+    """A network that the user trained; always at its own resolution."""
+
+    def __init__(self, name: str, net: LocalNet):
+        half = (0.5, 0.5, 0.5)              # Its images are in [-1, 1].
+        super().__init__(name, net, input_size=net.input_resolution, always_resize=True, mean=half, std=half)
+        self.sha256 = net.sha256
+        self.probe()
+
+    def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return self.net.maps(x)
+
+#----------------------------------------------------------------------------
+
+@torch.no_grad()
+def warm_up_batch_norm(backbone: Backbone) -> bool:
+    """The official construction-time step: one image of zeros through an EfficientNet in training mode.
+
+    It was meant to read off channel counts, but it moves the running statistics of every BatchNorm once (momentum 0.1),
+    and the published results were made with features of that network. Done for timm's EfficientNets and nothing else.
+
+    Returns:
+        Whether this backbone is one to which it applies.
+    """
+    if not isinstance(backbone.net, timm.models.EfficientNet):
+        return False
+    backbone.net.train()
+    backbone.net(torch.zeros(1, 3, BN_WARMUP_SIZE, BN_WARMUP_SIZE, device=backbone.mean.device))
+    backbone.net.eval()
+    return True
