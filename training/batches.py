@@ -4,6 +4,7 @@
 Every random number is a function of (seed, stream, position), where the position of a sample is the number of images
 shown before it. It does not matter which process draws it, in which micro-batch, or whether the run was restarted.
 """
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -38,12 +39,18 @@ class BatchSource:
         self.num_backbones, self.device, self.augment = num_backbones, device, augment
         self.batch_gpu, self.rank, self.world_size = batch_gpu, rank, world_size
         self.num_micro_batches = batch // (batch_gpu * world_size)
+        self._waited = 0.0
 
     def micro_batches(self, phase: Phase, cur_nimg: int) -> Iterator[MicroBatch]:
         """This process's share of the iteration that begins at image `cur_nimg`."""
         for k in range(self.num_micro_batches):
             first = cur_nimg + (k * self.world_size + self.rank) * self.batch_gpu
             yield self._micro_batch(phase, np.arange(first, first + self.batch_gpu))
+
+    def wait_seconds(self) -> float:
+        """Time spent waiting for real images since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def _micro_batch(self, phase: Phase, positions: np.ndarray) -> MicroBatch:
         name, config = phase.name, self.G.config
@@ -53,7 +60,9 @@ class BatchSource:
             "augment_fake": self._augmentation(f"augment/{name}/fake", positions),
         }
         if phase.uses_real_images:
+            started = time.perf_counter()
             images, labels = next(self.real_images)
+            self._waited += time.perf_counter() - started
             images = images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
             content |= {"real_img": images, "real_c": self._one_hot(labels),
                         "augment_real": self._augmentation(f"augment/{name}/real", positions)}

@@ -32,6 +32,8 @@ class LayerSpec:
     is_torgb: bool
     is_critically_sampled: bool
     use_fp16: bool                  # On CUDA devices; elsewhere everything is float32.
+    conv_kernel: int = 3            # 3 for config T, 1 for config R and ToRGB. A stage may mix both kinds.
+    use_radial_filters: bool = False    # Config R: radial downsampling, but not at critically sampled layers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +59,13 @@ class GeneratorConfig:
     w_dim: int = 512
     mapping_layers: int = 2
     embed_dim: int = 320            # Width of the class-embedding table; ignored when unconditional.
-    conv_kernel: int = 3            # 3 for config T, 1 for config R.
-    use_radial_filters: bool = False
     filter_size: int = 6            # Taps per step of the sampling rate.
     lrelu_upsampling: int = 2
     conv_clamp: float | None = 256
     magnitude_ema_beta: float = 0.999
     output_scale: float = 0.25
     margin_size: int = 10           # Needed again when a super-resolution stage is grown.
-    channel_base: int = 65536
+    channel_base: int = 65536       # Of the layers that this stage added, and of the next one's.
     channel_max: int = 1024
     num_frozen_layers: int = 0      # Leading L* layers that a super-resolution stage keeps from its stem, frozen.
 
@@ -137,7 +137,6 @@ class DataConfig:
 class TrainConfig:
     """A whole run, as printed and saved in training_options.json."""
 
-    outdir: str
     data: DataConfig
     generator: GeneratorConfig
     discriminator: DiscriminatorConfig
@@ -154,6 +153,7 @@ class TrainConfig:
     resume: str | None = None
     seed: int = 0
     fp32: bool = False
+    cudnn_benchmark: bool = True
     restart_every: int = 0          # Seconds after which the run saves and exits; 0 means never.
 
 #----------------------------------------------------------------------------

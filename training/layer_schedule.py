@@ -53,7 +53,7 @@ def _bands(first_cutoff: float, first_stopband: float, num_layers: int, resoluti
 
 
 def _layers(bands: _Bands, num_layers: int, resolution: int, img_channels: int, first_index: int,
-            before: LayerSpec | None) -> tuple[LayerSpec, ...]:
+            before: LayerSpec | None, rotation: bool) -> tuple[LayerSpec, ...]:
     """One LayerSpec per layer; `before` is the kept layer in front of the first one, if any."""
     layers = []
     for i in range(num_layers + 1):
@@ -75,13 +75,15 @@ def _layers(bands: _Bands, num_layers: int, resolution: int, img_channels: int, 
             is_torgb=i == num_layers,
             is_critically_sampled=i >= num_layers - NUM_CRITICAL,
             use_fp16=bool(bands.rates[i] * 2 ** NUM_FP16_RES > resolution),
+            conv_kernel=1 if rotation or i == num_layers else 3,
+            use_radial_filters=rotation,
         ))
     return tuple(layers)
 
 #----------------------------------------------------------------------------
 
 def stem_config(img_resolution: int, num_layers: int, channel_base: int, channel_max: int, margin_size: int = 10,
-                **settings) -> GeneratorConfig:
+                rotation: bool = False, **settings) -> GeneratorConfig:
     """Configuration of a first-stage generator.
 
     Args:
@@ -89,14 +91,15 @@ def stem_config(img_resolution: int, num_layers: int, channel_base: int, channel
         num_layers: Layers without ToRGB (`--syn_layers`), at least 3.
         channel_base, channel_max: A layer has min(channel_base / 2 / cutoff, channel_max) channels.
         margin_size: Extra pixels on every side of the feature maps.
-        settings: Further fields of GeneratorConfig (c_dim, conv_kernel, ...).
+        rotation: Layers of config R (1x1 convolutions, radial filters) instead of T.
+        settings: Further fields of GeneratorConfig (c_dim, w_dim, ...).
     """
     if img_resolution < 8 or img_resolution & (img_resolution - 1):
         raise UserError(f"resolution {img_resolution}: must be a power of two of at least 8")
     if num_layers <= NUM_CRITICAL:
         raise UserError(f"--syn_layers={num_layers}: at least {NUM_CRITICAL + 1} layers are needed")
     bands = _bands(FIRST_CUTOFF, FIRST_STOPBAND, num_layers, img_resolution, channel_base, channel_max, margin_size)
-    layers = _layers(bands, num_layers, img_resolution, settings.get("img_channels", 3), first_index=0, before=None)
+    layers = _layers(bands, num_layers, img_resolution, settings.get("img_channels", 3), 0, None, rotation)
     first = InputSpec(int(bands.channels[0]), int(bands.sizes[0]), float(bands.rates[0]), float(bands.cutoffs[0]))
     return GeneratorConfig(img_resolution=img_resolution, input=first, layers=layers, margin_size=margin_size,
                            channel_base=channel_base, channel_max=channel_max, **settings)
@@ -107,22 +110,35 @@ def kept_layers(stem: GeneratorConfig) -> tuple[LayerSpec, ...]:
     return tuple(layer for layer in stem.layers if not layer.is_critically_sampled)
 
 
-def superres_config(stem: GeneratorConfig, up_factor: int, head_layers: int) -> GeneratorConfig:
+def is_rotation(config: GeneratorConfig) -> bool:
+    """Whether the layers that a stage added last are of config R."""
+    return config.layers[-1].use_radial_filters
+
+
+def superres_config(stem: GeneratorConfig, up_factor: int, head_layers: int,
+                    rotation: bool | None = None) -> GeneratorConfig:
     """Configuration of the super-resolution stage grown on `stem`.
 
     Args:
         up_factor: New resolution over the stem's: 2, 4, 8 or 16.
         head_layers: Layers appended before ToRGB (`--head_layers`), at least 3.
+        rotation: Head of config R (True) or T (False); None: like the stem. Widths follow the rule that R is twice as
+            wide as T.
     """
     if up_factor not in UP_FACTORS:
         raise UserError(f"--up_factor={up_factor}: choose from {', '.join(map(str, UP_FACTORS))}")
     if head_layers <= NUM_CRITICAL:
         raise UserError(f"--head_layers={head_layers}: at least {NUM_CRITICAL + 1} layers are needed")
+    was_rotation = is_rotation(stem)
+    rotation = was_rotation if rotation is None else rotation
+    widen = 2.0 ** (int(rotation) - int(was_rotation))
+    channel_base, channel_max = int(stem.channel_base * widen), int(stem.channel_max * widen)
     kept = kept_layers(stem)
     last = kept[-1]
     resolution = stem.img_resolution * up_factor
-    bands = _bands(last.out_cutoff, last.out_cutoff + last.out_half_width, head_layers, resolution, stem.channel_base,
-                   stem.channel_max, stem.margin_size, last.out_sampling_rate, last.out_channels)
+    bands = _bands(last.out_cutoff, last.out_cutoff + last.out_half_width, head_layers, resolution, channel_base,
+                   channel_max, stem.margin_size, last.out_sampling_rate, last.out_channels)
     # Names count on from len(kept) + 1: officially one index is skipped, once.
-    head = _layers(bands, head_layers, resolution, stem.img_channels, first_index=len(kept) + 1, before=last)
-    return dataclasses.replace(stem, img_resolution=resolution, layers=kept + head, num_frozen_layers=len(kept))
+    head = _layers(bands, head_layers, resolution, stem.img_channels, len(kept) + 1, last, rotation)
+    return dataclasses.replace(stem, img_resolution=resolution, layers=kept + head, num_frozen_layers=len(kept),
+                               channel_base=channel_base, channel_max=channel_max)

@@ -213,7 +213,7 @@ class SynthesisLayer(torch.nn.Module):
     def __init__(self, spec: LayerSpec, config: GeneratorConfig):
         super().__init__()
         self.spec = spec
-        self.conv_kernel = 1 if spec.is_torgb else config.conv_kernel
+        self.conv_kernel = spec.conv_kernel
         self.conv_clamp = config.conv_clamp
         self.magnitude_ema_beta = config.magnitude_ema_beta
         self.affine = FullyConnectedLayer(config.w_dim, spec.in_channels, bias_init=1)
@@ -231,7 +231,7 @@ class SynthesisLayer(torch.nn.Module):
             up_taps, spec.in_cutoff, spec.in_half_width * 2, rate))
         self.register_buffer("down_filter", design_lowpass_filter(
             down_taps, spec.out_cutoff, spec.out_half_width * 2, rate,
-            radial=config.use_radial_filters and not spec.is_critically_sampled))
+            radial=spec.use_radial_filters and not spec.is_critically_sampled))
 
         # Padding that turns in_size (grown by the convolution) into out_size; an odd rest goes to the far side.
         total = (spec.out_size - 1) * self.down + 1 - (spec.in_size + kernel - 1) * self.up + up_taps + down_taps - 2

@@ -26,12 +26,11 @@ def config_of(name: str):
     if entry["kind"] == "superres":
         return superres_config(config_of(entry["stem"]), entry["up_factor"], entry["head_layers"])
     args = entry["args"]
-    radial = entry["cfg"] == "r"
     return stem_config(args["img_resolution"], args["num_layers"], args["channel_base"], args["channel_max"],
                        z_dim=args["z_dim"], w_dim=args["w_dim"], c_dim=entry["c_dim"],
                        embed_dim=args["embedding"][1], mapping_layers=args["mapping_layers"],
                        magnitude_ema_beta=args["magnitude_ema_beta"],
-                       conv_kernel=1 if radial else 3, use_radial_filters=radial)
+                       rotation=entry["cfg"] == "r")
 
 
 @pytest.fixture(scope="module", params=sorted(entries()))
@@ -181,6 +180,16 @@ def test_growing_keeps_the_stem_bit_for_bit():
         assert (id(p) in trained) != frozen, name
     assert "frozen" in stage_table(G.config, stem.config)
     assert "cut" in stage_table(G.config, stem.config)
+
+
+def test_a_head_may_be_of_the_other_kind():
+    """FFHQ: config R at 16 and 32, config T from 64 on."""
+    stem = small_config(rotation=True)
+    config = superres_config(stem, 2, 4, rotation=False)
+    assert [layer.conv_kernel for layer in config.layers] == [1] * 2 + [3] * 4 + [1]
+    assert (config.channel_base, config.channel_max) == (stem.channel_base // 2, stem.channel_max // 2)
+    G = Generator(config)
+    assert G.synthesis(torch.randn(2, G.num_ws, 32)).shape == (2, 3, 32, 32)
 
 
 def test_config_survives_json():

@@ -17,7 +17,7 @@ def build(entry: dict, chain: dict):
         radial = entry["cfg"] == "r"
         widen = 4 if radial else 2      # Config T doubles the widths of the command line, R doubles them again.
         return stem_config(int(entry["stage"][4:]), entry["syn_layers"], entry["cbase"] * widen, entry["cmax"] * widen,
-                           c_dim=entry["c_dim"], conv_kernel=1 if radial else 3, use_radial_filters=radial)
+                           c_dim=entry["c_dim"], rotation=radial)
     resolution = int(entry["stage"][8:])
     stem = chain[entry["preset"], resolution // entry["up_factor"]]
     return superres_config(stem, entry["up_factor"], entry["head_layers"])
