@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds and labels to images. A seed gives the same image whatever it is batched with."""
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from dnnlib.util import list_some
+from torch_utils.images import to_uint8_metric
+from torch_utils.misc import evaluating
+from training.networks_stylegan3 import Generator
+from training.randomness import CounterRNG
+
+#----------------------------------------------------------------------------
+# The official conventions of gen_images.
+
+def seed_latent(seed: int, z_dim: int) -> torch.Tensor:
+    """The official latent of a seed: float32 [z_dim], standard normal."""
+    return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim)[0]).float()
+
+
+def seed_label(seed: int, c_dim: int) -> int:
+    """The official class of a seed for which none was asked."""
+    return int(np.random.RandomState(seed).randint(0, c_dim, 1)[0])
+
+
+def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int:
+    """Index of a class given by name or by number.
+
+    Raises:
+        UserError: the network is unconditional; no such class.
+    """
+    if c_dim == 0:
+        raise UserError(f"--class={value}: the network is unconditional: leave --class out")
+    names = list(class_names or [])
+    if value in names:
+        return names.index(value)
+    if value.isdigit():
+        if int(value) < c_dim:
+            return int(value)
+        raise UserError(f"--class={value}: the network has {c_dim} classes, 0 to {c_dim - 1}")
+    known = f"names are {list_some(names, 10)}" if names else f"use a number from 0 to {c_dim - 1}"
+    raise UserError(f"--class={value}: no class of this name: {known}")
+
+
+def one_hot(labels: torch.Tensor, c_dim: int) -> torch.Tensor:
+    """int64 [N] -> float32 [N, c_dim]; [N, 0] when unconditional."""
+    if c_dim == 0:
+        return torch.zeros([len(labels), 0], device=labels.device)
+    return torch.nn.functional.one_hot(labels, c_dim).float()
+
+
+@torch.no_grad()
+def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: int, truncation_psi: float = 1.0,
+             centroids: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """Batches of images [n, 3, R, R], about [-1, 1], for latents [N, z_dim] and classes [N].
+
+    Args:
+        centroids: [K, w_dim]; truncation pulls every w towards the nearest of them instead of the class's mean
+            (multi-modal truncation, Mokady et al. 2022).
+
+    Raises:
+        UserError: an image has non-finite values.
+    """
+    device = next(G.parameters()).device
+    with evaluating(G):
+        for z_part, label_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
+            c = one_hot(label_part.to(device), G.c_dim)
+            if centroids is None or truncation_psi == 1:
+                ws = G.mapping(z_part.to(device), c, truncation_psi=truncation_psi)
+            else:
+                ws = G.mapping(z_part.to(device), c)
+                nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
+                ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
+            images = G.synthesis(ws)
+            if not torch.isfinite(images).all():
+                raise UserError("the network gives images with non-finite values: the snapshot is of a diverged run")
+            yield images
+
+#----------------------------------------------------------------------------
+# The image source of metrics.
+
+LABEL_POLICIES = ("dataset", "uniform", "balanced")
+
+
+class GeneratorSource:
+    """Generated images for metrics (the protocol of `metrics.sources`).
+
+    Image i depends on (seed, i) alone. Labels: 'dataset' draws classes as often as the data has them, 'uniform' all
+    equally often, 'balanced' gives every class the same count.
+    """
+
+    def __init__(
+        self,
+        G: Generator,
+        num_images: int,
+        seed: int = 0,
+        label_policy: str = "dataset",
+        label_probs: np.ndarray | None = None,      # [c_dim]: of the data; needed for 'dataset'.
+        truncation_psi: float = 1.0,
+        fingerprint: str = "",                      # Of the network's file.
+    ):
+        if label_policy not in LABEL_POLICIES:
+            raise UserError(f"--labels={label_policy}: choose from {', '.join(LABEL_POLICIES)}")
+        if G.c_dim > 0 and label_policy == "dataset" and label_probs is None:
+            raise UserError("--labels=dataset: the label distribution of the data is not known: "
+                            "give --data with labels, or --labels=uniform or balanced")
+        if label_probs is not None and G.c_dim not in (0, len(label_probs)):
+            raise UserError(f"the network has {G.c_dim} classes, the data {len(label_probs)}: take the data it was "
+                            "trained on, or --labels=uniform")
+        self.G, self.num_images, self.seed, self.psi = G, num_images, seed, truncation_psi
+        self.label_policy = label_policy if G.c_dim > 0 else "none"
+        self.probs = label_probs if label_policy == "dataset" else None
+        self.fingerprint = fingerprint
+        self.rng = CounterRNG(seed)
+        self.description: dict[str, Any] = {"kind": "network", "labels": self.label_policy, "seed": seed,
+                                            "truncation_psi": truncation_psi}
+
+    def labels(self, positions: np.ndarray) -> torch.Tensor:
+        """Classes int64 [N] of the images at `positions`."""
+        c_dim = self.G.c_dim
+        if c_dim == 0:
+            return torch.zeros(len(positions), dtype=torch.int64)
+        if self.label_policy == "balanced":
+            return torch.from_numpy(positions.astype(np.int64) % c_dim)
+        probs = self.probs if self.probs is not None else np.full(c_dim, 1 / c_dim)
+        return torch.from_numpy(self.rng.integers_from("metric/c", positions, probs))
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All images in order: uint8 [N, 3, R, R] and classes [N]."""
+        return self.batches_at(batch_size, range(self.num_images))
+
+    def batches_at(self, batch_size: int, indices: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The images with these numbers; the others are not made."""
+        positions = np.asarray(indices, dtype=np.int64)
+        for i in range(0, len(positions), batch_size):
+            part = positions[i:i + batch_size]
+            z = torch.from_numpy(self.rng.normal("metric/z", part, (self.G.z_dim,)))
+            labels = self.labels(part)
+            images = next(generate(self.G, z, labels, batch_size, self.psi))
+            yield to_uint8_metric(images), labels
