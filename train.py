@@ -248,7 +248,8 @@ def option(name: str, help: str, **settings: Any):
 @option("--metrics", "Quality metrics at snapshots", metavar="[NAME|A,B,C|none]", type=cli.StrList(),
         default="fid50k_full")
 @option("--detector", "Network for the metrics fid, kid, pr, is, accuracy", metavar="NAME|FILE", type=str)
-@option("--num", "Generated images for the metrics fid, kid, pr, is, accuracy", metavar="INT", type=click.IntRange(min=1))
+@option("--num", "Generated images for the metrics fid, kid, pr, is, accuracy", metavar="INT",
+        type=click.IntRange(min=1))
 @option("--kimg", "Total training duration", metavar="KIMG", default=25000, type=click.FloatRange(min=0))
 @option("--tick", "How often to print progress", metavar="KIMG", default=4, type=click.FloatRange(min=0, min_open=True))
 @option("--snap", "How often to save snapshots", metavar="TICKS", default=50, type=click.IntRange(min=1))

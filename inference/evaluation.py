@@ -35,6 +35,8 @@ def network_evaluator(names: Sequence[str], dataset: ImageDataset, detector: str
     probs = dataset.label_distribution() if dataset.c_dim > 0 else None
 
     def score(G: Generator) -> list[dict[str, Any]]:
-        return evaluate(list(names), lambda count: GeneratorSource(G, count, seed, "dataset", probs), reference, options)
+        def samples(count: int) -> GeneratorSource:
+            return GeneratorSource(G, count, seed, "dataset", probs)
+        return evaluate(list(names), samples, reference, options)
 
     return score

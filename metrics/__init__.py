@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Image-quality metrics: feature statistics, distances between them, and the protocols that carry their names."""

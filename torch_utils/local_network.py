@@ -22,7 +22,7 @@ FORMAT = "stylesan-xl/local-network/1"
 
 #----------------------------------------------------------------------------
 
-def local_config(num_classes: int, input_resolution: int = 32, widths: Sequence[int] = (32, 64, 128),
+def local_config(num_classes: int, input_resolution: int = 32, widths: Sequence[int] = (16, 32, 64, 128),
                  class_names: Sequence[str] | None = None, in_channels: int = 3) -> dict[str, Any]:
     """A checked configuration: plain values that go to JSON and back."""
     widths = [int(width) for width in widths]

@@ -142,7 +142,8 @@ def training_loop(
     tick_nimg = max(int(config.kimg_per_tick * 1000), config.batch)
     tick_start_nimg, tick_start_time, maintenance, saved_before = state.cur_nimg, time.time(), 0.0, state.elapsed
     report.say(f"training for {config.total_kimg:g} kimg")
-    while True:
+    out_of_time = False
+    while state.cur_nimg < total_nimg and not out_of_time:
 
         # One iteration: every phase that is due makes one optimiser step.
         loss.set_progress(state.cur_nimg)
@@ -169,18 +170,17 @@ def training_loop(
             "data_wait": batches.wait_seconds() / max(seconds, 1e-9), "maintenance": maintenance,
             "nonfinite": sum(guard.counts().values())})
 
-        out_of_time = distributed.broadcast_object(0 < config.restart_every <= tick_end_time - start_time)
+        is_late = 0 < config.restart_every <= tick_end_time - start_time
+        out_of_time = distributed.broadcast_object(is_late and not done)
         if done or out_of_time or state.cur_tick % max(config.snapshot_ticks, 1) == 0:
             save_snapshot(config, folder, state, dataset.class_names, sheets, report, evaluate, device)
-        if done or out_of_time:
-            break
         tick_start_nimg, tick_start_time = state.cur_nimg, time.time()
         maintenance = tick_start_time - tick_end_time
 
     stream.close()
-    report.say("done" if done else "stopping to be started again (--restart_every)")
+    report.say("stopped to be started again (--restart_every)" if out_of_time else "done")
     report.close()
-    return EXIT_DONE if done else EXIT_RESTART
+    return EXIT_RESTART if out_of_time else EXIT_DONE
 
 #----------------------------------------------------------------------------
 

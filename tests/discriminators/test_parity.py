@@ -36,11 +36,15 @@ def filled_backbone(name: str):
 def filled_discriminator(case: str):
     """(discriminator, recorded arrays, recorded settings)."""
     data, settings = load_npz(f"discriminator_{case}.npz"), load_json(f"discriminator_{case}.json")
-    config = DiscriminatorConfig(backbones=tuple(settings["backbones"]), img_resolution=settings["resolution"],
-                                 c_dim=data["c"].shape[1])
-    D = ProjectedDiscriminator(config, backbones={name: filled_backbone(name) for name in config.backbones})
+    return filled_discriminator_of(tuple(settings["backbones"]), c_dim=data["c"].shape[1]), data, settings
+
+
+def filled_discriminator_of(backbones: tuple[str, ...], c_dim: int) -> ProjectedDiscriminator:
+    """A discriminator at the starting point of every recording."""
+    config = DiscriminatorConfig(backbones=backbones, c_dim=c_dim)
+    D = ProjectedDiscriminator(config, backbones={name: filled_backbone(name) for name in backbones})
     fill(D)
-    return D, data, settings
+    return D
 
 
 def fill(D: ProjectedDiscriminator) -> None:

@@ -53,7 +53,7 @@ def leaf(tensor):
 
 
 @cases("upfirdn2d", "filter2d", "upsample2d", "downsample2d")
-@pytest.mark.parametrize("impl", ["ref", "auto"])
+@pytest.mark.parametrize("impl", ["ref", "matrix"])
 def test_resampling(arrays, case, impl):
     want = recorded(arrays, case)
     x = leaf(want["x"])
@@ -75,7 +75,7 @@ def test_bias_act(arrays, case):
 
 
 @cases("filtered_lrelu")
-@pytest.mark.parametrize("impl", ["ref", "auto"])
+@pytest.mark.parametrize("impl", ["ref", "matrix"])
 def test_filtered_lrelu(arrays, case, impl):
     want = recorded(arrays, case)
     x, b = leaf(want["x"]), leaf(want["b"])

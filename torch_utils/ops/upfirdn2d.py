@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upsample, filter and downsample batches of images in one call (zero-insert, pad, FIR, decimate)."""
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from torch_utils.ops import banded, dispatch
-from torch_utils.ops.arguments import (
-    check_images,
-    describe_tensor,
-    filter_size,
-    parse_padding,
-    parse_rate,
-    split_gain,
-)
+from torch_utils.ops import dispatch
+from torch_utils.ops.arguments import check_images, describe_tensor, filter_size, parse_padding, parse_rate
+from torch_utils.ops.reference import upfirdn2d_ref
+from torch_utils.ops.resampler import plan_matrices
 
 MIN_SEPARABLE_TAPS = 8      # Shorter 1-D filters become 2-D ones: official checkpoints hold them so.
 
@@ -98,39 +92,7 @@ def upfirdn2d(
 
 #----------------------------------------------------------------------------
 
-@dispatch.implements("upfirdn2d", "ref")
-def upfirdn2d_ref(
-    x: torch.Tensor,
-    f: torch.Tensor | None,
-    up: tuple[int, int],
-    down: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    flip_filter: bool,
-    gain: float,
-) -> torch.Tensor:
-    """The definition, step by step, with depthwise convolutions."""
-    n, c, h, w = x.shape
-    # Zeros after every sample: pad two axes of size one that stand behind H and W.
-    x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, up[0] - 1, 0, 0, 0, up[1] - 1])
-    x = x.reshape(n, c, h * up[1], w * up[0])
-    x = F.pad(x, [max(p, 0) for p in padding])
-    x0, x1, y0, y1 = (max(-p, 0) for p in padding)
-    x = x[:, :, y0 : x.shape[2] - y1, x0 : x.shape[3] - x1]
-    f = torch.ones([1, 1]) if f is None else f
-    f = f.to(dtype=x.dtype, device=x.device)
-    if not flip_filter:
-        f = f.flip(list(range(f.ndim)))     # PyTorch's convolutions do not flip.
-    if f.ndim == 1:
-        gain_x, gain_y = split_gain(gain)
-        x = _depthwise(x, gain_x * f[None, :], (down[0], 1))
-        return _depthwise(x, gain_y * f[:, None], (1, down[1]))
-    return _depthwise(x, gain * f, down)
-
-
-def _depthwise(x: torch.Tensor, f: torch.Tensor, down: tuple[int, int]) -> torch.Tensor:
-    """Correlate every channel of x [N, C, H, W] with f [h, w] and keep every down-th (x, y) output."""
-    c = x.shape[1]
-    return F.conv2d(x, f.expand(c, 1, *f.shape), stride=(down[1], down[0]), groups=c)
+dispatch.implements("upfirdn2d", "ref")(upfirdn2d_ref)
 
 
 @dispatch.implements("upfirdn2d", "matrix")
@@ -142,17 +104,13 @@ def upfirdn2d_matrix(
     padding: tuple[int, int, int, int],
     flip_filter: bool,
     gain: float,
-    then: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Matrix products where the filter is separable and the images are not large, else the definition.
-
-    `then` finishes the values; it may overwrite the tensor that it gets.
-    """
-    axes = banded.plan(x, f, up, down, padding, flip_filter, gain)
-    if axes is not None:
-        return banded.resample(x, axes, then)
-    x = upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
-    return x if then is None else then(x)
+    """Matrix products where the filter is separable and the images are not large, else the definition."""
+    n, c, h, w = x.shape
+    resampler = plan_matrices((h, w), x.dtype, f, up, down, padding, flip_filter, gain)
+    if resampler is None:
+        return upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
+    return resampler.forward(x.reshape(n * c, h, w)).reshape(n, c, *resampler.out_size)
 
 #----------------------------------------------------------------------------
 # The same with padding that keeps images aligned. `padding` comes on top of it.

@@ -33,7 +33,7 @@ def module_keys(names: Sequence[str]) -> list[str]:
     """
     keys: list[str] = []
     for name in names:
-        stem = PurePath(name).stem if name.endswith(".safetensors") else name
+        stem = PurePath(name.removeprefix("local:")).stem if name.endswith(".safetensors") else name
         key = base = re.sub(r"\W", "_", stem)
         number = 2
         while key in keys:
@@ -83,10 +83,10 @@ class ProjectedDiscriminator(torch.nn.Module):
         if unknown := sorted(set(config.diffaug) - set(POLICIES)):
             raise UserError(f"diffaug: unknown augmentation {unknown[0]!r}: choose from {', '.join(POLICIES)}")
         self.config = config
-        self.keys = module_keys(config.backbones)
+        self.backbone_names = module_keys(config.backbones)     # As in the state dict and in `features`.
         self.feature_networks = torch.nn.ModuleDict()
         self.discriminators = torch.nn.ModuleDict()
-        for i, (key, name) in enumerate(zip(self.keys, config.backbones, strict=True)):
+        for i, (key, name) in enumerate(zip(self.backbone_names, config.backbones, strict=True)):
             backbone = backbones[name] if backbones and name in backbones else load_backbone(name, weights)
             if config.bn_warmup:
                 warm_up_batch_norm(backbone)
@@ -109,7 +109,7 @@ class ProjectedDiscriminator(torch.nn.Module):
         """
         assert_shape(img, [None, 3, None, None])
         if augment is not None:
-            assert_shape(augment, [len(self.keys), img.shape[0], NUM_UNIFORMS])
+            assert_shape(augment, [len(self.backbone_names), img.shape[0], NUM_UNIFORMS])
         features: Features = {}
         for i, (key, network) in enumerate(self.feature_networks.items()):
             x = img if augment is None else diff_augment(img, self.config.diffaug, augment[i])
@@ -117,10 +117,10 @@ class ProjectedDiscriminator(torch.nn.Module):
         return features
 
     @staticmethod
-    def split_batch(features: Features, sizes: Sequence[int]) -> list[Features]:
-        """Undo a concatenation along the batch: features of sum(sizes) images -> one set per size."""
-        parts = {key: [x.split(list(sizes)) for x in maps] for key, maps in features.items()}
-        return [{key: [split[i] for split in maps] for key, maps in parts.items()} for i in range(len(sizes))]
+    def split_features(features: Features, num_first: int) -> tuple[Features, Features]:
+        """Undo a concatenation along the batch: those of the first `num_first` images, and those of the rest."""
+        first = {key: [x[:num_first] for x in maps] for key, maps in features.items()}
+        return first, {key: [x[num_first:] for x in maps] for key, maps in features.items()}
 
     #------------------------------------------------------------------------
     # Heads.
@@ -164,13 +164,10 @@ class ProjectedDiscriminator(torch.nn.Module):
         backbones = {key: network.backbone for key, network in self.feature_networks.items()}
         return {key: {"name": b.name, "source": b.source, "sha256": b.sha256} for key, b in backbones.items()}
 
-    def _own(self) -> dict[str, torch.Tensor]:
-        skipped = tuple(f"feature_networks.{key}.backbone." for key in self.keys)
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(skipped)}
-
     def own_state_dict(self) -> dict[str, torch.Tensor]:
         """Everything but the backbones' tensors, under official names: heads, projections, reassembly."""
-        return self._own()
+        skipped = tuple(f"feature_networks.{key}.backbone." for key in self.backbone_names)
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(skipped)}
 
     def load_own_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Read what `own_state_dict` gave; all of it must be there and fit.
@@ -178,7 +175,7 @@ class ProjectedDiscriminator(torch.nn.Module):
         Raises:
             UserError: missing or unknown tensors, other shapes.
         """
-        own = self._own()
+        own = self.own_state_dict()
         if missing := sorted(set(own) - set(state)):
             raise UserError(f"discriminator: the snapshot lacks {list_some(missing, 3)}: its backbones, c_dim or san "
                             f"differ from this run's ({', '.join(self.config.backbones)}; c_dim {self.config.c_dim})")

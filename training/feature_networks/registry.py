@@ -5,7 +5,7 @@
 |---|---|
 | `tf_efficientnet_lite0`, `deit_base_distilled_patch16_224`, any other of timm | published weights |
 | `<any of timm>:random`, `<any of timm>:random:<seed>` | random weights, no file needed |
-| `<path>.safetensors` | a local network (`python -m training.feature_networks.train`) |
+| `<path>.safetensors`, `local:<path>.safetensors` | a local network (`python -m training.feature_networks.train`) |
 | `local:random`, `local:random:<seed>` | a local network with random weights |
 """
 import contextlib
@@ -45,8 +45,9 @@ def load_backbone(name: str, weights: Sequence[str | os.PathLike] = ()) -> Backb
         UserError: unknown name; weights that cannot be had; weights that do not fit the model.
     """
     if name.endswith(".safetensors"):
-        backbone: Backbone = LocalBackbone(name, load_local_network(name))
-        backbone.source = os.fspath(Path(name).resolve())
+        path = Path(name.removeprefix("local:"))
+        backbone: Backbone = LocalBackbone(name, load_local_network(path))
+        backbone.source = os.fspath(path.resolve())
         return backbone
     net, source, sha256 = load_network(name, weights)
     backbone = LocalBackbone(name, net) if isinstance(net, LocalNet) else TimmBackbone(name, net)

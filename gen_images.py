@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generate images, or a sample sheet with a row per class, from a snapshot or an official pickle."""
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import torch
+import tqdm
+
+from dnnlib import UserError, cli
+from dnnlib.util import atomic_file
+from inference.sampling import find_class, generate, seed_label, seed_latent
+from torch_utils import misc
+from torch_utils.images import save_image, to_uint8_sample
+
+SHEET_CLASSES = 40          # Rows of a sheet at most.
+SHEET_CELL = 64             # Smaller images are enlarged to about this many pixels.
+NAME_WIDTH = 96             # Room for class names, in pixels.
+
+#----------------------------------------------------------------------------
+
+def make_transform(translate: tuple[float, float], angle: float) -> torch.Tensor:
+    """What the synthesis input wants: the inverse of a rotation by `angle` degrees, then a shift in image widths."""
+    s, c = math.sin(math.radians(angle)), math.cos(math.radians(angle))
+    forward = np.array([[c, s, translate[0]], [-s, c, translate[1]], [0, 0, 1]])
+    return torch.from_numpy(np.linalg.inv(forward)).float()
+
+
+def load_centroids(path: str, w_dim: int) -> torch.Tensor:
+    """Centres of w for multi-modal truncation, [K, w_dim]: .npy, or .pt with a tensor.
+
+    Raises:
+        UserError: unreadable, or of another width.
+    """
+    try:
+        if path.endswith(".npy"):
+            centroids = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            centroids = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:
+        raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__})") from err
+    if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
+        shape = list(centroids.shape) if isinstance(centroids, torch.Tensor) else type(centroids).__name__
+        raise UserError(f"--centroids-path={path}: expected a tensor [number of centroids, {w_dim}], found {shape}")
+    return centroids.float()
+
+#----------------------------------------------------------------------------
+
+def write_images(network: Any, seeds: list[int], class_idx: int | None, outdir: Path, batch_size: int,
+                 **settings: Any) -> list[Path]:
+    """One file seed<NNNN>.png per seed; returns their paths. Without a class every seed draws its own."""
+    G = network.G_ema
+    labels = torch.zeros(len(seeds), dtype=torch.int64)
+    if G.c_dim > 0:
+        labels = torch.tensor([seed_label(s, G.c_dim) if class_idx is None else class_idx for s in seeds])
+    z = torch.stack([seed_latent(s, G.z_dim) for s in seeds])
+    paths = [outdir / f"seed{seed:04d}.png" for seed in seeds]
+    bar = tqdm.tqdm(total=len(seeds), unit="image", disable=None)
+    done = iter(paths)
+    for images in generate(G, z, labels, batch_size, **settings):
+        for image in to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy():
+            save_image(next(done), image)
+            bar.update()
+    bar.close()
+    return paths
+
+
+def make_sheet(network: Any, seeds: list[int], classes: list[int], batch_size: int, **settings: Any) -> PIL.Image.Image:
+    """A row per class, a column per seed, names on the left."""
+    G = network.G_ema
+    z = torch.stack([seed_latent(s, G.z_dim) for _ in classes for s in seeds])
+    labels = torch.tensor([k for k in classes for _ in seeds])
+    images = torch.cat([to_uint8_sample(x).cpu() for x in generate(G, z, labels, batch_size, **settings)])
+    zoom = max(round(SHEET_CELL / G.img_resolution), 1)
+    cell = G.img_resolution * zoom
+    names = network.class_names if G.c_dim > 0 and network.class_names else [str(k) for k in range(max(G.c_dim, 1))]
+    left = NAME_WIDTH if G.c_dim > 0 else 0
+    sheet = PIL.Image.new("RGB", (left + len(seeds) * cell, len(classes) * cell), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(i, len(seeds))
+        tile = PIL.Image.fromarray(image).resize((cell, cell), PIL.Image.Resampling.NEAREST)
+        sheet.paste(tile, (left + column * cell, row * cell))
+        if left and column == 0:
+            draw.text((6, row * cell + cell // 2 - 6), str(names[classes[row]])[:14], fill="black")
+    return sheet
+
+#----------------------------------------------------------------------------
+
+@click.command(cls=cli.Command, context_settings={"max_content_width": 120})
+@click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR", required=True)
+@click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(), required=True)
+@click.option("--class", "class_name", help="Class by name or index  [default: drawn from each seed]",
+              metavar="NAME|INT")
+@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=float, default=1.0,
+              show_default=True)
+@click.option("--batch-sz", help="Seeds per batch; the images do not depend on it", metavar="INT",
+              type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--centroids-path", help="Truncate towards the nearest of these centres of w", metavar="FILE")
+@click.option("--translate", help="Shift of the picture in image widths", type=cli.Vec2(), default="0,0",
+              show_default=True)
+@click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=float, default=0,
+              show_default=True)
+@click.option("--noise-mode", help="Accepted for old commands: these generators have no noise inputs",
+              type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
+@click.option("--outdir", help="Where to save the images", metavar="DIR")
+@click.option("--sheet", help="Write one sheet instead: a row per class, a column per seed", metavar="PNG")
+@cli.device_option()
+def main(network: str, seeds: list[int], class_name: str | None, trunc: float, batch_sz: int,
+         centroids_path: str | None, translate: tuple[float, float], rotate: float, noise_mode: str,
+         outdir: str | None, sheet: str | None, device: str) -> None:
+    """Generate images from a trained network.
+
+    \b
+    Examples:
+      # Four images of class 207, truncated.
+      python gen_images.py --network=best_model.pkl --seeds=0-3 --class=207 --trunc=0.7 --outdir=out
+
+    \b
+      # A sample sheet of all classes.
+      python gen_images.py --network=runs/00000-stylegan3-t-digits16-gpus1-batch32 --seeds=0-9 --sheet=samples.png
+    """
+    from legacy import load_network
+    if (outdir is None) == (sheet is None):
+        raise UserError("give --outdir for single images or --sheet for one picture of all classes, one of the two")
+    if noise_mode != "const":
+        click.echo(f"NOTE: --noise-mode={noise_mode} has no effect: these generators have no noise inputs", err=True)
+    loaded = load_network(network, misc.select_device(device))
+    G = loaded.G_ema
+    class_idx = None if class_name is None else find_class(class_name, loaded.class_names, G.c_dim)
+    G.synthesis.input.transform.copy_(make_transform(translate, rotate))
+    centroids = None
+    if centroids_path is not None:
+        centroids = load_centroids(centroids_path, G.w_dim).to(G.synthesis.input.transform.device)
+    settings = {"batch_size": batch_sz, "truncation_psi": trunc, "centroids": centroids}
+    try:
+        if sheet is not None:
+            classes = [class_idx] if class_idx is not None else list(range(min(max(G.c_dim, 1), SHEET_CLASSES)))
+            with atomic_file(sheet) as f:
+                make_sheet(loaded, seeds, classes, **settings).save(f, format="PNG")
+            click.echo(f"{sheet}: {len(classes)} row(s) of {len(seeds)} samples")
+        else:
+            paths = write_images(loaded, seeds, class_idx, Path(outdir), **settings)
+            click.echo(f"{outdir}: {len(paths)} images")
+    except OSError as err:
+        raise UserError(f"{'--sheet' if sheet else '--outdir'}={sheet or outdir}: cannot be written "
+                        f"({os.strerror(err.errno or 0)}): name a place that you may write to") from err
+
+
+if __name__ == "__main__":
+    main()
