@@ -99,8 +99,8 @@ def filtered_lrelu_ref(
 # few planes at a time, so that they stay in the processor's cache, and are made again for the gradient instead of being
 # kept: a layer remembers nothing but its input.
 
-CHUNK_BYTES = {"cpu": 1 << 20}      # Upsampled values at a time; measured.
-CHUNK_BYTES_DEFAULT = 1 << 30       # Elsewhere: few launches, bounded memory.
+CHUNK_BYTES_CPU = 1 << 20       # Upsampled values at a time: what a core's cache holds.
+CHUNK_BYTES_OTHER = 1 << 30     # Elsewhere: few launches, bounded memory.
 
 
 @dispatch.implements("filtered_lrelu", "matrix")
@@ -167,8 +167,8 @@ class _Layer:
 
     def _chunks(self, x: torch.Tensor) -> Iterator[slice]:
         height, width = self.upsample.out_size
-        size = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES_DEFAULT) // (height * width * x.element_size())
-        size = max(size, 1)
+        limit = CHUNK_BYTES_CPU if x.device.type == "cpu" else CHUNK_BYTES_OTHER
+        size = max(limit // (height * width * x.element_size()), 1)
         for start in range(0, x.shape[0], size):
             yield slice(start, start + size)
 

@@ -55,7 +55,7 @@ def read_taps(f: torch.Tensor | None) -> Taps:
 
 
 def _copy_taps(f: torch.Tensor) -> Taps:
-    return Taps(tuple(f.shape), f.detach().to(device="cpu", dtype=torch.float64).numpy().tobytes())
+    return Taps(tuple(f.shape), f.detach().cpu().double().numpy().tobytes())
 
 
 @functools.lru_cache(maxsize=512)

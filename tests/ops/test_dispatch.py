@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which form runs, and the matrices that are kept between calls."""
+import gc
+
+import pytest
+import torch
+
+from tests.ops.cases import randn
+from torch_utils.ops import dispatch, resampler
+from torch_utils.ops.filtered_lrelu import filtered_lrelu, filtered_lrelu_matrix, filtered_lrelu_ref
+from torch_utils.ops.upfirdn2d import upfirdn2d
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture
+def with_native(monkeypatch):
+    """A native CUDA build of filtered_lrelu, in name."""
+    def native():
+        pass
+    monkeypatch.setitem(dispatch._implementations, "filtered_lrelu",
+                        {**dispatch._implementations["filtered_lrelu"], "cuda": native})
+    return native
+
+
+def test_select():
+    assert dispatch.select("filtered_lrelu", "ref", CPU) is filtered_lrelu_ref
+    assert dispatch.select("filtered_lrelu", "auto", CPU) is filtered_lrelu_matrix
+    assert dispatch.select("filtered_lrelu", "auto", CUDA) is filtered_lrelu_matrix
+    assert dispatch.describe() == "ops: reference (no native build)"
+
+
+def test_select_native(with_native):
+    assert dispatch.select("filtered_lrelu", "auto", CUDA) is with_native
+    assert dispatch.select("filtered_lrelu", "cuda", CUDA) is with_native
+    assert dispatch.select("filtered_lrelu", "auto", CPU) is filtered_lrelu_matrix
+    assert dispatch.describe() == "ops: native cuda (filtered_lrelu)"
+    with pytest.raises(ValueError, match="impl='cuda': filtered_lrelu was called with a tensor on cpu"):
+        dispatch.select("filtered_lrelu", "cuda", CPU)
+
+
+def test_forms_have_one_implementation_each():
+    with pytest.raises(ValueError, match="already"):
+        dispatch.implements("filtered_lrelu", "ref")(print)
+    with pytest.raises(ValueError, match="form 'best'"):
+        dispatch.implements("filtered_lrelu", "best")(print)
+
+#----------------------------------------------------------------------------
+
+def test_a_changed_filter_is_read_anew():
+    x, f = randn(1, 1, 9, 9), randn(8, seed=1)
+    first = upfirdn2d(x, f, impl="matrix")
+    f.mul_(2)
+    assert torch.allclose(upfirdn2d(x, f, impl="matrix"), 4 * first)
+    f.data = f.data.clone().div_(2)
+    assert torch.allclose(upfirdn2d(x, f, impl="matrix"), first)
+
+
+def test_filters_are_forgotten_with_their_tensors():
+    x = randn(1, 1, 9, 9)
+    before = set(resampler._read)
+    f = randn(8, seed=1)
+    upfirdn2d(x, f, impl="matrix")
+    assert set(resampler._read) - before == {id(f)}
+    del f
+    gc.collect()
+    assert set(resampler._read) <= before
+
+
+def test_matrices_made_in_inference_mode_serve_in_training():
+    x, f = randn(1, 1, 15, 15), randn(8, seed=5)
+    with torch.inference_mode():
+        upfirdn2d(x, f, impl="matrix")
+        filtered_lrelu(x, f.clone(), f, impl="matrix")
+    x.requires_grad_()
+    (upfirdn2d(x, f, impl="matrix").sum() + filtered_lrelu(x, f, f, impl="matrix").sum()).backward()
+    assert x.grad is not None
+
+
+def test_the_cache_is_bounded():
+    cache = resampler._MatrixCache(max_bytes=4 * 10 * 10 * 8)
+    axes = [resampler.Axis(resampler.IDENTITY, 10, 1, 1, (0, 0), False, float(gain)) for gain in range(6)]
+    for axis in axes:
+        cache.get(axis, torch.float64, CPU)
+    assert list(key[0] for key in cache._items) == axes[2:]
+    kept = cache.get(axes[2], torch.float64, CPU)
+    cache.get(axes[0], torch.float64, CPU)
+    assert cache.get(axes[2], torch.float64, CPU) is kept
+    assert cache.num_bytes == sum(matrix.nbytes for matrix in cache._items.values()) <= cache.max_bytes
+
+
+def test_both_transposes():
+    """<forward(x), y> = <x, transpose(y)> for every kind of resampler."""
+    for f in (randn(7), randn(4, 5), None):
+        for up, down, padding in [((1, 1), (2, 3), (2, -1, 4, 3)), ((2, 3), (1, 1), (5, 4, -2, 7)),
+                                  ((3, 2), (2, 3), (5, 4, -3, 8)), ((1, 1), (3, 2), (-2, 5, 1, 1))]:
+            args = (9, 11), torch.float64, f, up, down, padding, False, 1.3
+            kinds = [resampler.plan(*args), resampler.ConvResampler((9, 11), *args[2:])]
+            for kind in kinds:
+                x = randn(6, 9, 11, seed=1)
+                y = randn(6, *kind.out_size, seed=2)
+                assert kind.forward(x).shape == y.shape
+                assert torch.isclose((kind.forward(x) * y).sum(), (x * kind.transpose(y)).sum(), rtol=1e-10)
