@@ -62,7 +62,7 @@ class StyleSanLoss:
 
     def _report_scores(self, kind: str, logits: list[torch.Tensor]) -> None:
         """Mean score and mean sign: over all heads, and per backbone."""
-        for name, x in zip(self.D.keys, logits, strict=True):
+        for name, x in zip(self.D.backbone_names, logits, strict=True):
             self.report(f"Loss/scores/{kind}", x)
             self.report(f"Loss/signs/{kind}", x.detach().sign())
             self.report(f"Loss/signs/{kind}/{name}", x.detach().sign())
@@ -117,7 +117,7 @@ class StyleSanLoss:
             if batch.augment_fake is not None:
                 augment = torch.cat([batch.augment_fake, batch.augment_real], dim=1)
             features = self.D.features(both, augment)
-            features_fake, features_real = self.D.split_batch(features, [len(fake), len(batch.real_img)])
+            features_fake, features_real = self.D.split_features(features, len(fake))
 
         outputs = self.D.heads_san(features_fake, batch.gen_c)
         self._report_scores("fake", [out.fun for out in outputs])

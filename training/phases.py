@@ -64,13 +64,13 @@ class GradientGuard:
         self._in_a_row: dict[str, torch.Tensor] = {}
         self._total: dict[str, torch.Tensor] = {}
 
-    def sanitize(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """Replace non-finite elements of a flat gradient; remember how many there were."""
+    def sanitize_(self, name: str, gradient: torch.Tensor) -> None:
+        """Replace non-finite elements of a flat gradient in place; remember how many there were."""
         bad = (~torch.isfinite(gradient)).sum()
         zero = torch.zeros_like(bad)
         self._total[name] = self._total.get(name, zero) + bad
         self._in_a_row[name] = torch.where(bad > 0, self._in_a_row.get(name, zero) + 1, zero)
-        return gradient.nan_to_num(nan=0, posinf=1e5, neginf=-1e5)
+        gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
 
     def counts(self) -> dict[str, int]:
         """Non-finite elements per phase since the start. Waits for the device."""
@@ -87,15 +87,20 @@ class GradientGuard:
 
 
 def run_phase(phase: Phase, batches: Iterable[MicroBatch], global_batch: int, guard: GradientGuard) -> None:
-    """Accumulate gradients over micro-batches, add them over processes, step."""
-    with misc.requires_grad(phase.module, phase.parameters):
-        phase.optimizer.zero_grad(set_to_none=True)
+    """Accumulate gradients over micro-batches, add them over processes, step.
+
+    All gradients of the phase lie in one flat tensor, of which `.grad` are views: one message per phase, nothing copied.
+    A parameter that the loss does not reach has gradient 0, as officially.
+    """
+    parameters = phase.parameters
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view(p.shape)
+    with misc.requires_grad(phase.module, parameters):
         for batch in batches:
             phase.backward(batch, global_batch)
-    used = [p for p in phase.parameters if p.grad is not None]
-    flat = torch.cat([p.grad.flatten() for p in used])
-    flat = guard.sanitize(phase.name, distributed.all_reduce_sum(flat))
-    for p, grad in zip(used, flat.split([p.numel() for p in used]), strict=True):
-        p.grad.copy_(grad.reshape(p.shape))
+    distributed.all_reduce_sum(flat)
+    guard.sanitize_(phase.name, flat)
     phase.optimizer.step()
+    phase.optimizer.zero_grad(set_to_none=True)
     phase.after_step()
