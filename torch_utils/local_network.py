@@ -19,6 +19,7 @@ from dnnlib import UserError
 from dnnlib.util import atomic_file, file_sha256
 
 FORMAT = "stylesan-xl/local-network/1"
+HEADER_KEY = "stylesan_xl"      # The header's only entry: the order of several would differ from file to file.
 
 #----------------------------------------------------------------------------
 
@@ -43,14 +44,14 @@ class LocalNet(torch.nn.Module):
 
     Attributes:
         config: What `local_config` returns.
-        metadata: Further texts from the file's header.
+        metadata: Further plain values from the file's header.
         sha256: Of the file it was read from; None for a network that was not.
     """
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = local_config(**config)
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, Any] = {}
         self.sha256: str | None = None
         widths = self.config["widths"]
         stages = []
@@ -121,21 +122,21 @@ class LocalNet(torch.nn.Module):
 
 #----------------------------------------------------------------------------
 
-def save_local_network(path: str | os.PathLike, net: LocalNet, metadata: dict[str, str] | None = None) -> str:
+def save_local_network(path: str | os.PathLike, net: LocalNet, metadata: dict[str, Any] | None = None) -> str:
     """Write a network, atomically. The same network and metadata give the same bytes.
 
     Args:
         path: File, by custom *.safetensors.
         net: The network.
-        metadata: Further texts for the header, such as where the data came from.
+        metadata: Further plain values for the header, such as where the data came from.
 
     Returns:
         SHA-256 of the file.
     """
-    header = {**(metadata or {}), "format": FORMAT, "config": json.dumps(net.config, sort_keys=True)}
+    header = {"format": FORMAT, "config": net.config, "metadata": metadata or {}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     with atomic_file(path) as f:
-        f.write(safetensors.torch.save(tensors, metadata=header))
+        f.write(safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)}))
     return file_sha256(path)
 
 
@@ -149,19 +150,20 @@ def load_local_network(path: str | os.PathLike) -> LocalNet:
         raise UserError(f"{path}: no such file: train one with python -m training.feature_networks.train")
     try:
         with safetensors.safe_open(path, framework="pt") as f:
-            header = f.metadata() or {}
+            header = json.loads((f.metadata() or {}).get(HEADER_KEY, "{}"))
             tensors = {name: f.get_tensor(name) for name in f.keys()}   # noqa: SIM118 (it is no dict)
     except (safetensors.SafetensorError, OSError, ValueError) as err:
         raise UserError(f"{path}: damaged or cut off (size {os.path.getsize(path)} bytes): "
                         "copy it again or train it again") from err
-    if header.get("format") != FORMAT:
-        raise UserError(f"{path}: expected a file of format {FORMAT!r}, found {header.get('format')!r}: "
-                        "name a file that python -m training.feature_networks.train wrote")
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: expected a file of format {FORMAT!r}, found {found!r}: name a file that "
+                        "python -m training.feature_networks.train wrote")
     try:
-        net = LocalNet(json.loads(header["config"]))
+        net = LocalNet(header["config"])
         net.load_state_dict(tensors)
     except (UserError, KeyError, TypeError, ValueError, RuntimeError) as err:
         raise UserError(f"{path}: damaged: its configuration and its tensors do not agree: train it again") from err
-    net.metadata = {key: value for key, value in header.items() if key not in ("format", "config")}
+    net.metadata = header.get("metadata", {})
     net.sha256 = file_sha256(path)
     return net.eval().requires_grad_(False)

@@ -211,7 +211,7 @@ def main(data: str, dest: str, device: str, **options: Any) -> None:
     net, report = train_local_network(dataset, settings, select_device(device), progress=True)
     sha256 = save_local_network(dest, net, {
         "data": dataset.name, "data_fingerprint": dataset.fingerprint,
-        "settings": json.dumps(dataclasses.asdict(settings)), "report": json.dumps(dataclasses.asdict(report)),
+        "settings": dataclasses.asdict(settings), "report": dataclasses.asdict(report),
     })
     click.echo(json.dumps({"file": dest, "sha256": sha256, **dataclasses.asdict(report)}))
 

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator's table of class vectors: from the user's own images, from a file, or random; any number of classes.
+
+StyleGAN-XL (Sauer et al., SIGGRAPH 2022, section 3.2) starts from the pooled backbone features of each class, averaged.
+It has them for ImageNet alone; here they are computed from the data set at hand.
+"""
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from dnnlib import UserError
+from dnnlib.util import list_some
+from training.feature_networks.backbones import Backbone
+from training.feature_networks.registry import load_backbone
+from training.randomness import permutation
+
+DEFAULT_BACKBONE = "tf_efficientnet_lite0"
+MAX_PER_CLASS = 256         # Images per class that a mean is taken over.
+BATCH = 32
+READERS = {
+    ".npy": lambda path: {"": torch.as_tensor(np.load(path, allow_pickle=False))},
+    ".npz": lambda path: {name: torch.as_tensor(value) for name, value in _npz_items(path)},
+    ".pt": lambda path: _named(torch.load(path, map_location="cpu", weights_only=True)),
+    ".safetensors": lambda path: safetensors.torch.load_file(path),
+}
+
+#----------------------------------------------------------------------------
+
+def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbone | str | None = None, seed: int = 0,
+                    device: str | torch.device = "cpu", embed_dim: int = 320) -> torch.Tensor:
+    """One vector per class, float32 [c_dim, dim], on the CPU.
+
+    Args:
+        kind: 'random': standard normal, dim = `embed_dim`. 'data': mean of the backbone's pooled last map over up to
+            256 images of the class. Otherwise a file with one array of `c_dim` rows (.npy, .npz, .pt, .safetensors).
+        c_dim: Number of classes.
+        dataset: For 'data': an `ImageDataset` with labels in use.
+        backbone: For 'data': the network or its name; None for tf_efficientnet_lite0.
+        seed: Of the random vectors, or of the choice of images.
+        device: Where the backbone computes.
+        embed_dim: Width of random vectors.
+
+    Raises:
+        UserError: unknown kind; a file that cannot be read or does not have `c_dim` rows.
+    """
+    if kind == "random":
+        return torch.randn(c_dim, embed_dim, generator=torch.Generator().manual_seed(seed))
+    if kind == "data":
+        return _from_data(c_dim, dataset, DEFAULT_BACKBONE if backbone is None else backbone, seed, device)
+    if Path(kind).suffix in READERS:
+        return _from_file(Path(kind), c_dim)
+    raise UserError(f"--embedding={kind}: choose data, random, or a file that ends with {', '.join(READERS)}")
+
+#----------------------------------------------------------------------------
+# From images.
+
+@torch.no_grad()
+def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int,
+               device: str | torch.device) -> torch.Tensor:
+    if dataset is None:
+        raise UserError("--embedding=data: needs labelled images: give --data, or take --embedding=random")
+    labels = np.asarray(dataset.labels)
+    if len(labels) and labels.max() >= c_dim:
+        raise UserError(f"--embedding=data: the data set has label {labels.max()}, but the model {c_dim} classes")
+    net = (load_backbone(backbone) if isinstance(backbone, str) else backbone).to(device)
+    sums = torch.zeros(c_dim, net.channels[-1], dtype=torch.float64)
+    for items in _batches(_some_of_each(labels, seed)):
+        images = torch.as_tensor(np.stack([dataset[i][0] for i in items])).to(device)
+        pooled = net.pooled(net.preprocess(images.to(torch.float32) / 127.5 - 1))
+        sums.index_add_(0, torch.as_tensor(labels[items]), pooled.double().cpu())
+    counts = torch.as_tensor(np.minimum(np.bincount(labels, minlength=c_dim), MAX_PER_CLASS))
+    means = sums / counts.clamp_min(1)[:, None]
+    missing = (counts == 0).nonzero()[:, 0].tolist()
+    if missing:
+        warnings.warn(f"class embedding: no images of class {list_some(missing)}: the mean of the other classes stands "
+                      "in", stacklevel=3)
+        means[missing] = means[counts > 0].mean(dim=0)
+    return means.float()
+
+
+def _some_of_each(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Indices of up to MAX_PER_CLASS items per class, in ascending order: a seeded choice."""
+    order = permutation(seed, 0, len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]          # Class by class, in random order within each.
+    sorted_labels = labels[by_class]
+    rank = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    return np.sort(by_class[rank < MAX_PER_CLASS])
+
+
+def _batches(items: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(items), BATCH):
+        yield items[start:start + BATCH]
+
+#----------------------------------------------------------------------------
+# From a file.
+
+def _npz_items(path: str | os.PathLike) -> list[tuple[str, np.ndarray]]:
+    with np.load(path, allow_pickle=False) as content:
+        return list(content.items())
+
+
+def _named(content: Any) -> dict[str, Any]:
+    """What a .pt file holds: a tensor, or a dict of them."""
+    return content if isinstance(content, dict) else {"": content}
+
+
+def _from_file(path: Path, c_dim: int) -> torch.Tensor:
+    if not path.is_file():
+        raise UserError(f"--embedding={path}: no such file")
+    try:
+        arrays = READERS[path.suffix](path)
+    except Exception as err:        # Damaged files provoke exceptions of every kind.
+        raise UserError(f"--embedding={path}: cannot be read ({type(err).__name__}): give one array of numbers, "
+                        f"[{c_dim}, width]") from err
+    tables = [torch.as_tensor(value) for value in arrays.values() if isinstance(value, torch.Tensor)]
+    if len(tables) != 1:
+        raise UserError(f"--embedding={path}: holds {len(tables)} arrays: keep the one of shape [{c_dim}, width]")
+    table = tables[0].float()
+    if table.ndim != 2 or table.shape[0] != c_dim or table.shape[1] < 1:
+        raise UserError(f"--embedding={path}: the array has shape {list(table.shape)}, but the data has {c_dim} "
+                        f"classes: give one row per class, [{c_dim}, width]")
+    if not table.isfinite().all():
+        raise UserError(f"--embedding={path}: holds values that are not finite: compute it again")
+    return table

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen classifier behind guidance (StyleGAN-XL, Sauer et al., SIGGRAPH 2022, section 3.4).
+
+Its cross entropy on generated images draws them towards the class that was asked for.
+"""
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dnnlib import UserError
+from torch_utils.local_network import LocalNet, load_local_network
+from training.feature_networks.registry import load_network
+
+#----------------------------------------------------------------------------
+
+class Classifier(torch.nn.Module):
+    """Images in [-1, 1] -> logits. Frozen and always in eval mode.
+
+    Attributes:
+        net: The network itself.
+        num_classes: Width of the logits.
+        source: Where the weights came from.
+        sha256: Of the weights file; None for random weights.
+    """
+
+    def __init__(self, net: torch.nn.Module, source: str = "given", sha256: str | None = None):
+        super().__init__()
+        self.net = net.requires_grad_(False)
+        self.num_classes: int = net.num_classes
+        self.source, self.sha256 = source, sha256
+        if not isinstance(net, LocalNet):
+            cfg = net.pretrained_cfg
+            self.input_size = cfg["input_size"][-1]
+            for name in ("mean", "std"):
+                self.register_buffer(name, torch.tensor(cfg[name]).reshape(1, -1, 1, 1), persistent=False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [N, num_classes] of images [N, 3, R, R] in [-1, 1]; gradients pass through to the images."""
+        if isinstance(self.net, LocalNet):
+            return self.net.logits(self.net.prepare_float(images))
+        x = ((images + 1) / 2 - self.mean) / self.std
+        x = F.interpolate(x, size=self.input_size, mode="bilinear", align_corners=False)
+        return self.net(x)
+
+#----------------------------------------------------------------------------
+
+def load_classifier(name: str, c_dim: int | None = None, class_names: Sequence[str] | None = None,
+                    weights: Sequence[str | os.PathLike] = ()) -> Classifier:
+    """A classifier on the CPU.
+
+    Args:
+        name: A model of timm (published weights), NAME:random[:SEED], or the path of a local network (*.safetensors).
+        c_dim: Classes of the data, checked against the classifier's; None for no check.
+        class_names: Their names, checked against a local network's; None for no check.
+        weights: Folders with published weights, looked into first.
+
+    Raises:
+        UserError: unknown name; weights that cannot be had or do not fit; other classes than the data's.
+    """
+    if name.endswith(".safetensors"):
+        path = Path(name.removeprefix("local:"))
+        local = load_local_network(path)
+        if class_names is not None and list(class_names) != local.class_names:
+            raise UserError(f"--cls_model={name}: was trained on other classes ({local.class_names[:3]} ...) than the "
+                            f"data's ({list(class_names)[:3]} ...): train it on this data set")
+        classifier = Classifier(local, os.fspath(path.resolve()), local.sha256)
+    else:
+        classifier = Classifier(*load_network(name, weights))
+    if c_dim is not None and classifier.num_classes != c_dim:
+        raise UserError(f"--cls_model={name}: knows {classifier.num_classes} classes, but the data has {c_dim}: train "
+                        "one with python -m training.feature_networks.train, or set --cls_weight=0")
+    return classifier
