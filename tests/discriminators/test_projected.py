@@ -195,6 +195,8 @@ def test_batch_norm_warm_up_is_for_efficientnets():
     assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in moved)
     assert lite.net.state_dict()["bn1.num_batches_tracked"] == 1
     assert not any(m.training for m in lite.modules())
+    assert not warm_up_batch_norm(lite)
+    assert lite.net.state_dict()["bn1.num_batches_tracked"] == 1
 
 
 def test_given_backbones_are_used_and_warmed_up_on_request():

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 def seeded(seed: int, what: str) -> Iterator[None]:
     """Draw from a CPU stream that depends on the seed and the purpose only; the caller's stream goes on untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{what}/{seed}".encode()))
+        # torch.manual_seed would set the GPUs' streams too.
+        torch.default_generator.manual_seed(zlib.crc32(f"{what}/{seed}".encode()))
         yield
 
 

@@ -25,6 +25,7 @@ class Backbone(torch.nn.Module):
         isotropic: All maps have one size (transformers); a pyramid is made of them later.
         sha256: Of the weights file; None where there is none (random weights).
         source: Where the weights came from.
+        bn_warmed_up: Whether `warm_up_batch_norm` has been here; it acts once.
     """
 
     def __init__(self, name: str, net: torch.nn.Module, input_size: int, always_resize: bool,
@@ -35,6 +36,7 @@ class Backbone(torch.nn.Module):
         self.input_size = input_size
         self.always_resize = always_resize
         self.isotropic = False
+        self.bn_warmed_up = False
         self.sha256: str | None = None
         self.source = "given"
         self.channels: list[int] = []
@@ -128,10 +130,11 @@ def warm_up_batch_norm(backbone: Backbone) -> bool:
     and the published results were made with features of that network. Done for timm's EfficientNets and nothing else.
 
     Returns:
-        Whether this backbone is one to which it applies.
+        Whether it was done: not for other networks, nor a second time.
     """
-    if not isinstance(backbone.net, timm.models.EfficientNet):
+    if backbone.bn_warmed_up or not isinstance(backbone.net, timm.models.EfficientNet):
         return False
+    backbone.bn_warmed_up = True
     backbone.net.train()
     backbone.net(torch.zeros(1, 3, BN_WARMUP_SIZE, BN_WARMUP_SIZE, device=backbone.mean.device))
     backbone.net.eval()

@@ -23,7 +23,6 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import Asset, find_or_download
 from dnnlib.util import file_sha256
-from torch_utils import distributed
 from torch_utils.local_network import LocalNet, load_local_network, local_config
 from training.feature_networks.backbones import Backbone, LocalBackbone, TimmBackbone
 
@@ -84,7 +83,7 @@ def load_network(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
 def _random_stream(seed: int):
     """Weights from a stream of their own; the caller's random numbers go on untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)       # torch.manual_seed would set the GPUs' streams too.
         yield
 
 
@@ -105,7 +104,8 @@ def find_weights(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
     """Path of the published weights of a timm model and the address they are published at.
 
     Looked for as <name>.safetensors or <name>.pth in `weights` and $STYLESAN_WEIGHTS, then in the Hugging Face cache,
-    then in this project's cache, then downloaded into that. In a group of processes rank 0 goes first.
+    then in this project's cache, then downloaded into that. In a group of processes let rank 0 go first
+    (`distributed.rank0_first` around whatever loads a network).
     """
     cfg = timm.models.get_pretrained_cfg(_known(name))
     hub_id = cfg.hf_hub_id if cfg is not None else None
@@ -114,7 +114,7 @@ def find_weights(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
     hub = os.environ.get("HF_ENDPOINT") or DEFAULT_HUB
     url = f"{hub}/{hub_id}/resolve/main/{HUB_FILES[0]}" if hub_id else cfg.url
     folders = [Path(folder) for folder in (*weights, os.environ.get("STYLESAN_WEIGHTS")) if folder]
-    return distributed.rank0_first(lambda: _find_weights(name, hub_id, url, folders)), url
+    return _find_weights(name, hub_id, url, folders), url
 
 
 def _find_weights(name: str, hub_id: str | None, url: str, folders: Sequence[Path]) -> Path:

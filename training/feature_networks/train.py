@@ -87,7 +87,7 @@ def train_local_network(dataset: Any, settings: Settings, device: str = "cpu", p
         raise UserError(f"--split={settings.split[0]}/{settings.split[1]}: leaves {len(train)} of {len(dataset)} "
                         "images to train on: take fewer parts")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)
         net = LocalNet(config).to(device)
     pixels = _pixels(dataset, net, progress)
     labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
