@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on real images in minutes: prepare data, train a stem and a super-resolution stage, sample, score.
+"""The main job on real images in minutes: data, stem, super-resolution stage, samples, scores.
 
 Every step is the command that a user would type; `make demo` runs this file. The images are the 1,797 handwritten digits
 that scikit-learn ships.
@@ -119,8 +119,8 @@ def newest_run(folder: Path) -> Path:
 def train_commands(folder: Path, size: dict[str, float], seed: int, san: bool) -> tuple[list[str], list[str]]:
     """Command lines of the two stages; the second lacks --path_stem."""
     common = ["train.py", "--cfg=stylegan3-t", "--preset=demo", "--cond=1", f"--seed={seed}", f"--san={int(san)}",
-              f"--backbones={folder / 'features.safetensors'}", "--metrics=none", f"--tick={size['tick']}", "--snap=1000",
-              "--workers=0"]
+              f"--backbones={folder / 'features.safetensors'}", "--metrics=none", f"--tick={size['tick']}",
+              "--snap=1000", "--workers=0"]
     stem = [*common, f"--outdir={folder / 'stem'}", f"--data={folder / 'digits16.zip'}", f"--kimg={size['stem_kimg']}"]
     superres = [*common, f"--outdir={folder / 'superres'}", f"--data={folder / 'digits32.zip'}", "--superres",
                 "--up_factor=2", f"--kimg={size['superres_kimg']}"]
@@ -149,9 +149,9 @@ def run_demo(folder: Path, seed: int, san: bool, quick: bool) -> dict[str, Any]:
               f"--resolution={resolution}"])
     for half, name, widths in ((0, "features", "32,64,128"), (1, "judge", "48,96,192")):
         step(f"{name} network on half the digits", seconds["nets"] / 2,
-             ["-m", "training.feature_networks.train", f"--data={folder}/digits32.zip", f"--dest={folder}/{name}.safetensors",
-              f"--split={half}/2", f"--seed={seed}", f"--widths={widths}", "--resolution=32",
-              f"--epochs={size['epochs']}"])
+             ["-m", "training.feature_networks.train", f"--data={folder}/digits32.zip",
+              f"--dest={folder}/{name}.safetensors", f"--split={half}/2", f"--seed={seed}", f"--widths={widths}",
+              "--resolution=32", f"--epochs={size['epochs']}"])
     stem, superres = train_commands(folder, size, seed, san)
     step("16-pixel stem", seconds["stem"], stem, kimg_fraction(size["stem_kimg"]))
     stem_run = newest_run(folder / "stem")
@@ -193,7 +193,8 @@ def print_summary(summary: dict[str, Any]) -> None:
 @click.command(cls=cli.Command)
 @click.option("--outdir", metavar="DIR", default="runs/demo", show_default=True, help="Where everything goes")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed")
-@click.option("--san", metavar="BOOL", type=bool, default=True, show_default=True, help="SAN heads; 0: plain hinge heads")
+@click.option("--san", metavar="BOOL", type=bool, default=True, show_default=True,
+              help="SAN heads; 0: plain hinge heads")
 @click.option("--quick", is_flag=True, help="The same path in about two minutes, without quality to expect")
 def main(outdir: str, seed: int, san: bool, quick: bool) -> None:
     """Train on handwritten digits, sample and score: the main job in minutes on a CPU.

@@ -54,6 +54,13 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def device() -> torch.device:
+    """Where tensors must be for collectives: the GPU with NCCL, else the CPU."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def launched_world_size() -> int | None:
     """World size that a launcher announced in the environment; None when there was no launcher."""
     value = os.environ.get("WORLD_SIZE")

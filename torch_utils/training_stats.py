@@ -49,10 +49,7 @@ class Collector:
             return {}
         zero = torch.zeros(3, dtype=torch.float64)
         table = torch.stack([self._moments[n].cpu().double() if n in self._moments else zero for n in names])
-        if distributed.world_size() > 1 and torch.distributed.get_backend() == "nccl":
-            table = distributed.all_reduce_sum(table.cuda()).cpu()
-        else:
-            distributed.all_reduce_sum(table)
+        table = distributed.all_reduce_sum(table.to(distributed.device())).cpu()
         self._moments = {}
         stats = {}
         for name, (num, total, squares) in zip(names, table.tolist(), strict=True):

@@ -66,7 +66,8 @@ def test_phase(case, phase):
     names = [str(n) for n in data[f"{phase}/grad_names"]]
     assert set(names) >= set(grads)
     parameters = dict(module.named_parameters())
-    grads |= {name: torch.zeros_like(parameters[name]) for name in set(names) - set(grads)}     # Not reached by the loss.
+    unreached = set(names) - set(grads)
+    grads |= {name: torch.zeros_like(parameters[name]) for name in unreached}
     compared = 0
     for name, norm in zip(names, data[f"{phase}/grad_norms"], strict=True):
         if is_before_batch_norm(name) and phase == "Dmain":
