@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How metrics are computed, and what their short names leave open."""
+import dataclasses
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricOptions:
+    """How to compute, and what the short names leave open."""
+
+    device: torch.device = torch.device("cpu")  # Of this process.
+    batch_size: int = 64                        # Images per batch that sources are asked for; moves no result.
+    num: int | None = None                      # Generated images of the short names; None: 50,000.
+    seed: int = 0                               # Of the random choices of a metric (subsets, shuffling).
+    detector: str | None = None                 # Of the short names; None: inception, for pr vgg16.
+    weights_dir: str | None = None              # Where files of weights are looked for first.
+    offline: bool | None = None                 # Never download; None: as the environment says.
+    mirror: bool = False                        # Short names: compare with the real images and their mirror images.
+    out_dir: str | None = None                  # Append each result to metric-<name>.jsonl in this folder.
+    verbose: bool = False                       # Progress bars.
+    use_cache: bool = True                      # Keep statistics of real images between runs.
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)    # Added to every result (snapshot_pkl, ...).

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as one JSON object each: the values, and all that is needed to get them again."""
+import functools
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.util import format_time
+from metrics.detectors import Detector
+from metrics.references import Reference
+from metrics.sources import ImageSource
+from torch_utils import distributed
+
+PACKAGE = "stylesan-xl"
+ROOT = Path(__file__).resolve().parents[1]
+
+#----------------------------------------------------------------------------
+
+@functools.cache
+def code_version() -> dict[str, str | None]:
+    """Versions of this project, of its commit where it runs from a checkout, and of the libraries that compute."""
+    def installed(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    commit = None
+    if (ROOT / ".git").exists():
+        try:
+            command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
+            answer = subprocess.run(command, cwd=ROOT, timeout=20, capture_output=True, text=True, check=False)
+            commit = answer.stdout.strip() or None
+        except (OSError, subprocess.TimeoutExpired):
+            commit = None
+    return {PACKAGE: installed(PACKAGE), "commit": commit, "torch": torch.__version__,
+            "torch-fidelity": installed("torch-fidelity"), "torchvision": installed("torchvision")}
+
+
+def result(name: str, values: dict[str, float], settings: dict[str, Any], detector: Detector, source: ImageSource,
+           reference: Reference | None, more: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The record of one metric.
+
+    Args:
+        name: The metric.
+        values: Suffix of the metric's name -> value.
+        settings: What the formula was run with, with `num_real` and `ddof` where they apply.
+        detector: Whose features were used.
+        source: The generated images.
+        reference: The real side.
+        more: Added as it is (snapshot_pkl, ...).
+        seconds: Since the evaluation began; work that metrics share is in all of theirs.
+    """
+    made = {key: value for key, value in source.description.items() if key != "class_names"}    # May be thousands.
+    return {
+        "results": {name + suffix: value for suffix, value in values.items()},
+        "metric": name,
+        "total_time": seconds,
+        "total_time_str": format_time(seconds),
+        "num_gpus": distributed.world_size(),
+        "timestamp": time.time(),
+        "detector": detector.name,
+        "detector_sha256": detector.sha256,
+        "num_real": settings.get("num_real"),
+        "num_gen": source.num_images,
+        "ddof": settings.get("ddof"),
+        "label_policy": made.get("labels"),
+        "seed": made.get("seed"),
+        "truncation_psi": made.get("truncation_psi"),
+        "settings": {key: value for key, value in settings.items() if key not in ("num_real", "ddof")},
+        "generated": {**made, "fingerprint": source.fingerprint},
+        "reference": reference.describe() if reference else None,
+        "reference_fingerprint": reference.fingerprint if reference else None,
+        "version": code_version(),
+        **more,
+    }
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """One line of strict JSON, without a line break."""
+    return json.dumps(record, allow_nan=False, default=str)
+
+
+def append_line(folder: str | os.PathLike, record: dict[str, Any]) -> None:
+    """Append a record to metric-<name>.jsonl in `folder`; earlier lines stay."""
+    path = Path(folder) / f"metric-{record['metric']}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json_line(record) + "\n")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Values for people: one line per value with the numbers of images, the detector and the label policy."""
+    rows = [("metric", "value", "generated", "real", "detector", "labels")]
+    for record in results:
+        for key, value in record["results"].items():
+            rows.append((key, f"{value:.6g}", str(record["num_gen"]), str(record["num_real"] or "-"),
+                         record["detector"], record["label_policy"] or "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)

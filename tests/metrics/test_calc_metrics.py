@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: every kind of input, files it writes, and one clear line with exit code 2 for every mistake."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click.testing
+import numpy as np
+import pytest
+import torch
+
+import calc_metrics
+from tests.metrics.helpers import json_lines, random_images, write_folder
+from torch_utils import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM = 40
+
+
+def call(*args):
+    return click.testing.CliRunner().invoke(calc_metrics.main, [str(arg) for arg in args])
+
+
+def run(*args):
+    """Result lines of a call that must succeed."""
+    result = call("--device=cpu", "--verbose=0", *args)
+    assert result.exit_code == 0, result.stderr
+    return json_lines(result.stdout)
+
+
+def refused(match, *args):
+    result = call("--device=cpu", "--verbose=0", *args)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Warning")]
+    assert len(lines) == 1, result.stderr
+    assert match in lines[0]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The same 40 generated images as folder, npz and class folders; 60 real ones as folder and zip."""
+    gen, real = random_images(NUM, 16, seed=1, shift=20), random_images(60, 16, seed=2)
+    write_folder(tmp_path / "gen", gen)
+    write_folder(tmp_path / "classes", gen, [f"{i % 3}" for i in range(NUM)])
+    np.savez(tmp_path / "gen.npz", np.ascontiguousarray(gen.transpose(0, 2, 3, 1)), np.arange(NUM) % 3)
+    write_folder(tmp_path / "real", real)
+    labels = {"labels": [[f"{i:06d}.png", i % 3] for i in range(60)]}
+    (tmp_path / "real" / "dataset.json").write_text(json.dumps(labels))
+    return tmp_path
+
+
+TINY = ("--detector=tiny", f"--num={NUM}")
+
+#----------------------------------------------------------------------------
+
+class TestImages:
+    def test_kinds_agree(self, data):
+        want = ("--metrics=fid,kid,pr,is", f"--data={data}/real", *TINY)
+        folder, npz = (run(f"--images={data}/{name}", *want) for name in ("gen", "gen.npz"))
+        assert [record["results"] for record in folder] == [record["results"] for record in npz]
+        assert [record["metric"] for record in folder] == ["fid", "kid", "pr", "is"]
+        assert folder[0]["num_gen"] == NUM
+        assert folder[0]["num_real"] == 60
+        assert npz[0]["generated"]["kind"] == "samples"
+
+    def test_table_goes_to_stderr(self, data):
+        result = call("--device=cpu", f"--images={data}/gen", f"--ref={data}/real", "--metrics=fid", *TINY)
+        assert all(line.startswith("{") for line in result.stdout.splitlines())
+        assert "metric  value" in result.stderr
+        assert "generated images: 100%" in result.stderr
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_batch_does_not_show(self, data, batch):
+        want = (f"--images={data}/gen.npz", f"--ref={data}/real", "--metrics=fid,kid,pr,is", "--no-cache", *TINY)
+        assert [r["results"] for r in run(*want)] == [r["results"] for r in run(f"--batch={batch}", *want)]
+
+    def test_accuracy(self, data, tmp_path):
+        from torch_utils.local_network import LocalNet, local_config, save_local_network
+        torch.manual_seed(0)
+        save_local_network(tmp_path / "judge.safetensors", LocalNet(local_config(3, 16, (8, 12))))
+        want = ("--metrics=accuracy", f"--detector={tmp_path}/judge.safetensors", f"--num={NUM}")
+        folder, npz = (run(f"--images={data}/{name}", *want)[0] for name in ("classes", "gen.npz"))
+        assert folder["results"] == npz["results"]
+        assert 0 <= folder["results"]["accuracy"] <= 1
+        assert folder["reference"] is None
+        refused("the images have no labels", f"--images={data}/gen", *want)
+
+    def test_seeded_subset(self, data):
+        want = (f"--images={data}/gen", f"--ref={data}/real", "--metrics=fid", "--detector=tiny", "--num=20")
+        first, again, other = (run(*want, f"--seed={seed}")[0] for seed in (0, 0, 1))
+        assert first["results"] == again["results"] != other["results"]
+        assert first["generated"]["subset_of"] == NUM
+
+    def test_results_folder(self, data, tmp_path):
+        for _run in range(2):
+            printed = run(f"--images={data}/gen", f"--ref={data}/real", "--metrics=fid", f"--out={tmp_path}/out", *TINY)
+        lines = json_lines((tmp_path / "out" / "metric-fid.jsonl").read_text())
+        assert len(lines) == 2
+        assert lines[1] == printed[0]
+
+    def test_jpeg_is_warned_of(self, data):
+        import PIL.Image
+        PIL.Image.open(data / "gen" / "000000.png").save(data / "gen" / "x.jpg")
+        result = call("--device=cpu", f"--images={data}/gen", f"--ref={data}/real", "--metrics=fid", *TINY)
+        assert "Warning" in result.stderr
+        assert "JPEG" in result.stderr
+
+#----------------------------------------------------------------------------
+
+class TestStatistics:
+    def test_round_trip(self, data, tmp_path):
+        want = (f"--images={data}/gen", "--metrics=fid", *TINY)
+        direct = run(*want, f"--data={data}/real", "--no-cache")[0]
+        result = call("--device=cpu", f"--data={data}/real", f"--save-ref={tmp_path}/ref.npz", "--detector=tiny")
+        assert result.exit_code == 0
+        assert "statistics of 60 images by tiny" in result.stderr
+        stored = run(*want, f"--ref={tmp_path}/ref.npz")[0]
+        assert stored["results"]["fid"] == pytest.approx(direct["results"]["fid"], rel=1e-9)
+        assert stored["num_real"] == 60
+        assert stored["reference_fingerprint"] == direct["reference_fingerprint"]
+        refused("pr: not computable from", *want, f"--ref={tmp_path}/ref.npz", "--metrics=pr")
+        write_folder(data / "small", random_images(NUM, 8))
+        refused("the generated images have 8x8 pixels, the reference 16x16", f"--images={data}/small", "--metrics=fid",
+                *TINY, f"--ref={tmp_path}/ref.npz")
+
+    def test_foreign_file_with_images(self, data, tmp_path):
+        run(f"--data={data}/real", f"--save-ref={tmp_path}/ref.npz", "--detector=tiny")
+        real = np.stack([np.asarray(x) for x in random_images(60, 16, seed=2).transpose(0, 2, 3, 1)])
+        with np.load(tmp_path / "ref.npz") as ref:
+            np.savez(tmp_path / "adm.npz", mu=ref["mu"].astype(np.float32), sigma=ref["sigma"], arr_0=real)
+        fid, pr = run(f"--images={data}/gen", f"--ref={tmp_path}/adm.npz", "--metrics=fid,pr", *TINY)
+        assert fid["num_real"] is None
+        assert "not recorded" in fid["reference"]["detector"]
+        direct = run(f"--images={data}/gen", f"--ref={data}/real", "--metrics=pr", *TINY)[0]
+        assert pr["results"] == direct["results"]
+
+    def test_saving_beside_scoring(self, data, tmp_path):
+        records = run(f"--images={data}/gen", f"--data={data}/real", "--metrics=fid", *TINY, "--mirror=1",
+                      f"--save-ref={tmp_path}/ref.npz")
+        assert records[0]["num_real"] == 120
+        with np.load(tmp_path / "ref.npz") as ref:
+            assert int(ref["num_images"]) == 120
+
+#----------------------------------------------------------------------------
+
+class TestNetwork:
+    @pytest.fixture
+    def network(self, tmp_path):
+        from training.config import to_dict
+        from training.layer_schedule import stem_config
+        from training.networks_stylegan3 import Generator
+        from training.snapshots import NETWORK_FORMAT, VERSION
+        torch.manual_seed(0)
+        config = stem_config(16, 6, 256, 16, c_dim=3)
+        checkpoint.save(tmp_path / "net.pkl", {
+            "format": NETWORK_FORMAT, "version": VERSION, "generator_config": to_dict(config),
+            "G_ema": Generator(config).state_dict(), "class_names": ["a", "b", "c"], "progress": {}})
+        return tmp_path / "net.pkl"
+
+    @pytest.mark.parametrize("labels", ["dataset", "uniform", "balanced"])
+    def test_policies(self, data, network, labels):
+        record = run(f"--network={network}", f"--data={data}/real", "--metrics=fid", f"--labels={labels}", "--seed=3",
+                     "--trunc=0.7", "--batch=16", *TINY)[0]
+        assert (record["label_policy"], record["seed"], record["truncation_psi"]) == (labels, 3, 0.7)
+        assert record["snapshot_pkl"] == str(network)
+        assert len(record["network_sha256"]) == 64
+        assert record["generated"]["resolution"] == 16
+
+    def test_classes_of_the_data(self, data, network):
+        want = (f"--network={network}", "--metrics=fid", *TINY)
+        refused("--labels=dataset: classes are drawn as the reference data set has them, but it has no labels",
+                *want, f"--data={data}/gen")
+        labels = {"labels": [[f"{i:06d}.png", i % 4] for i in range(60)]}
+        (data / "real" / "dataset.json").write_text(json.dumps(labels))
+        refused("has the label 3, but the network knows 3 classes", *want, f"--data={data}/real")
+
+    def test_without_reference(self, network):
+        record = run(f"--network={network}", "--metrics=is", "--labels=uniform", *TINY)[0]
+        assert set(record["results"]) == {"is_mean", "is_std"}
+        refused("compares with real images", f"--network={network}", "--metrics=fid", "--labels=uniform", *TINY)
+
+    def test_other_size(self, data, network):
+        write_folder(data / "big", random_images(5, 32))
+        refused("generated images have 16x16 pixels, the reference 32x32", f"--network={network}", "--metrics=fid",
+                f"--data={data}/big", "--labels=uniform", *TINY)
+
+#----------------------------------------------------------------------------
+
+class TestMistakes:
+    def test_flags(self, data):
+        gen, real = f"--images={data}/gen", f"--data={data}/real"
+        refused("nothing to score: name a generator by --network or images by --images")
+        refused("--network and --images: name one", gen, "--network=x.pkl", real)
+        refused("--data and --ref: both", gen, real, f"--ref={data}/real")
+        refused("--save-ref=x.npz: name the images", "--save-ref=x.npz")
+        refused("--trunc=0.5: has no effect without --network", gen, real, "--trunc=0.5", "--metrics=fid", *TINY)
+        refused("fid50k_full is defined with 50000", gen, real, "--num=10")
+        refused("fid50k_full is defined with inception-2015-12-05", gen, real, "--detector=tiny")
+        refused("unknown metric 'fid51k'", gen, real, "--metrics=fid51k")
+        refused("unknown detector: choose from inception-2015-12-05", gen, real, "--metrics=fid", "--detector=resnet")
+
+    def test_values_that_click_refuses(self):
+        for arg in ("--num=0", "--batch=0", "--seed=-1", "--labels=some", "--gpus=0", "--device=tpu", "--mirror=maybe"):
+            result = call(arg)
+            assert result.exit_code == 2
+            assert arg.split("=")[0] in result.stderr
+
+    def test_files(self, data, tmp_path):
+        real = ("--metrics=fid", f"--data={data}/real", *TINY)
+        refused("no such file or folder", f"--images={data}/absent", *real)
+        (tmp_path / "text.txt").write_text("hello")
+        refused("neither a folder, a zip archive nor an .npz", f"--images={tmp_path}/text.txt", *real)
+        np.savez(tmp_path / "float.npz", np.zeros([3, 16, 16, 3]))
+        refused("arr_0 is float64, but images must be uint8", f"--images={tmp_path}/float.npz", *real)
+        np.savez(tmp_path / "stats.npz", mu=np.zeros(16), sigma=np.eye(16))
+        refused("holds statistics, not images", f"--images={tmp_path}/stats.npz", *real)
+        np.savez(tmp_path / "wide.npz", mu=np.zeros(17), sigma=np.eye(17))
+        refused("have 17 dimensions, those of detector tiny 16", f"--images={data}/gen", "--metrics=fid", *TINY,
+                f"--ref={tmp_path}/wide.npz")
+        refused("absent.safetensors", f"--images={data}/gen", "--metrics=fid",
+                f"--detector={tmp_path}/absent.safetensors", f"--data={data}/real")
+        refused("no such file", "--network=absent.pkl", *real)
+        refused("holds statistics already", f"--ref={tmp_path}/stats.npz", f"--save-ref={tmp_path}/x.npz",
+                "--detector=tiny")
+
+    def test_too_few_images(self, data):
+        refused(f"has {NUM} images, the metric asks for 50000", f"--images={data}/gen", f"--data={data}/real",
+                "--metrics=fid", "--detector=tiny")
+        refused(f"has {NUM} images, the metric asks for 41", f"--images={data}/gen", f"--data={data}/real",
+                "--metrics=fid", "--detector=tiny", "--num=41")
+
+    def test_weights_are_missing(self, data):
+        refused("weights-inception-2015-12-05-6726825d.pth: it is not on this machine and downloads are off",
+                f"--images={data}/gen", f"--data={data}/real", "--offline")
+
+#----------------------------------------------------------------------------
+
+def test_as_a_program_with_the_real_architecture(data, tmp_path):
+    """From another folder, in its own process, with Inception at random weights."""
+    write_folder(data / "few", random_images(3, 16))
+    command = [sys.executable, str(ROOT / "calc_metrics.py"), f"--images={data}/gen.npz", f"--ref={data}/few",
+               "--metrics=kid", "--detector=inception-2015-12-05:random", "--num=3", "--device=cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "STYLESAN_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["metric"] for record in records] == ["kid"]
+    assert records[0]["detector"] == "inception-2015-12-05:random"
+    assert "Traceback" not in done.stderr

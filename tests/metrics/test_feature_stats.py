@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moments against NumPy, exactness where float32 would drift, rows that find their places."""
+import numpy as np
+import pytest
+import torch
+
+from metrics.feature_stats import Moments, Rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64, 1000])
+def test_moments(batch_size):
+    x = np.random.default_rng(0).standard_normal([500, 9]).astype(np.float32) + 3
+    moments = Moments(9)
+    for start in range(0, 500, batch_size):
+        moments.append(torch.from_numpy(x[start : start + batch_size]))
+    moments.reduce(CPU)
+    exact = x.astype(np.float64)
+    assert moments.num == 500
+    np.testing.assert_allclose(moments.mean(), exact.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(moments.covariance(), np.cov(exact.T, ddof=0), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(moments.covariance(ddof=1), np.cov(exact.T, ddof=1), rtol=1e-10, atol=1e-13)
+
+
+def test_large_offset_keeps_precision():
+    x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)) + 1000
+    moments = Moments(2)
+    for part in x.split(100):
+        moments.append(part)
+    np.testing.assert_allclose(moments.covariance(), np.cov(x.double().numpy().T, ddof=0), atol=1e-8)
+
+
+def test_rows_find_their_places():
+    rows = Rows(10)
+    table = torch.arange(30.0).reshape(10, 3)
+    for places in ([7, 8, 9], [], [0, 1], [2, 3, 4, 5, 6]):
+        rows.append(np.array(places), table[places])
+    assert torch.equal(rows.gather(CPU), table)
+
+
+def test_missing_rows_are_noticed():
+    rows = Rows(10)
+    rows.append(np.array([1, 2]), torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="2 rows were collected, 10 expected"):
+        rows.gather(CPU)

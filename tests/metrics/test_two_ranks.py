@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes give what one gives."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.metrics import two_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def result(folder, num_processes):
+    lines = (folder / "metric-fid.jsonl").read_text().splitlines()
+    assert len(lines) == 2                          # Two evaluations, each written once.
+    assert json.loads(lines[0])["num_gpus"] == num_processes
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_two_ranks_equal_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        two_ranks.score(str(tmp_path / "one"), torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "-m", "tests.metrics.two_ranks", str(tmp_path / "two")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "STYLESAN_CACHE": str(tmp_path / "cache-two"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = result(tmp_path / "one", 1), result(tmp_path / "two", 2)
+    for key, value in one["values"].items():
+        if key == "fid":
+            assert two["values"][key] == pytest.approx(value, rel=1e-9)     # Sums in another order.
+        else:
+            assert two["values"][key] == value
+    assert one["num_read"] == [2 * 333]
+    assert sum(two["num_read"]) == 2 * 333          # No image twice, none left out.
+    assert min(two["num_read"]) > 0
