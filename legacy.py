@@ -298,8 +298,9 @@ def _discriminator(D: ModuleRecord, generator: GeneratorConfig) -> tuple[Discrim
     tables = [module for module in heads.values() if module.class_name == "SANEmbedding"]
     if any(as_size(table.get("num_embeddings"), "num_embeddings") < generator.c_dim for table in tables):
         raise Unfit("it has fewer classes than the generator")
+    # The stages of a convolutional backbone are layer0 to layer3, the reassembly of a transformer is layer1 to layer4.
     transformers = {name for name in backbones
-                    if "model" in networks.child(name).child("pretrained").group("_modules")}
+                    if "layer0" not in networks.child(name).child("pretrained").group("_modules")}
     config = DiscriminatorConfig(
         backbones=backbones,
         img_resolution=generator.img_resolution,

@@ -260,7 +260,7 @@ def write_discriminator(path: Path, shapes: dict[str, list[int]], config: Genera
 @needs_parity
 def test_discriminator_goes_into_ours(tmp_path):
     shapes = load_json("discriminator_lite0_cond16.json")["state_shapes"]
-    frozen = {"feature_networks.tf_efficientnet_lite0.pretrained.layer1.3.weight": [4, 4, 1, 1]}
+    frozen = {f"feature_networks.{LITE0}.pretrained.layer{place}.weight": [4, 4, 1, 1] for place in ("0.0", "1.3")}
     state = write_discriminator(tmp_path / "x.pkl", frozen | shapes, small_stem(c_dim=10))
     snapshot = legacy.open_snapshot(tmp_path / "x.pkl")
     assert snapshot["notes"] == []
@@ -277,7 +277,7 @@ def test_discriminator_goes_into_ours(tmp_path):
 def uncond_shapes() -> dict[str, list[int]]:
     """A discriminator of both backbones with small arrays."""
     shapes: dict[str, list[int]] = {}
-    for name, place in ((LITE0, "layer3.1"), (DEIT, "model.blocks")):
+    for name, place in ((LITE0, "layer0.3"), (DEIT, "model.blocks")):
         shapes[f"feature_networks.{name}.pretrained.{place}.weight"] = [2, 2, 1, 1]
         shapes[f"feature_networks.{name}.scratch.layer0_ccm.weight"] = [64, 2, 1, 1]
         shapes[f"feature_networks.{name}.scratch.layer0_ccm.bias"] = [64]
@@ -295,7 +295,7 @@ def test_unconditional_discriminator_of_both_backbones(tmp_path):
     assert snapshot["notes"] == []
     assert snapshot["discriminator_config"]["backbones"] == (LITE0, DEIT)
     assert snapshot["discriminator_config"]["c_dim"] == 0
-    assert set(snapshot["D"]) == {name for name in shapes if "layer3.1" not in name and "model" not in name}
+    assert set(snapshot["D"]) == {name for name in shapes if "layer0.3" not in name and "model" not in name}
 
 
 def test_discriminators_that_are_left_out(tmp_path):
