@@ -98,6 +98,8 @@ class TimmBackbone(Backbone):
                          always_resize=isotropic or bool(cfg.get("fixed_input_size")))
         self.isotropic = isotropic
         depth = len(reductions)
+        if isotropic and depth < NUM_MAPS:
+            raise UserError(f"backbone {name}: has {depth} blocks, {NUM_MAPS} needed: choose another model")
         if isotropic:
             self.indices = [depth * (i + 1) // NUM_MAPS - 1 for i in range(NUM_MAPS)]
         else:

@@ -7,6 +7,7 @@
 Networks of different splits k/n with the same n and seed see disjoint images, so that one can guide training and
 another, which the generator has never been near, can judge the result.
 """
+import contextlib
 import dataclasses
 import json
 import re
@@ -38,7 +39,7 @@ class Settings:
     resolution: int = 32                        # Images are resized to this before anything else.
     split: tuple[int, int] = (0, 1)             # (k, n): take the k-th of n disjoint parts of the images.
     seed: int = 0                               # Of the parts, the initial weights, the order and the shifts.
-    epochs: int = 20
+    epochs: int = 12
     batch: int = 64
     lr: float = 3e-3                            # Of Adam; falls to 0 along a cosine.
     max_shift: float = 1 / 16                   # Largest random shift, as a share of the side. There are no flips.
@@ -89,13 +90,26 @@ def train_local_network(dataset: Any, settings: Settings, device: str = "cpu", p
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         net = LocalNet(config).to(device)
-    pixels = _pixels(dataset, net, progress)
     labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
-    _fit(net, pixels[train], labels[train], settings, device, progress)
-    net.eval().requires_grad_(False)
-    heldout = _accuracy(net, pixels[rest], labels[rest], device) if len(rest) else None
-    report = Report(len(train), len(rest), _accuracy(net, pixels[train], labels[train], device), heldout)
+    with _one_thread():
+        pixels = _pixels(dataset, net, progress)
+        _fit(net, pixels[train], labels[train], settings, device, progress)
+        net.eval().requires_grad_(False)
+        heldout = _accuracy(net, pixels[rest], labels[rest], device) if len(rest) else None
+        report = Report(len(train), len(rest), _accuracy(net, pixels[train], labels[train], device), heldout)
     return net.cpu(), report
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One CPU thread for the block. Layers this small gain little from more, lose a lot to them on a busy machine, and
+    sums that do not depend on the number of cores give the same weights everywhere."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pixels(dataset: Any, net: LocalNet, progress: bool) -> torch.Tensor:
@@ -188,7 +202,7 @@ def _open(path: str) -> ImageDataset:
 @click.option("--split", type=_Split(), default="0/1", show_default=True,
               help="Train on part K of N disjoint parts of the images; the rest is held out")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the parts and of training")
-@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Passes over the part")
+@click.option("--epochs", type=click.IntRange(min=1), default=12, show_default=True, help="Passes over the part")
 @click.option("--widths", metavar="N,N...", default="16,32,64,128", show_default=True, callback=_widths,
               help="Channels per stage; every stage halves the size")
 @click.option("--resolution", type=click.IntRange(min=2), default=32, show_default=True,
