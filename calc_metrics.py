@@ -85,7 +85,7 @@ def image_source(opts: EasyDict, names: list[str], workers: int) -> metric_main.
 # The command.
 
 def check_options(opts: EasyDict) -> None:
-    """Combinations of flags that make no sense. Raises UserError."""
+    """Refuse flags that do not go together. Raises UserError."""
     if opts.network is not None and opts.images is not None:
         raise UserError("--network and --images: name one of them, the generator or the images to score")
     if opts.data is not None and opts.ref is not None:
@@ -122,17 +122,28 @@ def save_reference(opts: EasyDict, reference: Reference, options: MetricOptions)
         print(f"{opts.save_ref}: statistics of {statistics.num_images} images by {detector.name}", file=sys.stderr)
 
 
+def preflight(opts: EasyDict) -> list[str]:
+    """Everything that can be refused cheaply; returns the metrics to compute.
+
+    Raises:
+        UserError: a path where nothing is, an unknown name, weights that cannot be had.
+    """
+    for path in (opts.images, opts.data, opts.ref):
+        if path is not None:
+            image_inputs.kind_of(path)
+    names = opts.metrics if opts.network is not None or opts.images is not None else []
+    metric_main.preflight(names, metric_options(opts, torch.device("cpu"), None))
+    return names
+
+
 def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
     """Everything after the flags are read. All processes call it.
 
     Raises:
-        UserError: see `check_options` and `metrics.metric_main.evaluate`.
+        UserError: see `preflight` and `metrics.metric_main.evaluate`.
     """
-    check_options(opts)
+    names = preflight(opts)
     workers = opts.workers if opts.workers is not None else CUDA_WORKERS if device.type == "cuda" else 0
-    scored = opts.network is not None or opts.images is not None
-    names = opts.metrics if scored else []
-    metric_main.preflight(names, metric_options(opts, device, None))
     network = None
     if opts.network is not None:
         from legacy import load_network
@@ -144,7 +155,7 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
     if (warning := metric_main.unused_mirror(names, options)) is not None:
         distributed.print0(f"Warning: {warning}", file=sys.stderr)
     results = []
-    if scored:
+    if opts.network is not None or opts.images is not None:
         generated = (image_source(opts, names, workers) if network is None
                      else network_source(opts, network, reference))
         results = metric_main.evaluate(names, generated, reference, options)
@@ -208,6 +219,7 @@ def main(ctx: click.Context, **kwargs: Any) -> None:
     opts = EasyDict(kwargs)
     check_options(opts)
     if opts.gpus > 1 and distributed.launched_world_size() is None:
+        preflight(opts)     # Once and in one line, before several processes fail with as many.
         # Behind '--' the launcher does not mistake --num for the beginning of an option of its own.
         ctx.exit(distributed.run_local_processes(opts.gpus, ["--", *sys.argv]))
     device = distributed.init(misc.select_device(opts.device))

@@ -128,7 +128,7 @@ def load_detector(spec: str, device: torch.device, weights_dir: str | None = Non
                   offline: bool | None = None) -> Detector:
     """Build a detector from its name, 'name:random' (seeded random weights) or the path of a local judge.
 
-    Random numbers elsewhere are not disturbed: networks are made on the meta device, which draws none.
+    Random numbers elsewhere are not disturbed: networks of known kinds are made on the meta device, which draws none.
 
     Args:
         spec: A name in `DETECTORS`, with or without ':random'; 'local:PATH'; 'PATH.safetensors'.
@@ -238,7 +238,8 @@ DETECTORS.register("vgg16")(DetectorKind(VGG16_FILE, 4096, ("pool",), _make_vgg1
 def _load_local(path: Path, device: torch.device) -> Detector:
     from torch_utils.local_network import load_local_network
 
-    net = load_local_network(path).to(device)
+    with torch.random.fork_rng(devices=[]):     # It draws initial values before it reads the file.
+        net = load_local_network(path).to(device)
 
     def forward(images: torch.Tensor) -> Outputs:
         pool, logits = net.embed_and_logits(net.prepare(images))

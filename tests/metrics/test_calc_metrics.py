@@ -189,6 +189,17 @@ class TestNetwork:
 
 #----------------------------------------------------------------------------
 
+def test_several_processes_are_started_by_the_launcher(data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(calc_metrics.distributed, "run_local_processes", lambda n, argv: asked.append((n, argv)) or 7)
+    result = call(f"--images={data}/gen", f"--data={data}/real", "--metrics=fid", "--gpus=2", *TINY)
+    assert result.exit_code == 7
+    assert asked == [(2, ["--", *sys.argv])]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused("--gpus=2: torchrun started 3 processes", f"--images={data}/gen", f"--data={data}/real", "--gpus=2")
+
+#----------------------------------------------------------------------------
+
 class TestMistakes:
     def test_flags(self, data):
         gen, real = f"--images={data}/gen", f"--data={data}/real"
@@ -211,6 +222,7 @@ class TestMistakes:
     def test_files(self, data, tmp_path):
         real = ("--metrics=fid", f"--data={data}/real", *TINY)
         refused("no such file or folder", f"--images={data}/absent", *real)
+        refused("no such file or folder", f"--images={data}/absent", *real, "--gpus=2")
         (tmp_path / "text.txt").write_text("hello")
         refused("neither a folder, a zip archive nor an .npz", f"--images={tmp_path}/text.txt", *real)
         np.savez(tmp_path / "float.npz", np.zeros([3, 16, 16, 3]))

@@ -147,6 +147,11 @@ class TestJudge:
         assert detector.name == "local:judge.safetensors"
         assert detector.sha256 == net.sha256
 
+    def test_global_random_numbers_are_untouched(self, path):
+        state = torch.get_rng_state()
+        load_detector(str(path), CPU)
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_no_such_file(self, tmp_path):
         with pytest.raises(UserError, match=r"absent\.safetensors"):
             load_detector(str(tmp_path / "absent.safetensors"), CPU)
