@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on real images in minutes: data, stem, super-resolution stage, samples, scores.
 
-Every step is the command that a user would type; `make demo` runs this file. The images are the 1,797 handwritten digits
-that scikit-learn ships.
+Every step is the command that a user would type; `make demo` runs this file. The images are the 1,797 handwritten
+digits that scikit-learn ships.
 """
 import json
 import re

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": dict(cbase=16384, cmax=256, syn_layers=7,  head_layers=4, margin=10, w_dim=512),
     "demo":  dict(cbase=256,   cmax=16,  syn_layers=4,  head_layers=4, margin=4,  w_dim=128, batch=32, overrides={
         "discriminator.diffaug": ("translation", "cutout"), "discriminator.proj_channels": 32,
-        "discriminator.max_channels": 128, "loss.blur_init_sigma": 0.0, "loss.pl_weight": 0.0, "optim.ema_kimg": 2.0}),
+        "discriminator.max_channels": 64, "loss.blur_init_sigma": 0.0, "loss.pl_weight": 0.0, "optim.ema_kimg": 2.0}),
 }
 
 STEM_ONLY = ("cbase", "cmax", "map_depth", "embedding")
@@ -201,9 +201,9 @@ def run(opts: EasyDict, given: set[str]) -> int:
 
 #----------------------------------------------------------------------------
 
-def option(name: str, help: str, **settings: Any):
-    """A click option that shows its default."""
-    return click.option(name, help=help, show_default=settings.get("default") is not None, **settings)
+def option(names: str, help: str, **settings: Any):
+    """A click option that shows its default. `names` may hold a short one: '-n --name'."""
+    return click.option(*names.split(), help=help, show_default=settings.get("default") is not None, **settings)
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
@@ -260,7 +260,7 @@ def option(name: str, help: str, **settings: Any):
 @cli.device_option()
 @option("--restart_every", "Save and exit with code 3 after this many seconds; 0: never", metavar="SECONDS", default=0,
         type=click.IntRange(min=0))
-@option("-n", "--dry-run", "Print the settings and exit", is_flag=True)
+@option("-n --dry-run", "Print the settings and exit", is_flag=True)
 def main(**kwargs: Any) -> None:
     """Train StyleGAN-XL with SAN heads.
 

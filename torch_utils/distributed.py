@@ -137,4 +137,5 @@ def print0(*args: Any, **kwargs: Any) -> None:
 def run_local_processes(num_processes: int, argv: list[str]) -> int:
     """Start this script again in `num_processes` processes of this machine through torchrun; return its exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    return subprocess.run(command + argv, check=False).returncode
+    # After "--" torchrun takes nothing for its own: it would read our --num as short for --numa-binding.
+    return subprocess.run([*command, "--", *argv], check=False).returncode

@@ -89,8 +89,8 @@ class GradientGuard:
 def run_phase(phase: Phase, batches: Iterable[MicroBatch], global_batch: int, guard: GradientGuard) -> None:
     """Accumulate gradients over micro-batches, add them over processes, step.
 
-    All gradients of the phase lie in one flat tensor, of which `.grad` are views: one message per phase, nothing copied.
-    A parameter that the loss does not reach has gradient 0, as officially.
+    All gradients of the phase lie in one flat tensor, of which `.grad` are views: one message per phase, nothing
+    copied. A parameter that the loss does not reach has gradient 0, as officially.
     """
     parameters = phase.parameters
     flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)

@@ -130,8 +130,8 @@ def training_loop(
     order = EpochOrder(len(dataset), config.seed)
     stream = TrainingStream(dataset, order, rank, world_size, config.batch_gpu, state.cur_nimg, config.data.workers)
     probs = dataset.label_distribution() if G.c_dim > 0 else None
-    batches = BatchSource(G, CounterRNG(config.seed), probs, stream, len(D.backbone_names), config.batch, config.batch_gpu, rank,
-                          world_size, device, augment=bool(config.discriminator.diffaug))
+    batches = BatchSource(G, CounterRNG(config.seed), probs, stream, len(D.backbone_names), config.batch,
+                          config.batch_gpu, rank, world_size, device, augment=bool(config.discriminator.diffaug))
     sheets = SampleSheets(folder, dataset, G.c_dim, G.z_dim, config.seed)
     if rank == 0 and not resumed:
         sheets.save_reals(dataset)
