@@ -220,7 +220,6 @@ def main(ctx: click.Context, **kwargs: Any) -> None:
     check_options(opts)
     if opts.gpus > 1 and distributed.launched_world_size() is None:
         preflight(opts)     # Once and in one line, before several processes fail with as many.
-        # Behind '--' the launcher does not mistake --num for the beginning of an option of its own.
         ctx.exit(distributed.run_local_processes(opts.gpus, sys.argv))
     device = distributed.init(misc.select_device(opts.device))
     try:

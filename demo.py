@@ -169,11 +169,12 @@ def run_demo(folder: Path, seed: int, san: bool, quick: bool) -> dict[str, Any]:
         *judged, "--metrics=fid,kid,pr,accuracy", f"--network={run}", f"--data={folder}/digits32.zip"]))
     progress.bar.close()
 
+    shutil.copyfile(run / "best_model.pkl", folder / "best_model.pkl")
     summary = settings | {
         "fid_init": before["fid"], "fid": after["fid"], "kid": after["kid"], "precision": after["pr_precision"],
         "recall": after["pr_recall"], "accuracy_init": before["accuracy"], "accuracy": after["accuracy"],
         "minutes": (time.time() - started) / 60,
-        "paths": {"samples": str(folder / "samples.png"), "network": str(run / "best_model.pkl"), "log": str(log)}}
+        "paths": {"samples": str(folder / "samples.png"), "network": str(folder / "best_model.pkl"), "log": str(log)}}
     atomic_write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

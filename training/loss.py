@@ -94,7 +94,10 @@ class StyleSanLoss:
         ws = self.G.mapping(batch.z[:count], batch.gen_c[:count])
         images = self.G.synthesis(ws, force_fp32=self.force_fp32)
         lengths = path_lengths(images, ws, batch.pl_noise[:count])
-        mean = self.pl_mean.lerp(lengths.mean(), self.config.pl_decay)
+        # The value of the mean is that over all processes, so that they agree; its gradient is this process's.
+        local = lengths.mean()
+        average = distributed.all_reduce_sum(local.detach().clone()) / distributed.world_size()
+        mean = self.pl_mean.lerp(local + (average - local.detach()), self.config.pl_decay)
         self.pl_mean.copy_(mean.detach())
         penalty = (lengths - mean).square()
         self.report("Loss/pl_penalty", penalty)
