@@ -1,0 +1,243 @@
+"""gen_images.py and the sampling behind it."""
+import pickle
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from click.testing import CliRunner
+
+import calc_metrics
+import gen_images
+import train
+from dnnlib import UserError
+from inference.sampling import GeneratorSource, find_class, generate, seed_label, seed_latent
+from legacy import load_network
+from tests.parity import PARITY, load_npz, needs_parity
+from torch_utils import checkpoint
+from torch_utils.images import to_uint8_metric, to_uint8_sample
+from training.config import to_dict
+from training.layer_schedule import stem_config
+from training.networks_stylegan3 import Generator
+from training.snapshots import NETWORK_FORMAT
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A small conditional snapshot with class names; its w_avg differs between classes."""
+    torch.manual_seed(0)
+    config = stem_config(16, 4, 128, 8, margin_size=4, w_dim=32, c_dim=3, embed_dim=8)
+    G = Generator(config)
+    G.mapping.w_avg.normal_()
+    path = tmp_path_factory.mktemp("network") / "network-snapshot-000001.pkl"
+    checkpoint.save(path, {"format": NETWORK_FORMAT, "version": 1, "generator_config": to_dict(config),
+                           "G_ema": G.state_dict(), "class_names": ["cat", "dog", "owl"], "progress": {}})
+    return path
+
+
+def invoke(*args):
+    return CliRunner().invoke(gen_images.main, [str(a) for a in args] + ["--device=cpu"])
+
+
+def images(folder) -> dict[str, np.ndarray]:
+    found = {}
+    for path in sorted(folder.glob("*.png")):
+        with PIL.Image.open(path) as image:
+            found[path.name] = np.asarray(image)
+    return found
+
+#----------------------------------------------------------------------------
+
+def test_official_conventions(network, tmp_path):
+    """Latent, class, truncation and rounding of the official script, spelled out."""
+    assert invoke(f"--network={network}", "--seeds=3,7", "--trunc=0.5", f"--outdir={tmp_path}").exit_code == 0
+    G = load_network(network).G_ema
+    for seed in (3, 7):
+        z = torch.from_numpy(np.random.RandomState(seed).randn(1, 64)).float()
+        label = np.random.RandomState(seed).randint(0, 3, 1)
+        w = G.mapping(z, torch.eye(3)[label])
+        mean = G.mapping.w_avg[label].unsqueeze(1)
+        image = G.synthesis(mean + 0.5 * (w - mean))
+        expected = ((image + 1) * 127.5).clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
+        found = images(tmp_path)[f"seed{seed:04d}.png"]
+        assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+@needs_parity
+def test_official_pickle_gives_the_official_image():
+    """The recorded image of the official generator, as the official script would have written it."""
+    data = load_npz("generator_t_cond_stem16.npz")
+    G = load_network(PARITY / "snapshot_stem16_t_cond.pkl").G_ema
+    state = G.state_dict()
+    for name in state:
+        state[name] = torch.as_tensor(data["state/" + name])
+    G.load_state_dict(state)
+    labels = torch.as_tensor(data["c"]).argmax(dim=1)
+    ours = torch.cat(list(generate(G, torch.as_tensor(data["z"]), labels, batch_size=1)))
+    theirs = to_uint8_sample(torch.as_tensor(data["img"]))
+    assert (to_uint8_sample(ours).int() - theirs.int()).abs().max() <= 1
+
+
+def test_images_do_not_depend_on_the_batch(network, tmp_path):
+    for size in (1, 3, 8):
+        result = invoke(f"--network={network}", "--seeds=0-6", f"--batch-sz={size}", f"--outdir={tmp_path / str(size)}")
+        assert result.exit_code == 0, result.output
+    one = images(tmp_path / "1")
+    assert len(one) == 7
+    for size in (3, 8):
+        for name, image in images(tmp_path / str(size)).items():
+            assert np.abs(image.astype(int) - one[name].astype(int)).max() <= 1
+
+
+def test_class_by_name_or_index(network, tmp_path):
+    for kind in ("owl", "2"):
+        result = invoke(f"--network={network}", "--seeds=0", f"--class={kind}", f"--outdir={tmp_path / kind}")
+        assert result.exit_code == 0
+    assert np.array_equal(images(tmp_path / "owl")["seed0000.png"], images(tmp_path / "2")["seed0000.png"])
+
+
+def test_sheet_has_a_row_per_class(network, tmp_path):
+    result = invoke(f"--network={network}", "--seeds=0-4", f"--sheet={tmp_path / 'sheet.png'}")
+    assert result.exit_code == 0, result.output
+    with PIL.Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (gen_images.NAME_WIDTH + 5 * 64, 3 * 64)
+
+
+def test_transforms_move_the_picture(network, tmp_path):
+    base = [f"--network={network}", "--seeds=0"]
+    for name, more in (("plain", []), ("moved", ["--translate=0.25,0"]), ("turned", ["--rotate=90"])):
+        assert invoke(*base, *more, f"--outdir={tmp_path / name}").exit_code == 0
+    plain, moved, turned = (images(tmp_path / n)["seed0000.png"].astype(float) for n in ("plain", "moved", "turned"))
+    assert not np.array_equal(plain, turned)
+    # A quarter of 16 pixels to the right: away from the border the shifted picture is the same one.
+    assert np.abs(moved[4:12, 8:13] - plain[4:12, 4:9]).mean() < np.abs(moved[4:12, 8:13] - plain[4:12, 8:13]).mean()
+
+
+def test_centroids(network, tmp_path):
+    centroids = torch.randn(5, 32)
+    np.save(tmp_path / "c.npy", centroids.numpy())
+    result = invoke(f"--network={network}", "--seeds=0", "--trunc=0", f"--centroids-path={tmp_path / 'c.npy'}",
+                    f"--outdir={tmp_path / 'out'}")
+    assert result.exit_code == 0, result.output
+    G = load_network(network).G_ema
+    w = G.mapping(seed_latent(0, 64)[None], torch.eye(3)[[seed_label(0, 3)]])[:, 0]
+    nearest = centroids[((centroids - w) ** 2).sum(dim=1).argmin()]
+    expected = to_uint8_sample(G.synthesis(nearest.expand(1, G.num_ws, 32)))[0].permute(1, 2, 0).numpy()
+    assert np.abs(images(tmp_path / "out")["seed0000.png"].astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_the_two_roundings():
+    x = torch.tensor([-2.0, -1.0, -0.001, 0.0, 0.003, 0.999, 2.0])
+    assert to_uint8_sample(x).tolist() == [0, 0, 127, 127, 127, 254, 255]
+    assert to_uint8_metric(x).tolist() == [0, 0, 127, 128, 128, 255, 255]
+
+#----------------------------------------------------------------------------
+
+def test_metric_source_is_a_function_of_seed_and_number(network):
+    G = load_network(network).G_ema
+    whole = GeneratorSource(G, 10, seed=5, label_policy="uniform")
+    images_10, labels_10 = (torch.cat(x) for x in zip(*whole.batches(4), strict=True))
+    some = GeneratorSource(G, 10, seed=5, label_policy="uniform")
+    images_3, labels_3 = next(iter(some.batches_at(8, [1, 4, 9])))
+    assert torch.equal(labels_3, labels_10[[1, 4, 9]])
+    assert (images_3.int() - images_10[[1, 4, 9]].int()).abs().max() <= 1
+    balanced = GeneratorSource(G, 9, label_policy="balanced")
+    assert torch.cat([labels for _, labels in balanced.batches(4)]).bincount().tolist() == [3, 3, 3]
+
+
+def test_labels_follow_the_data(network):
+    G = load_network(network).G_ema
+    source = GeneratorSource(G, 3000, label_policy="dataset", label_probs=np.array([0.7, 0.3, 0.0]))
+    share = source.labels(np.arange(3000)).bincount(minlength=3) / 3000
+    assert share[2] == 0
+    assert abs(float(share[0]) - 0.7) < 0.03
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [
+    ({"label_policy": "dataset"}, "distribution of the data is not known"),
+    ({"label_policy": "dataset", "label_probs": np.ones(5) / 5}, "3 classes, the data 5"),
+    ({"label_policy": "other"}, "--labels=other")])
+def test_bad_metric_source(network, kwargs, message):
+    with pytest.raises(UserError, match=message):
+        GeneratorSource(load_network(network).G_ema, 3, **kwargs)
+
+
+def test_find_class():
+    assert find_class("dog", ["cat", "dog"], 2) == 1
+    assert find_class("1", None, 2) == 1
+    with pytest.raises(UserError, match="unconditional"):
+        find_class("1", None, 0)
+
+#----------------------------------------------------------------------------
+# Mistakes: one line, exit code 2.
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--class=12"], "--class=12: the network has 3 classes, 0 to 2"),
+    (["--class=cow"], "--class=cow: no class of this name: names are cat, dog, owl"),
+    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: not readable"),
+    (["--seeds=5-2"], "runs backwards"), (["--seeds=x"], "is not a list"), (["--translate=1"], "is not a pair"),
+])
+def test_mistakes(network, tmp_path, args, message):
+    result = invoke(f"--network={network}", "--seeds=0", f"--outdir={tmp_path}", *args)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_outdir_or_sheet(network):
+    assert "one of the two" in invoke(f"--network={network}", "--seeds=0").output
+
+
+def test_unwritable_outdir(network, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke(f"--network={network}", "--seeds=0", f"--outdir={tmp_path / 'file' / 'out'}")
+    assert result.exit_code == 2
+    assert "--outdir" in result.output
+
+
+def test_snapshot_cut_in_half(network, tmp_path):
+    half = tmp_path / "half.pkl"
+    half.write_bytes(network.read_bytes()[: network.stat().st_size // 2])
+    result = invoke(f"--network={half}", "--seeds=0", f"--outdir={tmp_path}")
+    assert result.exit_code == 2
+    assert "half.pkl" in result.output
+    assert "damaged or cut off" in result.output
+
+
+def test_diverged_network_is_an_error(network, tmp_path):
+    content = checkpoint.load(network, NETWORK_FORMAT)
+    content["G_ema"]["synthesis.L0_24_8.bias"] = torch.full([8], float("nan"))
+    bad = tmp_path / "bad.pkl"
+    checkpoint.save(bad, content)
+    result = invoke(f"--network={bad}", "--seeds=0", f"--outdir={tmp_path}")
+    assert result.exit_code == 2
+    assert "non-finite" in result.output
+
+
+class Evil:
+    """Runs a command when a careless reader loads it."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        import os
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.mark.parametrize("script", ["gen_images", "calc_metrics", "train_resume", "train_stem"])
+def test_every_script_refuses_code_in_a_network(script, tmp_path, data16):
+    evil, canary = tmp_path / "evil.pkl", tmp_path / "canary"
+    evil.write_bytes(pickle.dumps({"G_ema": Evil(canary)}))
+    training = ["--cfg=stylegan3-t", f"--data={data16}", "--batch=4", f"--outdir={tmp_path / 'out'}", "--metrics=none"]
+    command, args = {
+        "gen_images": (gen_images.main, [f"--network={evil}", "--seeds=0", f"--outdir={tmp_path / 'out'}"]),
+        "calc_metrics": (calc_metrics.main, [f"--network={evil}", f"--data={data16}", "--metrics=fid", "--num=4",
+                                             "--detector=inception-2015-12-05:random"]),
+        "train_resume": (train.main, [*training, f"--resume={evil}"]),
+        "train_stem": (train.main, [*training, "--superres", f"--path_stem={evil}"]),
+    }[script]
+    result = CliRunner().invoke(command, args)
+    assert result.exit_code == 2, result.output
+    assert "system" in result.output
+    assert not canary.exists()
+    assert not (tmp_path / "out").exists()
