@@ -42,8 +42,9 @@ Evaluator = Callable[[Generator], list[dict[str, Any]]]     # G_ema -> metric re
 def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, Any] | None,
                   device: torch.device) -> tuple[Generator, ProjectedDiscriminator]:
     """G and D on the device, equal on all processes."""
-    D = distributed.rank0_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
     torch.manual_seed(config.seed)
+    D = distributed.rank0_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
+    torch.manual_seed(config.seed)      # G does not depend on what D drew.
     if stem is not None:
         G = Generator(config.generator)
         load_stem_into(G, generator_config(stem), stem["G_ema"])
