@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 STEM_ONLY = ("cbase", "cmax", "map_depth", "embedding")
-SUPERRES_ONLY = ("path_stem", "up_factor", "head_layers", "cls_weight")
+SUPERRES_ONLY = ("path_stem", "up_factor", "head_layers", "cls_weight", "classifier")
 
 #----------------------------------------------------------------------------
 # Checks that need nothing but the options.
@@ -134,7 +134,7 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int) -> EasyDict:
         data=DataConfig(str(opts.data), dataset.resolution, dataset.c_dim, opts.mirror, opts.workers),
         generator=generator,
         discriminator=DiscriminatorConfig(tuple(opts.backbones), dataset.resolution, dataset.c_dim, opts.san),
-        loss=LossConfig(cls_weight=opts.cls_weight),
+        loss=LossConfig(cls_weight=opts.cls_weight, cls_model=opts.classifier),
         optim=OptimConfig(G_lr=opts.glr, D_lr=opts.dlr),
         batch=opts.batch, batch_gpu=split_batch(opts.batch, opts.batch_gpu, gpus), total_kimg=opts.kimg,
         kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, metrics=tuple(opts.metrics), embedding=opts.embedding,
@@ -242,6 +242,8 @@ def option(names: str, help: str, **settings: Any):
 @option("--head_layers", "Layers of the super-resolution head  [default: by preset]", metavar="INT",
         type=click.IntRange(min=3))
 @option("--cls_weight", "Weight of classifier guidance", metavar="FLOAT", default=0.0, type=click.FloatRange(min=0))
+@option("--classifier", "Network of the guidance: a timm model of the classes of --data, or a .safetensors file",
+        metavar="NAME|FILE", default="deit_small_distilled_patch16_224")
 @option("--up_factor", "Resolution of the stage over the stem's", metavar="INT", default=2, type=click.IntRange(min=2))
 # Misc.
 @option("--desc", "String to include in the folder name", metavar="STR", type=str)

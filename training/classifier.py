@@ -69,12 +69,12 @@ def load_classifier(name: str, c_dim: int | None = None, class_names: Sequence[s
         path = Path(name.removeprefix("local:"))
         local = load_local_network(path)
         if class_names is not None and list(class_names) != local.class_names:
-            raise UserError(f"--cls_model={name}: was trained on other classes ({local.class_names[:3]} ...) than the "
+            raise UserError(f"--classifier={name}: was trained on other classes ({local.class_names[:3]} ...) than the "
                             f"data's ({list(class_names)[:3]} ...): train it on this data set")
         classifier = Classifier(local, os.fspath(path.resolve()), local.sha256)
     else:
         classifier = Classifier(*load_network(name, weights))
     if c_dim is not None and classifier.num_classes != c_dim:
-        raise UserError(f"--cls_model={name}: knows {classifier.num_classes} classes, but the data has {c_dim}: train "
+        raise UserError(f"--classifier={name}: knows {classifier.num_classes} classes, but the data has {c_dim}: train "
                         "one with python -m training.feature_networks.train, or set --cls_weight=0")
     return classifier

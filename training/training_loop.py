@@ -108,7 +108,8 @@ def training_loop(
     G_ema = copy.deepcopy(G).eval()
     classifier = None
     if config.loss.cls_weight > 0 and stem is not None and G.c_dim > 0:
-        classifier = distributed.rank0_first(lambda: load_classifier(config.loss.cls_model, G.c_dim)).to(device)
+        names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
+        classifier = distributed.rank0_first(lambda: load_classifier(config.loss.cls_model, G.c_dim, names)).to(device)
     report.say(stage_table(G.config, generator_config(stem) if stem else None))
     trained = [sum(p.numel() for p in net.trainable_parameters()) for net in (G, D)]
     report.say(f"parameters: G {misc.count_parameters(G):,}, trained {trained[0]:,}; D trained {trained[1]:,}")

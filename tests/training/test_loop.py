@@ -157,6 +157,15 @@ def test_superres_stage(stem_run, data32, tmp_path):
     assert image.shape == (2, 3, 32, 32)
 
 
+def test_guidance_by_a_local_classifier(stem_run, data32, tmp_path):
+    net = tmp_path / "net.safetensors"
+    save_local_network(net, LocalNet(local_config(4, 32, (8, 8), class_names=["0", "1", "2", "3"])))
+    train(tmp_path / "out", data32, "--superres", f"--path_stem={stem_run}", "--kimg=0.008", "--cls_weight=8",
+          f"--classifier={net}")
+    lines = (only_run(tmp_path / "out") / "stats.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["Loss/G/guidance_loss"]["mean"] == pytest.approx(np.log(4), abs=1)
+
+
 def test_unconditional_run_of_config_r_with_plain_heads(tmp_path):
     data = write_dataset(tmp_path / "plain.zip", 16, 8, 0)
     out = train(tmp_path / "out", data, "--cond=0", "--cfg=stylegan3-r", "--cbase=32", "--cmax=4", "--san=0",
