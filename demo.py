@@ -24,7 +24,8 @@ HERE = Path(__file__).resolve().parent
 MARKER = "demo.json"        # Says that a folder is ours and may be replaced.
 
 # Per length: kimg of the stem and of the super-resolution stage, generated images per metric.
-FULL = {"stem_kimg": 38.4, "superres_kimg": 12.8, "epochs": 40, "num": 5000, "tick": 1.6}
+# As many generated images as there are real ones: recall and precision then mean the same for both sides.
+FULL = {"stem_kimg": 38.4, "superres_kimg": 6.4, "epochs": 15, "num": 1797, "tick": 0.8}
 QUICK = {"stem_kimg": 0.64, "superres_kimg": 0.32, "epochs": 4, "num": 500, "tick": 0.16}
 
 #----------------------------------------------------------------------------
@@ -119,11 +120,11 @@ def newest_run(folder: Path) -> Path:
 def train_commands(folder: Path, size: dict[str, float], seed: int, san: bool) -> tuple[list[str], list[str]]:
     """Command lines of the two stages; the second lacks --path_stem."""
     common = ["train.py", "--cfg=stylegan3-t", "--preset=demo", "--cond=1", f"--seed={seed}", f"--san={int(san)}",
-              f"--backbones={folder / 'features.safetensors'}", "--metrics=none", f"--tick={size['tick']}",
-              "--snap=1000", "--workers=0"]
-    stem = [*common, f"--outdir={folder / 'stem'}", f"--data={folder / 'digits16.zip'}", f"--kimg={size['stem_kimg']}"]
+              "--glr=0.005", "--dlr=0.004", "--metrics=none", f"--tick={size['tick']}", "--snap=1000", "--workers=0"]
+    stem = [*common, f"--outdir={folder / 'stem'}", f"--data={folder / 'digits16.zip'}",
+            f"--backbones={folder / 'features16.safetensors'}", f"--kimg={size['stem_kimg']}"]
     superres = [*common, f"--outdir={folder / 'superres'}", f"--data={folder / 'digits32.zip'}", "--superres",
-                "--up_factor=2", f"--kimg={size['superres_kimg']}"]
+                f"--backbones={folder / 'features32.safetensors'}", "--up_factor=2", f"--kimg={size['superres_kimg']}"]
     return stem, superres
 
 
@@ -147,11 +148,13 @@ def run_demo(folder: Path, seed: int, san: bool, quick: bool) -> dict[str, Any]:
         step(f"digits at {resolution} pixels", seconds["data"] / 2,
              ["dataset_tool.py", "--source=sklearn:digits", f"--dest={folder}/digits{resolution}.zip",
               f"--resolution={resolution}"])
-    for half, name, widths in ((0, "features", "32,64,128"), (1, "judge", "48,96,192")):
-        step(f"{name} network on half the digits", seconds["nets"] / 2,
-             ["-m", "training.feature_networks.train", f"--data={folder}/digits32.zip",
+    # Half 0 guides the training, half 1 judges the result.
+    for half, name, resolution, widths in ((0, "features16", 16, "64,128,256"), (0, "features32", 32, "32,64,128"),
+                                           (1, "judge", 32, "48,96,192")):
+        step(f"{name} network on half the digits", seconds["nets"] / 3,
+             ["-m", "training.feature_networks.train", f"--data={folder}/digits{resolution}.zip",
               f"--dest={folder}/{name}.safetensors", f"--split={half}/2", f"--seed={seed}", f"--widths={widths}",
-              "--resolution=32", f"--epochs={size['epochs']}"])
+              f"--resolution={resolution}", f"--epochs={size['epochs']}"])
     stem, superres = train_commands(folder, size, seed, san)
     step("16-pixel stem", seconds["stem"], stem, kimg_fraction(size["stem_kimg"]))
     stem_run = newest_run(folder / "stem")

@@ -29,14 +29,17 @@ def channels_at(size: int, max_channels: int) -> int:
 
 
 def down_blocks(in_channels: int, map_size: int, max_channels: int) -> tuple[torch.nn.Sequential, int, int]:
-    """Blocks that bring a map of this size to the nominal size 8; a map at or below 8 needs none.
+    """Blocks that bring a map of this size to the nominal size 8, and at least one.
+
+    Official maps never are so small that they need none. The small maps of local networks are: without a block their
+    scale would be a linear function of frozen features, which sees means and no variety.
 
     Returns:
         The blocks, their output channels, and the kernel size of the layer that comes next (4, or less if the map that
         is left is smaller than that).
     """
     blocks, channels, size = [], in_channels, nominal_size(map_size)
-    while size > END_SIZE:
+    while size > END_SIZE or (not blocks and map_size > 1):
         size, map_size = size // 2, map_size // 2
         blocks.append(DownBlock(channels, channels_at(size, max_channels)))
         channels = channels_at(size, max_channels)
