@@ -186,6 +186,6 @@ def test_local_network_as_backbone(tmp_path):
         b = load_backbone(name)
         assert (b.channels, b.map_sizes, b.sha256, b.source) == ([4, 8, 8], [8, 4, 2], sha256, str(path))
     D = ProjectedDiscriminator(DiscriminatorConfig(backbones=(str(path),), img_resolution=64, max_channels=16))
-    assert D(torch.rand(2, 3, 64, 64), torch.zeros(2, 0))[0].shape == (2, 25 + 25 + 1)
+    assert D(torch.rand(2, 3, 64, 64), torch.zeros(2, 0))[0].shape == (2, 25 + 1 + 1)
     assert list(D.backbone_info()) == ["my_net"]
     assert all(".backbone." in name for name in D.state_dict() if name not in D.own_state_dict())

@@ -69,8 +69,8 @@ def test_channels():
 
 
 @pytest.mark.parametrize(("map_size", "num_blocks", "kernel"), [
-    (128, 4, 4), (112, 4, 4), (56, 3, 4), (28, 2, 4), (14, 1, 4), (16, 1, 4), (8, 0, 4), (7, 0, 4), (4, 0, 4),
-    (2, 0, 2), (1, 0, 1), (9, 1, 4),
+    (128, 4, 4), (112, 4, 4), (56, 3, 4), (28, 2, 4), (14, 1, 4), (16, 1, 4), (8, 1, 4), (7, 1, 3), (4, 1, 2),
+    (2, 1, 1), (1, 0, 1), (9, 1, 4),
 ])
 def test_down_blocks(map_size, num_blocks, kernel):
     blocks, channels, found = down_blocks(6, map_size, max_channels=16)
