@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(cbase=32768, cmax=512, syn_layers=10, head_layers=7, margin=10, w_dim=512),
     "small": dict(cbase=16384, cmax=256, syn_layers=7,  head_layers=4, margin=10, w_dim=512),
     "demo":  dict(cbase=256,   cmax=16,  syn_layers=4,  head_layers=4, margin=2,  w_dim=128, batch=32, overrides={
-        "discriminator.diffaug": ("translation", "cutout"), "discriminator.max_channels": 128,
+        "discriminator.diffaug": (), "discriminator.max_channels": 128,
         "loss.blur_init_sigma": 0.0, "loss.pl_weight": 0.0, "optim.ema_kimg": 2.0}),
 }
 
