@@ -9,7 +9,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import list_some
 from torch_utils.images import to_uint8_metric
-from torch_utils.misc import evaluating
+from torch_utils.misc import evaluating, one_hot
 from training.networks_stylegan3 import Generator
 from training.randomness import CounterRNG
 
@@ -43,13 +43,6 @@ def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int
         raise UserError(f"--class={value}: the network has {c_dim} classes, 0 to {c_dim - 1}")
     known = f"names are {list_some(names, 10)}" if names else f"use a number from 0 to {c_dim - 1}"
     raise UserError(f"--class={value}: no class of this name: {known}")
-
-
-def one_hot(labels: torch.Tensor, c_dim: int) -> torch.Tensor:
-    """int64 [N] -> float32 [N, c_dim]; [N, 0] when unconditional."""
-    if c_dim == 0:
-        return torch.zeros([len(labels), 0], device=labels.device)
-    return torch.nn.functional.one_hot(labels, c_dim).float()
 
 
 @torch.no_grad()

@@ -30,6 +30,13 @@ def assert_shape(tensor: torch.Tensor, shape: Sequence[int | None]) -> None:
         raise ValueError(f"expected a tensor of shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def one_hot(labels: torch.Tensor, c_dim: int) -> torch.Tensor:
+    """Classes [N] -> float32 [N, c_dim]; [N, 0] when unconditional (c_dim 0), whatever the labels say."""
+    if c_dim == 0:
+        return torch.zeros([len(labels), 0], device=labels.device)
+    return torch.nn.functional.one_hot(labels.to(torch.int64), c_dim).to(torch.float32)
+
+
 def count_parameters(module: torch.nn.Module, trainable_only: bool = False) -> int:
     """Number of parameters, shared ones once."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from torch_utils.misc import one_hot
 from training.diffaug import NUM_UNIFORMS
 from training.loss import MicroBatch
 from training.networks_stylegan3 import Generator
@@ -77,10 +77,7 @@ class BatchSource:
         return torch.from_numpy(self.rng.integers_from(f"c/{name}", positions, self.label_probs))
 
     def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:
-        """[N] -> [N, c_dim] float32; [N, 0] when unconditional."""
-        if self.G.c_dim == 0:
-            return torch.zeros([len(labels), 0], device=self.device)
-        return F.one_hot(labels.to(self.device, non_blocking=True).to(torch.int64), self.G.c_dim).to(torch.float32)
+        return one_hot(labels.to(self.device, non_blocking=True), self.G.c_dim)
 
     def _augmentation(self, stream: str, positions: np.ndarray) -> torch.Tensor | None:
         """[backbones, N, NUM_UNIFORMS]."""

@@ -13,7 +13,7 @@ import torch
 from dnnlib.util import format_bytes, format_time
 from torch_utils import distributed
 from torch_utils.images import image_grid, save_image, to_uint8_sample
-from torch_utils.misc import evaluating
+from torch_utils.misc import evaluating, one_hot
 from torch_utils.training_stats import Stat
 from training.dataset import ImageDataset
 from training.networks_stylegan3 import Generator
@@ -113,15 +113,13 @@ class SampleSheets:
         save_image(self.folder / "reals.png", image_grid(images, self.columns))
 
     @torch.no_grad()
-    def save_fakes(self, name: str, G_ema: Generator, device: torch.device, batch: int = 32) -> torch.Tensor:
-        """<name>.png: samples of G_ema. Returns them as uint8 [N, 3, R, R]."""
+    def save_fakes(self, name: str, G_ema: Generator, device: torch.device, batch: int = 32) -> None:
+        """<name>.png: samples of G_ema."""
         with evaluating(G_ema):
             images = torch.cat([to_uint8_sample(G_ema(z, c)).cpu() for z, c in self._batches(device, batch)])
         save_image(self.folder / f"{name}.png", image_grid(images, self.columns))
-        return images
 
     def _batches(self, device: torch.device, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         labels = torch.tensor(self.labels)
         for z, label in zip(self.z.split(batch), labels.split(batch), strict=True):
-            c = torch.nn.functional.one_hot(label, max(self.c_dim, self.rows))[:, :self.c_dim]
-            yield z.to(device), c.float().to(device)
+            yield z.to(device), one_hot(label, self.c_dim).to(device)
