@@ -21,9 +21,10 @@ SMALL_DATA = 50_000         # Images below which --preset=small is worth a thoug
 # Presets fill options that were left out; `overrides` reach settings that have no option of their own.
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(cbase=32768, cmax=512, syn_layers=10, head_layers=7, margin=10, w_dim=512),
-    "small": dict(cbase=16384, cmax=256, syn_layers=7,  head_layers=4, margin=10, w_dim=512),
-    "demo":  dict(cbase=256,   cmax=16,  syn_layers=4,  head_layers=4, margin=2,  w_dim=128, batch=32, overrides={
+    "paper": dict(cbase=32768, cmax=512, syn_layers=10, head_layers=7, margin=10, w_dim=512, diversity=0.0),
+    "small": dict(cbase=16384, cmax=256, syn_layers=7,  head_layers=4, margin=10, w_dim=512, diversity=0.0),
+    "demo":  dict(cbase=256,   cmax=16,  syn_layers=4,  head_layers=4, margin=2,  w_dim=128, diversity=8.0,
+                  batch=32, overrides={
         "discriminator.diffaug": (), "discriminator.max_channels": 128,
         "loss.blur_init_sigma": 0.0, "loss.pl_weight": 0.0, "optim.ema_kimg": 2.0}),
 }
@@ -66,6 +67,13 @@ def split_batch(batch: int, batch_gpu: int | None, gpus: int) -> int:
         raise UserError(f"--batch={batch} is not divisible by --gpus={gpus} x --batch-gpu={batch_gpu}: take a multiple "
                         f"of {gpus * batch_gpu}, or another --batch-gpu")
     return batch_gpu
+
+
+def check_diversity(diversity: float, batch_gpu: int) -> None:
+    """The diversity term compares images two by two."""
+    if diversity > 0 and batch_gpu % 2:
+        raise UserError(f"--diversity={diversity:g} compares pairs of images, but a micro-batch has {batch_gpu}: take "
+                        "an even --batch-gpu")
 
 #----------------------------------------------------------------------------
 # Options -> settings.
@@ -134,12 +142,13 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int) -> EasyDict:
         data=DataConfig(str(opts.data), dataset.resolution, dataset.c_dim, opts.mirror, opts.workers),
         generator=generator,
         discriminator=DiscriminatorConfig(tuple(opts.backbones), dataset.resolution, dataset.c_dim, opts.san),
-        loss=LossConfig(cls_weight=opts.cls_weight, cls_model=opts.classifier),
+        loss=LossConfig(cls_weight=opts.cls_weight, cls_model=opts.classifier, diversity_weight=opts.diversity),
         optim=OptimConfig(G_lr=opts.glr, D_lr=opts.dlr),
         batch=opts.batch, batch_gpu=split_batch(opts.batch, opts.batch_gpu, gpus), total_kimg=opts.kimg,
         kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, metrics=tuple(opts.metrics), embedding=opts.embedding,
         path_stem=opts.path_stem, resume=opts.resume, seed=opts.seed, fp32=opts.fp32, cudnn_benchmark=not opts.nobench,
         restart_every=opts.restart_every)
+    check_diversity(opts.diversity, config.batch_gpu)
     config = apply_overrides(config, preset.get("overrides", {}))
     return EasyDict(config=config, dataset=dataset, stem=stem, start=start,
                     desc="-".join([opts.cfg, dataset.name, f"gpus{gpus}", f"batch{opts.batch}"]
@@ -233,6 +242,8 @@ def option(names: str, help: str, **settings: Any):
 @option("--cmax", "Max. feature maps  [default: by preset]", metavar="INT", type=click.IntRange(min=1))
 @option("--glr", "G learning rate", metavar="FLOAT", default=0.0025, type=click.FloatRange(min=0, min_open=True))
 @option("--dlr", "D learning rate", metavar="FLOAT", default=0.002, type=click.FloatRange(min=0, min_open=True))
+@option("--diversity", "Weight of the diversity term, for small data sets  [default: by preset]", metavar="FLOAT",
+        type=click.FloatRange(min=0))
 @option("--map-depth", "Mapping network depth", metavar="INT", default=2, type=click.IntRange(min=1))
 # Super-resolution.
 @option("--stem", "Train a stem (what happens without --superres)", is_flag=True)

@@ -34,10 +34,11 @@ class BatchSource:
         world_size: int,
         device: torch.device,
         augment: bool = True,
+        paired: bool = False,               # Gmain asks for samples 2k and 2k + 1 of the same class (diversity term).
     ):
         self.G, self.rng, self.label_probs, self.real_images = G, rng, label_probs, real_images
         self.num_backbones, self.device, self.augment = num_backbones, device, augment
-        self.batch_gpu, self.rank, self.world_size = batch_gpu, rank, world_size
+        self.batch_gpu, self.rank, self.world_size, self.paired = batch_gpu, rank, world_size, paired
         self.num_micro_batches = batch // (batch_gpu * world_size)
         self._waited = 0.0
 
@@ -74,6 +75,8 @@ class BatchSource:
     def _labels(self, name: str, positions: np.ndarray) -> torch.Tensor:
         if self.label_probs is None:
             return torch.zeros([len(positions)], dtype=torch.int64)
+        if self.paired and name == "Gmain":
+            positions = positions // 2 * 2
         return torch.from_numpy(self.rng.integers_from(f"c/{name}", positions, self.label_probs))
 
     def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:

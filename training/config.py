@@ -108,6 +108,7 @@ class LossConfig:
     cls_weight: float = 0.0
     cls_model: str = "deit_small_distilled_patch16_224"
     reference_micro_batch: int = 8
+    diversity_weight: float = 0.0   # Not official; per sample. See training.diversity.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch_utils import distributed
 from training.blur import blur, blur_sigma
 from training.config import LossConfig
 from training.discriminators.projected import ProjectedDiscriminator
+from training.diversity import diversity_loss
 from training.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss, path_lengths
 from training.networks_stylegan3 import Generator
 
@@ -44,10 +45,11 @@ class StyleSanLoss:
         classifier: Callable[[torch.Tensor], torch.Tensor] | None = None,   # Images in [-1, 1] -> logits [N, c_dim].
         report: Callable[[str, torch.Tensor], None] = lambda name, value: None,
         force_fp32: bool = False,
+        real_distance: float = 0.0,             # `training.diversity.real_pair_distance`, for the diversity term.
     ):
         self.G, self.D, self.config, self.classifier = G, D, config, classifier
         self.report = report
-        self.force_fp32 = force_fp32
+        self.force_fp32, self.real_distance = force_fp32, real_distance
         self.pl_mean = torch.zeros([], device=device)
         self.blur_sigma = 0.0
 
@@ -71,7 +73,8 @@ class StyleSanLoss:
     # Phases. `global_batch` is the number of samples over all micro-batches and processes.
 
     def generator_main(self, batch: MicroBatch, global_batch: int) -> None:
-        """Maximise the score of generated images; with a classifier, its confidence in the class that was asked for."""
+        """Maximise the score of generated images; with a classifier, its confidence in the class that was asked for;
+        with the diversity term, the distance between two images of a class."""
         images = self.G(batch.z, batch.gen_c, force_fp32=self.force_fp32)
         logits = self.D(blur(images, self.blur_sigma), batch.gen_c, batch.augment_fake)
         self._report_scores("fake", logits)
@@ -81,6 +84,10 @@ class StyleSanLoss:
             guidance = F.cross_entropy(self.classifier(images), batch.gen_c.argmax(dim=1), reduction="none")
             self.report("Loss/G/guidance_loss", guidance)
             loss = loss + guidance * (self.config.cls_weight / self.config.reference_micro_batch)
+        if self.config.diversity_weight > 0:
+            missing = diversity_loss(images, self.real_distance)
+            self.report("Loss/G/diversity", missing)
+            loss = loss + missing.repeat_interleave(2) * self.config.diversity_weight
         self.report("Loss/G/loss", loss)
         (loss.sum() / global_batch).backward()
 

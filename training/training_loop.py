@@ -22,6 +22,7 @@ from training.config import TrainConfig
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
 from training.discriminators.projected import ProjectedDiscriminator
 from training.ema import update_ema
+from training.diversity import real_pair_distance
 from training.feature_networks.registry import load_backbone
 from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
@@ -117,7 +118,10 @@ def training_loop(
 
     # Losses, optimisers, state.
     collector = Collector()
-    loss = StyleSanLoss(G, D, config.loss, device, classifier, collector.report, force_fp32=config.fp32)
+    diverse = config.loss.diversity_weight > 0
+    distance = distributed.broadcast_object(
+        real_pair_distance(dataset, config.seed) if diverse and rank == 0 else 0.0)
+    loss = StyleSanLoss(G, D, config.loss, device, classifier, collector.report, config.fp32, distance)
     phases = make_phases(G, D, loss, config.optim)
     state = TrainingState(G, G_ema, D, loss, phases)
     guard = GradientGuard()
@@ -133,7 +137,8 @@ def training_loop(
     stream = TrainingStream(dataset, order, rank, world_size, config.batch_gpu, state.cur_nimg, config.data.workers)
     probs = dataset.label_distribution() if G.c_dim > 0 else None
     batches = BatchSource(G, CounterRNG(config.seed), probs, stream, len(D.backbone_names), config.batch,
-                          config.batch_gpu, rank, world_size, device, augment=bool(config.discriminator.diffaug))
+                          config.batch_gpu, rank, world_size, device, augment=bool(config.discriminator.diffaug),
+                          paired=diverse)
     sheets = SampleSheets(folder, dataset, G.c_dim, G.z_dim, config.seed)
     if rank == 0 and not resumed:
         sheets.save_reals(dataset)
