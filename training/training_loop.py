@@ -21,8 +21,8 @@ from training.classifier import load_classifier
 from training.config import TrainConfig
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
 from training.discriminators.projected import ProjectedDiscriminator
-from training.ema import update_ema
 from training.diversity import real_pair_distance
+from training.ema import update_ema
 from training.feature_networks.registry import load_backbone
 from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator

@@ -45,10 +45,11 @@ def test_loss_is_what_is_missing():
     loss = diversity_loss(images, target=0.5)
     assert torch.equal(loss, torch.tensor([0.25, 0]))
     loss.sum().backward()
-    assert images.grad[1].lt(0).all() and not images.grad[2:].any()      # Pushed apart; far enough: left alone.
+    assert images.grad[1].lt(0).all()       # Pushed apart.
+    assert not images.grad[2:].any()        # Far enough apart: left alone.
 
 
-@pytest.mark.parametrize("rank, world, batch_gpu", [(0, 1, 8), (1, 2, 4), (1, 2, 2)])
+@pytest.mark.parametrize(("rank", "world", "batch_gpu"), [(0, 1, 8), (1, 2, 4), (1, 2, 2)])
 def test_pairs_share_their_class_whoever_draws_them(rank, world, batch_gpu):
     class G:
         c_dim = 10
@@ -64,7 +65,8 @@ def test_pairs_share_their_class_whoever_draws_them(rank, world, batch_gpu):
         return [batch.gen_c.argmax(dim=1) for batch in source.micro_batches(Phase, 32)]
 
     (whole,) = labels(0, 1, 8)
-    assert torch.equal(whole[0::2], whole[1::2]) and len(set(whole.tolist())) > 1
+    assert torch.equal(whole[0::2], whole[1::2])
+    assert len(set(whole.tolist())) > 1
     mine = labels(rank, world, batch_gpu)
     expected = whole.split(batch_gpu)[rank::world]
     assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
@@ -74,4 +76,5 @@ def test_odd_micro_batch_is_refused(data16, tmp_path):
     result = CliRunner().invoke(main, ["--cfg=stylegan3-t", "--preset=demo", "--batch=9", "--cond=1", "-n",
                                        f"--data={data16}", f"--outdir={tmp_path}", "--backbones=local:random"])
     assert result.exit_code == 2
-    assert "--diversity=8" in result.output and "--batch-gpu" in result.output
+    assert "--diversity=8" in result.output
+    assert "--batch-gpu" in result.output
