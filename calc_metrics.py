@@ -221,15 +221,16 @@ def main(ctx: click.Context, **kwargs: Any) -> None:
     if opts.gpus > 1 and distributed.launched_world_size() is None:
         preflight(opts)     # Once and in one line, before several processes fail with as many.
         ctx.exit(distributed.run_local_processes(opts.gpus, sys.argv))
-    device = distributed.init(misc.select_device(opts.device))
-    try:
+
+    def score(device: torch.device) -> int:
         results = run(opts, device)
         if results:
             distributed.print0(records.table(results), file=sys.stderr)
         for record in results:
             distributed.print0(records.json_line(record))
-    finally:
-        distributed.shutdown()
+        return 0
+
+    distributed.run_in_group(misc.select_device(opts.device), score)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parsers and the command class that every script shares."""
+import errno
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ from dnnlib.errors import UserError
 #----------------------------------------------------------------------------
 
 class Command(click.Command):
-    """A click command that turns `UserError` into one line on stderr and exit code 2."""
+    """A click command that turns `UserError` and a full disk into one line on stderr and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -18,6 +19,13 @@ class Command(click.Command):
         except UserError as err:
             message = click.ClickException(" ".join(str(err).split("\n")))
             message.exit_code = err.exit_code
+            raise message from err
+        except OSError as err:
+            if err.errno != errno.ENOSPC:
+                raise
+            message = click.ClickException(f"{err.filename or 'writing a file'}: {err.strerror}: make room, then run "
+                                           "the same command again")
+            message.exit_code = UserError.exit_code
             raise message from err
 
 #----------------------------------------------------------------------------
@@ -40,6 +48,17 @@ class IntList(click.ParamType):
                 self.fail(f"the range {part.strip()!r} runs backwards", param, ctx)
             numbers.extend(range(first, last + 1))
         return numbers
+
+
+class IntOrAuto(click.ParamType):
+    """'8' -> 8; 'auto' stays."""
+
+    name = "INT|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto":
+            return value
+        return click.IntRange(min=1).convert(value, param, ctx)
 
 
 class StrList(click.ParamType):

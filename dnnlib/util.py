@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attribute dictionaries, formatting, hashing and atomic files."""
 import contextlib
+import functools
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,11 +65,50 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+@functools.cache
+def _umask() -> int:
+    """The permissions that new files lack. Reading it means setting it, which other threads would notice: so once."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring names to the disk, so that a rename survives a power cut. Not every file system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, atomically: a hard link costs no space; elsewhere a copy."""
+    temp = target.with_name(f".{target.name}.link.tmp")
+    temp.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temp)
+        except OSError:
+            shutil.copyfile(source, temp)
+        os.replace(temp, target)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    temp.unlink(missing_ok=True)        # Renaming a link onto another link of the same file leaves both.
+    _sync_folder(target.parent)
+
+
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary binary file beside `path`; rename it to `path` when the block ends without an error.
 
     Whoever reads `path` sees the old content or the whole new content, never a part, also after a power cut.
+
+    Args:
+        path: The file.
+        previous: Where the content that `path` had before stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +119,11 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         # mkstemp makes files private; give the result the permissions that open() would have given it.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temp, 0o666 & ~umask)
+        os.chmod(temp, 0o666 & ~_umask())
+        if previous is not None and path.is_file():
+            link_or_copy(path, previous)
         os.replace(temp, path)
+        _sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temp)

@@ -139,7 +139,7 @@ def load_detector(spec: str, device: torch.device, weights_dir: str | None = Non
     Raises:
         UserError: unknown name, missing or damaged file.
     """
-    path = distributed.rank0_first(lambda: require(spec, weights_dir, offline))
+    path = distributed.node_first(lambda: require(spec, weights_dir, offline))
     if local_path(spec) is not None:
         return _load_local(path, device)
     kind = DETECTORS[spec.removesuffix(RANDOM_SUFFIX)]

@@ -161,7 +161,7 @@ def preflight(names: list[str], options: MetricOptions) -> None:
         metric = METRICS[name]
         num_gen_of(metric, options)
         spec = detector_of(metric, options)
-        distributed.rank0_first(lambda spec=spec: require(spec, options.weights_dir, options.offline))
+        distributed.node_first(lambda spec=spec: require(spec, options.weights_dir, options.offline))
 
 
 def needs_labels(names: list[str]) -> bool:

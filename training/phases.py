@@ -8,6 +8,8 @@ import torch
 from torch_utils import distributed, misc
 from training.config import OptimConfig
 from training.discriminators.projected import ProjectedDiscriminator
+from training.gradients import FlatGradients
+from training.health import GradientGuard
 from training.loss import MicroBatch, StyleSanLoss
 from training.networks_stylegan3 import Generator
 
@@ -22,7 +24,9 @@ class Phase:
     optimizer: torch.optim.Adam
     interval: int                                       # Runs when the iteration number is a multiple of it.
     backward: Callable[[MicroBatch, int], None]         # (micro-batch, size of the global batch) -> adds gradients.
+    backwards: int = 1                                  # Backward passes per micro-batch.
     is_active: Callable[[int], bool] = lambda cur_nimg: True
+    before_step: Callable[[], None] = lambda: None
     after_step: Callable[[], None] = lambda: None
     uses_real_images: bool = False
     uses_noise: bool = False
@@ -42,64 +46,37 @@ def make_phases(G: Generator, D: ProjectedDiscriminator, loss: StyleSanLoss, con
     G_parameters, D_parameters = G.trainable_parameters(), D.trainable_parameters()
     G_opt = lazy_adam(G_parameters, config.G_lr, config, config.G_reg_interval)
     D_opt = lazy_adam(D_parameters, config.D_lr, config, config.D_reg_interval)
+    def after_discriminator() -> None:
+        D.end_step()
+        loss.end_discriminator_main()
+        D.project_()
+
     return [
-        Phase("Gmain", G, G_parameters, G_opt, 1, loss.generator_main),
+        Phase("Gmain", G, G_parameters, G_opt, 1, loss.generator_main, before_step=D.begin_step, after_step=D.end_step),
         Phase("Greg", G, G_parameters, G_opt, config.G_reg_interval, loss.generator_path_length,
-              is_active=loss.path_length_is_active, uses_noise=True),
-        Phase("Dmain", D, D_parameters, D_opt, 1, loss.discriminator_main,
-              after_step=D.project_, uses_real_images=True),
+              is_active=loss.path_length_is_active, after_step=loss.end_path_length, uses_noise=True),
+        Phase("Dmain", D, D_parameters, D_opt, 1, loss.discriminator_main, backwards=2, before_step=D.begin_step,
+              after_step=after_discriminator, uses_real_images=True),
     ]
 
 #----------------------------------------------------------------------------
 
-class GradientGuard:
-    """Counts non-finite gradient elements without waiting for the device.
-
-    Officially they are replaced in silence (nan by 0, infinities by 1e5). Here they are replaced and counted, and the
-    run stops once `limit` steps of a phase in a row had any.
-    """
-
-    def __init__(self, limit: int = 20):
-        self.limit = limit
-        self._in_a_row: dict[str, torch.Tensor] = {}
-        self._total: dict[str, torch.Tensor] = {}
-
-    def sanitize_(self, name: str, gradient: torch.Tensor) -> None:
-        """Replace non-finite elements of a flat gradient in place; remember how many there were."""
-        bad = (~torch.isfinite(gradient)).sum()
-        zero = torch.zeros_like(bad)
-        self._total[name] = self._total.get(name, zero) + bad
-        self._in_a_row[name] = torch.where(bad > 0, self._in_a_row.get(name, zero) + 1, zero)
-        gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
-
-    def counts(self) -> dict[str, int]:
-        """Non-finite elements per phase since the start. Waits for the device."""
-        return {name: int(total) for name, total in self._total.items()}
-
-    def check(self) -> None:
-        """Raise when a phase's last `limit` steps all had non-finite gradients. Waits for the device."""
-        for name, steps in self._in_a_row.items():
-            if int(steps) >= self.limit:
-                raise FloatingPointError(
-                    f"phase {name}: gradients were not finite in the last {int(steps)} steps "
-                    f"({int(self._total[name])} elements so far): resume from the last snapshot with a lower "
-                    "--glr/--dlr or with --fp32=1")
-
-
 def run_phase(phase: Phase, batches: Iterable[MicroBatch], global_batch: int, guard: GradientGuard) -> None:
     """Accumulate gradients over micro-batches, add them over processes, step.
 
-    All gradients of the phase lie in one flat tensor, of which `.grad` are views: one message per phase, nothing
-    copied. A parameter that the loss does not reach has gradient 0, as officially.
+    Nothing is sent before the last micro-batch; during its backward pass messages start as soon as they are complete.
+    A parameter that the loss does not reach has gradient 0, as officially.
     """
-    parameters = phase.parameters
-    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = grad.view(p.shape)
-    with misc.requires_grad(phase.module, parameters):
+    phase.before_step()
+    gradients = FlatGradients(phase.parameters)
+    done = 0
+    with misc.requires_grad(phase.module, phase.parameters):
         for batch in batches:
+            done += len(batch.z) * distributed.world_size()
+            if done >= global_batch:
+                gradients.overlap(phase.backwards)
             phase.backward(batch, global_batch)
-    distributed.all_reduce_sum(flat)
+    flat = gradients.finish()
     guard.sanitize_(phase.name, flat)
     phase.optimizer.step()
     phase.optimizer.zero_grad(set_to_none=True)

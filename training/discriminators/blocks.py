@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building blocks of the small discriminators: classic spectral normalisation and a halving block."""
+"""Building blocks of the small discriminators: classic spectral normalisation and a halving block.
+
+Officially both kinds of normalisation depend on how a batch is cut: BatchNorm takes its statistics from a micro-batch,
+and spectral norm does a power iteration per forward. With `set_split_group` neither does: statistics are of groups of
+a fixed number of consecutive samples, and what moves with the training moves once per step (`begin_step`,
+`end_step`).
+"""
 import math
 
 import torch
 import torch.nn.functional as F
+
+from torch_utils import distributed
 
 NORM_EPS = 1e-12
 
@@ -13,9 +21,13 @@ class SpectralConv2d(torch.nn.Module):
     """Convolution whose weight is divided by its largest singular value (Miyato et al., ICLR 2018, algorithm 1).
 
     The weight is seen as a matrix [out_channels, in_channels * k * k]. Each forward in training mode does one step of
-    power iteration on the stored singular vectors; in eval mode they stay as they are. sigma = u^T W v is
-    differentiated with u and v held constant. Names in the state dict are those of the classic implementation.
+    power iteration on the stored singular vectors (with `once_per_step` only `begin_step` does); in eval mode they stay
+    as they are. sigma = u^T W v is differentiated with u and v held constant. Names in the state dict are those of the
+    classic implementation.
     """
+
+    once_per_step = False
+    hold_bias = False           # For a bias that a BatchNorm behind takes out again: its gradient is 0.
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
                  bias: bool = True):
@@ -30,7 +42,8 @@ class SpectralConv2d(torch.nn.Module):
         self.register_buffer("weight_v", _unit(torch.randn(fan_in)))
 
     @torch.no_grad()
-    def _power_iteration(self) -> None:
+    def power_iteration(self) -> None:
+        """Bring the stored vectors one step closer to the first singular pair."""
         matrix = self.weight_orig.flatten(1)
         self.weight_v.copy_(_unit(matrix.T @ self.weight_u))
         self.weight_u.copy_(_unit(matrix @ self.weight_v))
@@ -43,15 +56,57 @@ class SpectralConv2d(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
-        if self.training:
-            self._power_iteration()
-        return F.conv2d(x, self.weight(), self.bias, stride=self.stride, padding=self.padding)
+        if self.training and not self.once_per_step:
+            self.power_iteration()
+        # Exactly 0 instead of rounding errors, of which Adam makes steps.
+        bias = self.bias.detach() + 0 * self.bias if self.hold_bias else self.bias
+        return F.conv2d(x, self.weight(), bias, stride=self.stride, padding=self.padding)
 
 
 def _unit(vector: torch.Tensor) -> torch.Tensor:
     return F.normalize(vector, dim=0, eps=NORM_EPS)
 
 #----------------------------------------------------------------------------
+
+class GroupedBatchNorm2d(torch.nn.BatchNorm2d):
+    """BatchNorm that in training takes its statistics from every `group` consecutive samples by themselves.
+
+    With group 0, the default, it is torch's BatchNorm: all samples of a forward are one group. With groups the running
+    statistics, which only evaluation uses, wait for `end_step` and then move once, towards the mean over all groups of
+    the step.
+    """
+
+    group = 0
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+        self.register_buffer("sums", torch.zeros(3, num_features), persistent=False)    # Means, variances, groups.
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> the same shape; N is a multiple of `group`."""
+        if not (self.training and self.group):
+            return super().forward(x)
+        num, channels = len(x) // self.group, x.shape[1]
+        # Groups go to the channels, of which BatchNorm has one statistic each: [group, num * C, H, W].
+        grouped = x.unflatten(0, (num, self.group)).transpose(0, 1).flatten(1, 2)
+        mean, var = x.new_zeros(num * channels), x.new_ones(num * channels)
+        y = F.batch_norm(grouped, mean, var, self.weight.repeat(num), self.bias.repeat(num), training=True,
+                         momentum=1.0, eps=self.eps)
+        with torch.no_grad():
+            sums = [part.view(num, channels).sum(dim=0) for part in (mean, var)]
+            self.sums += torch.stack([*sums, torch.full_like(sums[0], num)])
+        return y.unflatten(1, (num, channels)).transpose(0, 1).flatten(0, 1)
+
+    @torch.no_grad()
+    def move_running(self) -> None:
+        """Move the running statistics by what `sums` holds, and empty it."""
+        if self.sums[2, 0] > 0:
+            mean, var = self.sums[:2] / self.sums[2]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+            self.num_batches_tracked += 1
+            self.sums.zero_()
+
 
 class DownBlock(torch.nn.Module):
     """Halve the size: spectrally normalised 4x4 convolution with stride 2, BatchNorm, leaky ReLU 0.2."""
@@ -60,10 +115,41 @@ class DownBlock(torch.nn.Module):
         super().__init__()
         self.main = torch.nn.Sequential(
             SpectralConv2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1),
-            torch.nn.BatchNorm2d(out_channels),
+            GroupedBatchNorm2d(out_channels),
             torch.nn.LeakyReLU(0.2),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H/2, W/2]."""
         return self.main(x)
+
+#----------------------------------------------------------------------------
+# Normalisation that does not depend on how a batch is cut.
+
+def set_split_group(module: torch.nn.Module, group: int) -> None:
+    """Let the blocks below `module` normalise over `group` consecutive samples; 0: officially, over a micro-batch."""
+    for part in module.modules():
+        if isinstance(part, SpectralConv2d):
+            part.once_per_step = group > 0
+        elif isinstance(part, GroupedBatchNorm2d):
+            part.group = group
+        elif isinstance(part, DownBlock):
+            part.main[0].hold_bias = group > 0
+
+
+def begin_step(module: torch.nn.Module) -> None:
+    """What moves once per step, before its first forward: singular vectors."""
+    for part in module.modules():
+        if isinstance(part, SpectralConv2d) and part.once_per_step:
+            part.power_iteration()
+
+
+@torch.no_grad()
+def end_step(module: torch.nn.Module) -> None:
+    """What moves once per step, after its last forward: running statistics, over all processes."""
+    norms = [part for part in module.modules() if isinstance(part, GroupedBatchNorm2d) and part.group]
+    if norms:
+        total = distributed.all_reduce_sum(torch.cat([norm.sums.flatten() for norm in norms]))
+        for norm, sums in zip(norms, total.split([norm.sums.numel() for norm in norms]), strict=True):
+            norm.sums.copy_(sums.view_as(norm.sums))
+            norm.move_running()

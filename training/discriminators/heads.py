@@ -45,6 +45,12 @@ def down_blocks(in_channels: int, map_size: int, max_channels: int) -> tuple[tor
         channels = channels_at(size, max_channels)
     return torch.nn.Sequential(*blocks), channels, min(LAST_KERNEL, map_size)
 
+
+def num_logits(blocks: torch.nn.Sequential, kernel: int, x: torch.Tensor) -> int:
+    """Logits per sample that these blocks and a last layer with this kernel make of a map [N, C, H, W]."""
+    height, width = (size >> len(blocks) for size in x.shape[2:])
+    return (height - kernel + 1) * (width - kernel + 1)
+
 #----------------------------------------------------------------------------
 
 class SingleDisc(torch.nn.Module):
@@ -53,6 +59,7 @@ class SingleDisc(torch.nn.Module):
     def __init__(self, in_channels: int, map_size: int, max_channels: int = 512, san: bool = True):
         super().__init__()
         self.main, channels, kernel = down_blocks(in_channels, map_size, max_channels)
+        self.kernel = kernel
         self.last_layer = (SanConv2d if san else PlainConv2d)(channels, 1, kernel, bias=False)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -72,6 +79,7 @@ class SingleDiscCond(torch.nn.Module):
                  san: bool = True):
         super().__init__()
         self.main, channels, kernel = down_blocks(in_channels, map_size, max_channels)
+        self.kernel = kernel
         self.cls = SpectralConv2d(channels, cmap_dim, kernel, bias=False)
         self.embed = (SanEmbedding if san else PlainEmbedding)(c_dim, cmap_dim)
         self.gain = 1 / math.sqrt(cmap_dim)
@@ -110,6 +118,11 @@ class MultiScaleD(torch.nn.Module):
         """Logits [N, L]; `features` are the mixed maps, shallowest first; `c` one-hot [N, c_dim]."""
         pairs = zip(self.mini_discs.values(), features, strict=True)
         return torch.cat([disc(x, c).flatten(1) for disc, x in pairs], dim=1)
+
+    def scale_sizes(self, features: Sequence[torch.Tensor]) -> list[int]:
+        """How many of the L logits come from each scale, in their order."""
+        return [num_logits(disc.main, disc.kernel, x)
+                for disc, x in zip(self.mini_discs.values(), features, strict=True)]
 
     def san(self, features: Sequence[torch.Tensor], c: torch.Tensor) -> SanOutput:
         """Both outputs of the discriminator step, each [N, L]."""

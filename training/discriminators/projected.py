@@ -16,6 +16,7 @@ from dnnlib.util import list_some
 from torch_utils.misc import assert_shape
 from training.config import DiscriminatorConfig
 from training.diffaug import NUM_UNIFORMS, POLICIES, diff_augment
+from training.discriminators.blocks import begin_step, end_step, set_split_group
 from training.discriminators.heads import MultiScaleD
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded
 from training.discriminators.san import SanMixin, SanOutput
@@ -95,6 +96,7 @@ class ProjectedDiscriminator(torch.nn.Module):
             self.feature_networks[key] = network
             self.discriminators[key] = MultiScaleD(network.out_channels, network.out_sizes, config.c_dim,
                                                    config.cmap_dim, config.max_channels, config.san)
+        set_split_group(self.discriminators, config.split_group)
 
     #------------------------------------------------------------------------
     # Frozen part.
@@ -135,6 +137,10 @@ class ProjectedDiscriminator(torch.nn.Module):
         self._check_labels(c)
         return [disc.san(features[key], c) for key, disc in self.discriminators.items()]
 
+    def scale_sizes(self, features: Features) -> list[list[int]]:
+        """Per backbone, how many of its L logits come from each scale: cuts `heads`' output apart."""
+        return [disc.scale_sizes(features[key]) for key, disc in self.discriminators.items()]
+
     def forward(self, img: torch.Tensor, c: torch.Tensor, augment: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Logits [N, L] per backbone: generator step and inference. Arguments as in `features` and `heads`."""
         return self.heads(self.features(img, augment), c)
@@ -148,6 +154,14 @@ class ProjectedDiscriminator(torch.nn.Module):
 
     #------------------------------------------------------------------------
     # State.
+
+    def begin_step(self) -> None:
+        """Before the first forward of an optimiser step, of G or of D."""
+        begin_step(self.discriminators)
+
+    def end_step(self) -> None:
+        """After its last forward; all processes call it."""
+        end_step(self.discriminators)
 
     def project_(self) -> None:
         """Bring the directions of all SAN layers back to unit norm: after every optimiser step."""

@@ -104,8 +104,8 @@ def find_weights(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
     """Path of the published weights of a timm model and the address they are published at.
 
     Looked for as <name>.safetensors or <name>.pth in `weights` and $STYLESAN_WEIGHTS, then in the Hugging Face cache,
-    then in this project's cache, then downloaded into that. In a group of processes let rank 0 go first
-    (`distributed.rank0_first` around whatever loads a network).
+    then in this project's cache, then downloaded into that. In a group of processes let one per node go first
+    (`distributed.node_first` around whatever loads a network).
     """
     cfg = timm.models.get_pretrained_cfg(_known(name))
     hub_id = cfg.hf_hub_id if cfg is not None else None
