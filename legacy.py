@@ -81,11 +81,12 @@ def find_snapshot(path: str | os.PathLike) -> Path:
     return files[-1]
 
 
-def open_snapshot(path: str | os.PathLike) -> dict[str, Any]:
+def open_snapshot(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
     """Read a snapshot of either kind, told apart by content, to the CPU.
 
     Args:
         path: A file, or the folder of a run (see `find_snapshot`).
+        mmap: Read tensors of our own files only when they are used.
 
     Returns:
         A dict with 'format', 'version', 'generator_config', 'G_ema', 'G', 'discriminator_config', 'D', 'class_names'
@@ -96,7 +97,7 @@ def open_snapshot(path: str | os.PathLike) -> dict[str, Any]:
     """
     file = find_snapshot(path)
     if checkpoint.is_checkpoint(file):
-        return checkpoint.load(file, NETWORK_FORMAT)
+        return checkpoint.load(file, NETWORK_FORMAT, mmap=mmap)
     return read_official_pickle(file)
 
 

@@ -308,14 +308,19 @@ class Generator(torch.nn.Module):
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
         return self.synthesis(ws, force_fp32=force_fp32)
 
-    def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """All parameters of a stem; of a super-resolution stage those of the input and of the head.
-
-        A stage freezes the mapping with its embedding and the layers that it keeps (Sauer et al. 2022, section 3.3);
-        its input (`weight` and `affine`) trains on, as officially.
-        """
+    def frozen_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the tensors that a super-resolution stage keeps from its stem: the mapping with its embedding and
+        the kept layers (Sauer et al. 2022, section 3.3). A stem has none."""
         kept = self.config.layers[: self.config.num_frozen_layers]
-        if not kept:
-            return list(self.parameters())
-        frozen = tuple(f"synthesis.{spec.name}." for spec in kept) + ("mapping.",)
+        return ("mapping.", *(f"synthesis.{spec.name}." for spec in kept)) if kept else ()
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """All parameters of a stem; of a super-resolution stage those of the input (`weight` and `affine`, as
+        officially) and of the head."""
+        frozen = self.frozen_prefixes()
         return [p for name, p in self.named_parameters() if not name.startswith(frozen)]
+
+    def moving_buffers(self) -> list[torch.Tensor]:
+        """The buffers that training changes: the mean of w, in super-resolution stages too. (`magnitude_ema` moves only
+        where a caller of the synthesis asks for it, and training does not.)"""
+        return [self.mapping.w_avg]

@@ -3,6 +3,7 @@
 import torch
 
 from dnnlib import UserError
+from torch_utils import misc
 from training.config import GeneratorConfig, LayerSpec
 from training.layer_schedule import kept_layers, superres_config
 from training.networks_stylegan3 import Generator
@@ -34,16 +35,35 @@ def grow(stem: GeneratorConfig, stem_state: dict[str, torch.Tensor], up_factor: 
 
 
 def stage_table(config: GeneratorConfig, stem: GeneratorConfig | None = None) -> str:
-    """Kept, cut and added layers with their sizes, for the user to read before training."""
+    """Kept, cut and added layers with their sizes and numbers of parameters, for the user to read before training."""
+    counts = _parameter_counts(config)
     kept = {layer.name for layer in config.layers[: config.num_frozen_layers]}
-    rows = [("layer", "size", "channels", "rate", "cutoff", "trained")]
+    is_stage = config.num_frozen_layers > 0
+    rows = [("layer", "size", "channels", "rate", "cutoff", "parameters", "trained")]
+    rows.append(("mapping", "", f"{config.z_dim} -> {config.w_dim}", "", "", f"{counts['mapping']:,}",
+                 "frozen" if is_stage else "yes"))
+    rows.append(("input", f"{config.input.size}", f"{config.input.channels}", f"{config.input.sampling_rate:g}",
+                 f"{config.input.bandwidth:.2f}", f"{counts['input']:,}", "yes"))
     for layer in config.layers:
-        rows.append((*_row(layer), "frozen" if layer.name in kept else "yes"))
+        state = "frozen, kept" if layer.name in kept else "yes, added" if is_stage else "yes"
+        rows.append((*_row(layer), f"{counts[layer.name]:,}", state))
     if stem is not None:
-        rows += [(*_row(layer), "cut from the stem") for layer in stem.layers if layer.is_critically_sampled]
+        cut = _parameter_counts(stem)
+        rows += [(*_row(layer), f"{cut[layer.name]:,}", "cut from the stem")
+                 for layer in stem.layers if layer.is_critically_sampled]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    frozen = sum(counts[name] for name in kept) + (counts["mapping"] if is_stage else 0)
+    total = sum(counts.values())
+    return "\n".join([*lines, f"generator: {total:,} parameters, {total - frozen:,} trained, {frozen:,} frozen"])
+
+
+def _parameter_counts(config: GeneratorConfig) -> dict[str, int]:
+    """Numbers of parameters of 'mapping', 'input' and every layer; nothing is allocated."""
+    with torch.device("meta"):
+        G = Generator(config)
+    parts = {"mapping": G.mapping} | dict(G.synthesis.named_children())
+    return {name: misc.count_parameters(part) for name, part in parts.items()}
 
 
 def _row(layer: LayerSpec) -> tuple[str, ...]:
