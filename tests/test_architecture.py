@@ -28,6 +28,8 @@ CONFINED = {
     "timm": {"training/feature_networks/", "metrics/detectors.py"},
     "torch_fidelity": {"metrics/detectors.py"},
     "requests": {"dnnlib/download.py"},
+    "matplotlib": {"training/run_report.py"},
+    "wandb": {"training/reporting.py"},
 }
 MAX_FILE, MAX_FUNCTION, MAX_LOOP, MAX_CLASS, MAX_COMMAND = 500, 80, 200, 150, 40
 LONG_CLASSES = {"_Machine": 250}        # One method per pickle opcode.

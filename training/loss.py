@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch_utils import distributed
 from training.blur import blur, blur_sigma
 from training.config import LossConfig
-from training.discriminators.projected import ProjectedDiscriminator
+from training.discriminators.projected import Features, ProjectedDiscriminator
 from training.diversity import diversity_loss
 from training.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss, path_lengths
 from training.networks_stylegan3 import Generator
@@ -52,6 +52,8 @@ class StyleSanLoss:
         self.force_fp32, self.real_distance = force_fp32, real_distance
         self.pl_mean = torch.zeros([], device=device)
         self.blur_sigma = 0.0
+        self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []   # w and classes of this step, for the mean of w.
+        self._lengths: list[torch.Tensor] = []                      # Path lengths of this step; only with groups.
 
     def set_progress(self, cur_nimg: int) -> None:
         """Set what depends on the number of images seen in this stage."""
@@ -62,12 +64,15 @@ class StyleSanLoss:
         is_stem = self.G.config.num_frozen_layers == 0
         return self.config.pl_weight > 0 and is_stem and cur_nimg >= self.config.pl_start_kimg * 1e3
 
-    def _report_scores(self, kind: str, logits: list[torch.Tensor]) -> None:
-        """Mean score and mean sign: over all heads, and per backbone."""
-        for name, x in zip(self.D.backbone_names, logits, strict=True):
+    def _report_scores(self, kind: str, logits: list[torch.Tensor], features: Features) -> None:
+        """Mean score and mean sign: over all heads, per backbone, and per scale of a backbone."""
+        for name, x, sizes in zip(self.D.backbone_names, logits, self.D.scale_sizes(features), strict=True):
+            signs = x.detach().sign()
             self.report(f"Loss/scores/{kind}", x)
-            self.report(f"Loss/signs/{kind}", x.detach().sign())
-            self.report(f"Loss/signs/{kind}/{name}", x.detach().sign())
+            self.report(f"Loss/signs/{kind}", signs)
+            self.report(f"Loss/signs/{kind}/{name}", signs)
+            for scale, part in enumerate(signs.split(sizes, dim=1)):
+                self.report(f"Loss/signs/{kind}/{name}/{scale}", part)
 
     #------------------------------------------------------------------------
     # Phases. `global_batch` is the number of samples over all micro-batches and processes.
@@ -76,8 +81,9 @@ class StyleSanLoss:
         """Maximise the score of generated images; with a classifier, its confidence in the class that was asked for;
         with the diversity term, the distance between two images of a class."""
         images = self.G(batch.z, batch.gen_c, force_fp32=self.force_fp32)
-        logits = self.D(blur(images, self.blur_sigma), batch.gen_c, batch.augment_fake)
-        self._report_scores("fake", logits)
+        features = self.D.features(blur(images, self.blur_sigma), batch.augment_fake)
+        logits = self.D.heads(features, batch.gen_c)
+        self._report_scores("fake", logits, features)
         loss = generator_loss(logits)
         self.report("Loss/G/adversarial", loss)
         if self.classifier is not None:
@@ -95,17 +101,20 @@ class StyleSanLoss:
         """Path-length regularisation (Karras et al. 2020, equation 4) on part of the micro-batch.
 
         The running mean is updated first and enters the penalty with its gradient; the penalty is not multiplied by the
-        interval of the phase (StyleGAN3 does that; StyleGAN-XL does not).
+        interval of the phase (StyleGAN3 does that; StyleGAN-XL does not). With `split_group` samples are chosen per
+        group, and the mean is the one before the step and moves after it: neither depends on micro-batches.
         """
-        count = max(len(batch.z) // self.config.pl_batch_shrink, 1)
-        ws = self.G.mapping(batch.z[:count], batch.gen_c[:count])
+        group = self.D.config.split_group or len(batch.z)
+        count = max(group // self.config.pl_batch_shrink, 1)
+        chosen = [k for k in range(len(batch.z)) if k % group < count]
+        ws = self.G.mapping(batch.z[chosen], batch.gen_c[chosen])
         images = self.G.synthesis(ws, force_fp32=self.force_fp32)
-        lengths = path_lengths(images, ws, batch.pl_noise[:count])
-        # The value of the mean is that over all processes, so that they agree; its gradient is this process's.
-        local = lengths.mean()
-        average = distributed.all_reduce_sum(local.detach().clone()) / distributed.world_size()
-        mean = self.pl_mean.lerp(local + (average - local.detach()), self.config.pl_decay)
-        self.pl_mean.copy_(mean.detach())
+        lengths = path_lengths(images, ws, batch.pl_noise[chosen])
+        if self.D.config.split_group:
+            self._lengths.append(lengths.detach())
+            mean = self.pl_mean
+        else:
+            mean = self._moved_mean(lengths)
         penalty = (lengths - mean).square()
         self.report("Loss/pl_penalty", penalty)
         weight = self.config.pl_weight / self.config.reference_micro_batch
@@ -114,12 +123,27 @@ class StyleSanLoss:
         self.report("Loss/G/reg", penalty.detach() * weight)
         loss.backward()
 
+    def _moved_mean(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The running mean of path lengths, moved by these."""
+        # The value of the mean is that over all processes, so that they agree; its gradient is this process's.
+        local = lengths.mean()
+        average = distributed.all_reduce_sum(local.detach().clone()) / distributed.world_size()
+        mean = self.pl_mean.lerp(local + (average - local.detach()), self.config.pl_decay)
+        self.pl_mean.copy_(mean.detach())
+        return mean
+
+    def end_path_length(self) -> None:
+        """After the last micro-batch: with groups, move the running mean of path lengths once."""
+        if self._lengths:
+            average = distributed.all_reduce_sum(torch.cat(self._lengths).mean()) / distributed.world_size()
+            self.pl_mean.lerp_(average, self.config.pl_decay)
+            self._lengths.clear()
+
     def discriminator_main(self, batch: MicroBatch, global_batch: int) -> None:
         """Tell generated from real images, and turn the SAN directions towards where they differ most."""
         with torch.no_grad():
             ws = self.G.mapping(batch.z, batch.gen_c)
-            # The running mean of w sees every process's samples, in the order of the ranks.
-            self.G.mapping.update_w_avg(distributed.all_gather(ws[:, 0]), distributed.all_gather(batch.gen_c))
+            self._drawn.append((ws[:, 0], batch.gen_c))
             fake = self.G.synthesis(ws, force_fp32=self.force_fp32)
             # The frozen part takes generated and real images in one batch; batch statistics exist only behind it.
             both = blur(torch.cat([fake, batch.real_img]), self.blur_sigma)
@@ -130,12 +154,24 @@ class StyleSanLoss:
             features_fake, features_real = self.D.split_features(features, len(fake))
 
         outputs = self.D.heads_san(features_fake, batch.gen_c)
-        self._report_scores("fake", [out.fun for out in outputs])
+        self._report_scores("fake", [out.fun for out in outputs], features_fake)
         loss_fake = discriminator_loss_fake(outputs)
         (loss_fake.sum() / global_batch).backward()
 
         outputs = self.D.heads_san(features_real, batch.real_c)
-        self._report_scores("real", [out.fun for out in outputs])
+        self._report_scores("real", [out.fun for out in outputs], features_real)
         loss_real = discriminator_loss_real(outputs)
         (loss_real.sum() / global_batch).backward()
         self.report("Loss/D/loss", loss_fake.detach() + loss_real.detach())
+
+    @torch.no_grad()
+    def end_discriminator_main(self) -> None:
+        """After the last micro-batch: move the running mean of w by every process's samples, in their order."""
+        ws, cs = (distributed.all_gather(torch.stack(parts)) for parts in zip(*self._drawn, strict=True))
+        self._drawn.clear()
+        # [processes * micro-batches, N, ...] -> [micro-batches, processes * N, ...]: the order of positions.
+        ws, cs = (x.unflatten(0, (distributed.world_size(), -1)).transpose(0, 1).flatten(1, 2) for x in (ws, cs))
+        if self.D.config.split_group:       # Without classes the mean moves once per call.
+            ws, cs = ws.flatten(0, 1)[None], cs.flatten(0, 1)[None]
+        for w, c in zip(ws, cs, strict=True):
+            self.G.mapping.update_w_avg(w, c)

@@ -11,8 +11,9 @@ from torch_utils.training_stats import Collector
 from training.classifier import load_classifier
 from training.config import LossConfig, OptimConfig
 from training.ema import update_ema
+from training.health import GradientGuard
 from training.loss import StyleSanLoss
-from training.phases import GradientGuard, make_phases, run_phase
+from training.phases import make_phases, run_phase
 
 pytestmark = [needs_parity, pytest.mark.slow]
 
