@@ -13,6 +13,7 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from torch_utils import distributed, misc
+from training.recipes import RECIPES
 
 OFFICIAL_BACKBONES = ["deit_base_distilled_patch16_224", "tf_efficientnet_lite0"]
 SMALL_DATA = 50_000         # Images below which --preset=small is worth a thought.
@@ -23,7 +24,7 @@ SMALL_DATA = 50_000         # Images below which --preset=small is worth a thoug
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(cbase=32768, cmax=512, syn_layers=10, head_layers=7, margin=10, w_dim=512, diversity=0.0),
     "small": dict(cbase=16384, cmax=256, syn_layers=7,  head_layers=4, margin=10, w_dim=512, diversity=0.0),
-    "demo":  dict(cbase=256,   cmax=16,  syn_layers=4,  head_layers=4, margin=2,  w_dim=128, diversity=8.0,
+    "demo":  dict(cbase=256,   cmax=16,  syn_layers=4,  head_layers=4, margin=2,  w_dim=128, diversity=4.0,
                   batch=32, overrides={
         "discriminator.diffaug": (), "discriminator.max_channels": 128,
         "loss.blur_init_sigma": 0.0, "loss.pl_weight": 0.0, "optim.ema_kimg": 2.0}),
@@ -40,6 +41,12 @@ def check_options(opts: EasyDict, given: set[str]) -> None:
 
     `--syn_layers` beside `--superres` is let through with a note, because published commands have it.
     """
+    if opts.cfg is None:
+        raise UserError("--cfg is missing: choose stylegan3-t or stylegan3-r")
+    if opts.stages:
+        raise UserError("--stages has an effect only with --recipe: add --recipe or leave it out")
+    if opts.init_from and opts.resume:
+        raise UserError("--init-from and --resume exclude each other: --init-from takes what fits, --resume wants all")
     if opts.superres and opts.stem:
         raise UserError("--stem and --superres exclude each other: train the stem, then grow the next stage on it")
     if opts.superres:
@@ -58,11 +65,21 @@ def check_options(opts: EasyDict, given: set[str]) -> None:
                         "frozen and its heads are trained: leave it out")
 
 
-def split_batch(batch: int, batch_gpu: int | None, gpus: int) -> int:
-    """Images per micro-batch, checked against the batch and the number of processes."""
+def check_saving(opts: EasyDict) -> None:
+    """The metric that decides must be measured."""
+    if opts.best_metric is not None and opts.best_metric not in opts.metrics:
+        raise UserError(f"--best-metric={opts.best_metric} is not among --metrics={','.join(opts.metrics) or 'none'}: "
+                        "add it there, or take one of them")
+    if opts.stop_patience > 0 and not opts.metrics:
+        raise UserError(f"--stop-patience={opts.stop_patience} counts evaluations, and there are none with "
+                        "--metrics=none: add a metric or leave it out")
+
+
+def split_batch(batch: int, batch_gpu: int | str | None, gpus: int) -> int:
+    """Images per micro-batch, checked against the batch and the number of processes. 'auto' begins with all."""
     if batch % gpus:
         raise UserError(f"--batch={batch} is not divisible by --gpus={gpus}: take a multiple of {gpus}")
-    batch_gpu = batch // gpus if batch_gpu is None else batch_gpu
+    batch_gpu = batch // gpus if batch_gpu in (None, "auto") else batch_gpu
     if batch % (gpus * batch_gpu):
         raise UserError(f"--batch={batch} is not divisible by --gpus={gpus} x --batch-gpu={batch_gpu}: take a multiple "
                         f"of {gpus * batch_gpu}, or another --batch-gpu")
@@ -74,6 +91,13 @@ def check_diversity(diversity: float, batch_gpu: int) -> None:
     if diversity > 0 and batch_gpu % 2:
         raise UserError(f"--diversity={diversity:g} compares pairs of images, but a micro-batch has {batch_gpu}: take "
                         "an even --batch-gpu")
+
+
+def check_split_group(group: int, batch_gpu: int) -> None:
+    """Groups lie within micro-batches."""
+    if group and (group < 2 or batch_gpu % group):
+        raise UserError(f"--split-group={group} must be at least 2 and divide the micro-batch of {batch_gpu}: take "
+                        "another one, or another --batch-gpu")
 
 #----------------------------------------------------------------------------
 # Options -> settings.
@@ -117,15 +141,25 @@ def apply_overrides(config: Any, overrides: dict[str, Any]) -> Any:
     return config
 
 
-def setup_config(opts: EasyDict, given: set[str], gpus: int) -> EasyDict:
+def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any] | None = None) -> EasyDict:
     """Resolve the options.
 
+    Args:
+        opts, given: All options; those that were typed, or set by a recipe.
+        gpus: Number of processes.
+        stem: Stands in for a snapshot in --path_stem that is not there yet: its 'generator_config'.
+
     Returns:
-        config (TrainConfig), dataset, stem (snapshot or None), start (snapshot or None), desc.
+        config (TrainConfig), dataset, stem (snapshot or None), start (snapshot or None), transfer (what of `start`
+        fits G_ema, as a table), desc.
     """
     from legacy import open_snapshot
-    from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
+    from training.batch_size import check_index_range, default_batch_gpu
+    from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, SavingConfig, TrainConfig
+    from training.init_from import check_generator
+    from training.reporting import import_wandb
     check_options(opts, given)
+    check_saving(opts)
     preset = PRESETS[opts.preset]
     for name, value in preset.items():
         opts[name] = value if opts.get(name) is None else opts[name]
@@ -134,23 +168,34 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int) -> EasyDict:
     if opts.superres and "syn_layers" in given:
         distributed.print0("NOTE: --syn_layers has no effect with --superres: the kept layers are those of --path_stem")
 
+    if opts.wandb:
+        import_wandb(opts.wandb)
     dataset = open_dataset(opts)
-    stem = open_snapshot(opts.path_stem) if opts.superres else None
-    start = open_snapshot(opts.resume) if opts.resume else None
+    stem = stem or (open_snapshot(opts.path_stem, mmap=True) if opts.superres else None)
+    start = open_snapshot(opts.init_from or opts.resume) if opts.init_from or opts.resume else None
     generator = generator_settings(opts, dataset, stem)
     config = TrainConfig(
         data=DataConfig(str(opts.data), dataset.resolution, dataset.c_dim, opts.mirror, opts.workers),
         generator=generator,
-        discriminator=DiscriminatorConfig(tuple(opts.backbones), dataset.resolution, dataset.c_dim, opts.san),
+        discriminator=DiscriminatorConfig(tuple(opts.backbones), dataset.resolution, dataset.c_dim, opts.san,
+                                          split_group=opts.split_group),
         loss=LossConfig(cls_weight=opts.cls_weight, cls_model=opts.classifier, diversity_weight=opts.diversity),
         optim=OptimConfig(G_lr=opts.glr, D_lr=opts.dlr),
         batch=opts.batch, batch_gpu=split_batch(opts.batch, opts.batch_gpu, gpus), total_kimg=opts.kimg,
         kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, metrics=tuple(opts.metrics), embedding=opts.embedding,
-        path_stem=opts.path_stem, resume=opts.resume, seed=opts.seed, fp32=opts.fp32, cudnn_benchmark=not opts.nobench,
-        restart_every=opts.restart_every)
+        path_stem=opts.path_stem, resume=opts.resume, init_from=opts.init_from, seed=opts.seed, fp32=opts.fp32,
+        cudnn_benchmark=not opts.nobench,
+        restart_every=opts.restart_every, on_collapse=opts.on_collapse, wandb=opts.wandb,
+        saving=SavingConfig(opts.keep, opts.keep_every, opts.snap_state, opts.save_in_background, opts.best_metric,
+                            opts.stop_patience))
     check_diversity(opts.diversity, config.batch_gpu)
+    check_split_group(opts.split_group, config.batch_gpu)
     config = apply_overrides(config, preset.get("overrides", {}))
-    return EasyDict(config=config, dataset=dataset, stem=stem, start=start,
+    if opts.batch_gpu in (None, "auto"):
+        config = dataclasses.replace(config, batch_gpu=default_batch_gpu(config, gpus))
+    check_index_range(config, gpus)
+    transfer = check_generator(config, start, dataset.class_names) if start is not None else ""
+    return EasyDict(config=config, dataset=dataset, stem=stem, start=start, transfer=transfer,
                     desc="-".join([opts.cfg, dataset.name, f"gpus{gpus}", f"batch{opts.batch}"]
                                   + ([opts.desc] if opts.desc else [])))
 
@@ -165,11 +210,12 @@ def make_evaluator(opts: EasyDict, dataset: Any, device: Any):
     return network_evaluator(opts.metrics, dataset, opts.detector, opts.num, device, seed=opts.seed)
 
 
-def print_setup(setup: EasyDict, folder: Path, resumed: bool, gpus: int) -> None:
+def print_setup(setup: EasyDict, gpus: int) -> None:
     """All settings, and what will happen with them."""
     from training.config import to_dict
     distributed.print0(json.dumps(to_dict(setup.config), indent=2))
-    distributed.print0(f"\n{'Continues' if resumed else 'Starts'}: {folder}\n"
+    distributed.print0(*setup.run.notes, sep="\n")
+    distributed.print0(f"\n{'Continues' if setup.run.resumed else 'Starts'}: {setup.run.folder}\n"
                        f"Data:      {setup.dataset.name}, {len(setup.dataset)} images of {setup.dataset.resolution} "
                        f"pixels, {setup.dataset.c_dim or 'no'} classes\n"
                        f"Batch:     {setup.config.batch} = {gpus} process(es) x {setup.config.batch_gpu} x "
@@ -178,35 +224,99 @@ def print_setup(setup: EasyDict, folder: Path, resumed: bool, gpus: int) -> None
         distributed.print0(f"NOTE: fewer than {SMALL_DATA} images: --preset=small has widths and depth for such data\n")
 
 
+def resolve_run(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any] | None = None) -> EasyDict:
+    """What `setup_config` gives, and the run that it starts or continues. All processes call this."""
+    from training.run_folder import find_run, run_info
+    setup = setup_config(opts, given, gpus, stem)
+    setup.info = run_info(setup.dataset, opts.device)
+    setup.run = distributed.broadcast_object(
+        find_run(Path(opts.outdir), setup.desc, setup.config, setup.info, opts.continue_changed)
+        if distributed.rank() == 0 else None)
+    return setup
+
+
+def choose_batch_gpu(setup: EasyDict, gpus: int, device: Any) -> None:
+    """--batch-gpu=auto: what the run had before, if it can have that again; else what fits."""
+    from training.batch_size import find_batch_gpu
+    from training.run_folder import read_options
+    before = (distributed.broadcast_object(read_options(setup.run.folder)) or {}).get("batch_gpu", 0)
+    share = setup.config.batch // gpus
+    found = before if setup.run.resumed and before and share % before == 0 else find_batch_gpu(setup.config, device)
+    setup.config = dataclasses.replace(setup.config, batch_gpu=found)
+    distributed.print0(f"--batch-gpu=auto: {found}")
+
+
+def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: Any) -> int:
+    """Train what `resolve_run` resolved, until `stop` (StopRequests) says so. Returns the exit code."""
+    from training.preflight import check_processes
+    from training.run_folder import create_run
+    from training.stages import mark_finished
+    if opts.batch_gpu == "auto" and not opts.dry_run:
+        choose_batch_gpu(setup, gpus, device)
+    check_split_group(opts.split_group, setup.config.batch_gpu)
+    check_processes(setup.config, setup.dataset, setup.info)
+    print_setup(setup, gpus)
+    if opts.dry_run:
+        from training.snapshots import generator_config
+        from training.superres import stage_table
+        below = generator_config(setup.stem) if setup.stem else None
+        distributed.print0(f"{stage_table(setup.config.generator, below)}\n{setup.transfer}\n\n"
+                           "Dry run: nothing was written.")
+        return 0
+    if distributed.rank() == 0:
+        create_run(setup.run, setup.config, setup.info)
+    distributed.barrier()
+    from training.training_loop import training_loop
+    evaluate = make_evaluator(opts, setup.dataset, device)
+    code = training_loop(setup.config, setup.run.folder, device, setup.dataset, setup.stem, setup.start, evaluate, stop)
+    if code == 0 and distributed.rank() == 0:
+        mark_finished(setup.run.folder, setup.config.total_kimg)
+    return code
+
+
+def default_options() -> dict[str, Any]:
+    """What every option is when it is not typed."""
+    return dict(main.make_context("train.py", [], resilient_parsing=True).params)
+
+
+def train_recipe(opts: EasyDict, given: set[str], gpus: int, device: Any = None, stop: Any = None) -> int:
+    """All stages of `opts.recipe`. Without a device they are only resolved. Returns the exit code."""
+    from training.stages import check_recipe, run_recipe
+    defaults, spelling = default_options(), {p.name: p.opts[-1] for p in main.params}
+
+    def resolve(options: EasyDict, names: set[str], stem: dict[str, Any] | None) -> EasyDict:
+        return resolve_run(options, names, gpus, stem)
+
+    if device is None:
+        check_recipe(opts, given, defaults, resolve)
+        return 0
+    return run_recipe(opts, given, defaults, spelling, resolve,
+                      lambda options, setup: train_stage(options, setup, gpus, device, stop))
+
+
 def run(opts: EasyDict, given: set[str]) -> int:
     """Resolve, launch or join the processes, train. Returns the exit code."""
-    from training.run_folder import create_run, find_run
+    from training.stopping import StopRequests
     launched = distributed.launched_world_size()
     gpus = launched or opts.gpus or 1
     if launched is not None and opts.gpus not in (None, launched):
         raise UserError(f"--gpus={opts.gpus}, but the launcher started {launched} processes: leave --gpus out")
+    if launched is None and gpus == 1 and opts.max_restarts:
+        raise UserError(f"--max-restarts={opts.max_restarts} has an effect only with --gpus of 2 or more; torchrun has "
+                        "an option of this name: leave it out")
     device_type = misc.select_device(opts.device)
     if launched is None and gpus > 1 and not opts.dry_run:
-        setup_config(EasyDict(opts), given, gpus)       # Mistakes show here once, and not from every process.
-        return distributed.run_local_processes(gpus, sys.argv)
+        # Mistakes show here once, and not from every process.
+        train_recipe(EasyDict(opts), given, gpus) if opts.recipe else setup_config(EasyDict(opts), given, gpus)
+        return distributed.run_local_processes(gpus, sys.argv, opts.max_restarts)
 
-    device = distributed.init(device_type)
-    try:
-        setup = setup_config(opts, given, gpus)
-        folder, resumed = find_run(Path(opts.outdir), setup.desc, setup.config)
-        folder, resumed = distributed.broadcast_object((folder, resumed))
-        print_setup(setup, folder, resumed, gpus)
-        if opts.dry_run:
-            distributed.print0("Dry run: nothing was written.")
-            return 0
-        if distributed.rank() == 0:
-            create_run(folder, setup.config)
-        distributed.barrier()
-        from training.training_loop import training_loop
-        evaluate = make_evaluator(opts, setup.dataset, device)
-        return training_loop(setup.config, folder, device, setup.dataset, setup.stem, setup.start, evaluate)
-    finally:
-        distributed.shutdown()
+    def train(device: Any) -> int:
+        with StopRequests(opts.restart_every) as stop:      # One for all stages: the time is that of this process.
+            if opts.recipe:
+                return train_recipe(opts, given, gpus, device, stop)
+            return train_stage(opts, resolve_run(opts, given, gpus), gpus, device, stop)
+
+    return distributed.leave_exit_code(distributed.run_in_group(device_type, train))
 
 #----------------------------------------------------------------------------
 
@@ -218,18 +328,28 @@ def option(names: str, help: str, **settings: Any):
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
 # Required.
 @option("--outdir", "Where to save the results", metavar="DIR", required=True)
-@option("--cfg", "Base configuration: translation-equivariant T or rotation-equivariant R", required=True,
+@option("--cfg", "Base configuration: translation-equivariant T or rotation-equivariant R; a recipe has its own",
         type=click.Choice(["stylegan3-t", "stylegan3-r"]))
-@option("--data", "Training data", metavar="ZIP|DIR", required=True)
+@option("--data", "Training data; with --recipe a path with {resolution} in it, or a folder of <name><resolution>.zip",
+        metavar="ZIP|DIR", required=True)
 @option("--gpus", "Number of local processes, one per GPU; under torchrun leave it out", metavar="INT",
         type=click.IntRange(min=1))
+@option("--max-restarts", "With --gpus: start all processes again from the last state when one died, so often",
+        metavar="INT", type=click.IntRange(min=0), default=0)
 @option("--batch", "Total batch size", metavar="INT", type=click.IntRange(min=1))
+# Recipes.
+@option("--recipe", "Train all stages of a published run in order; options typed beside it go first",
+        type=click.Choice(list(RECIPES)))
+@option("--stages", "Only these stages of the recipe, by resolution  [default: all]", metavar="LIST",
+        type=cli.IntList())
 # Optional features.
 @option("--preset", "Widths and depths for the options that are left out", type=click.Choice(list(PRESETS)),
         default="paper")
 @option("--cond", "Train with class labels", metavar="BOOL", type=bool, default=False)
 @option("--mirror", "Enable x-flips of the data", metavar="BOOL", type=bool, default=False)
-@option("--resume", "Start a new run with the weights of this snapshot", metavar="PKL|DIR", type=str)
+@option("--init-from", "Start a new run with those weights of this snapshot that fit", metavar="PKL|DIR", type=str)
+@option("--resume", "Start a new run with the weights of this snapshot, all of which must fit", metavar="PKL|DIR",
+        type=str)
 @option("--freezed", "Freeze layers of D: has no effect here, see --backbones", metavar="INT", default=0,
         type=click.IntRange(min=0))
 @option("--backbones", "Feature networks of D: official names, any timm model, NAME:random, or a .safetensors file",
@@ -237,13 +357,16 @@ def option(names: str, help: str, **settings: Any):
 @option("--embedding", "Class table: from the data, random, or a file", metavar="data|random|FILE", default="data")
 @option("--san", "SAN heads; 0 for plain hinge heads", metavar="BOOL", type=bool, default=True)
 # Hyperparameters.
-@option("--batch-gpu", "Images per micro-batch  [default: batch/gpus]", metavar="INT", type=click.IntRange(min=1))
+@option("--batch-gpu", "Images per micro-batch; auto: as many as fit  [default: batch/gpus, or what 32 bits index]",
+        metavar="INT|auto", type=cli.IntOrAuto())
 @option("--cbase", "Capacity multiplier  [default: by preset]", metavar="INT", type=click.IntRange(min=1))
 @option("--cmax", "Max. feature maps  [default: by preset]", metavar="INT", type=click.IntRange(min=1))
 @option("--glr", "G learning rate", metavar="FLOAT", default=0.0025, type=click.FloatRange(min=0, min_open=True))
 @option("--dlr", "D learning rate", metavar="FLOAT", default=0.002, type=click.FloatRange(min=0, min_open=True))
 @option("--diversity", "Weight of the diversity term, for small data sets  [default: by preset]", metavar="FLOAT",
         type=click.FloatRange(min=0))
+@option("--split-group", "Normalise in D over this many consecutive images, so that results do not depend on how a "
+        "batch is split  [default: over a micro-batch]", metavar="INT", type=click.IntRange(min=0), default=0)
 @option("--map-depth", "Mapping network depth", metavar="INT", default=2, type=click.IntRange(min=1))
 # Super-resolution.
 @option("--stem", "Train a stem (what happens without --superres)", is_flag=True)
@@ -271,13 +394,28 @@ def option(names: str, help: str, **settings: Any):
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool, default=False)
 @option("--workers", "Loader processes", metavar="INT", default=3, type=click.IntRange(min=0))
 @cli.device_option()
+@option("--keep", "Network snapshots that stay beside the best one; 0: all", metavar="INT", default=10,
+        type=click.IntRange(min=0))
+@option("--keep-every", "Of each so many kimg one snapshot stays for good", metavar="KIMG", default=0.0,
+        type=click.FloatRange(min=0))
+@option("--snap-state", "Minutes between training states; 0: only with snapshots", metavar="MINUTES", default=10.0,
+        type=click.FloatRange(min=0))
+@option("--save-in-background", "Write files while training goes on; needs memory for a copy of the state",
+        metavar="BOOL", type=bool, default=True)
+@option("--best-metric", "Which of --metrics decides on best_model.pkl  [default: the first]", metavar="NAME", type=str)
+@option("--stop-patience", "The stage ends after so many evaluations without a better one; 0: never", metavar="INT",
+        default=0, type=click.IntRange(min=0))
+@option("--continue-changed", "Continue a run although batch, learning rates or losses differ", is_flag=True)
 @option("--restart_every", "Save and exit with code 3 after this many seconds; 0: never", metavar="SECONDS", default=0,
         type=click.IntRange(min=0))
+@option("--on-collapse", "After a verdict of collapse: go on, or save and exit with code 5",
+        type=click.Choice(["warn", "stop"]), default="warn")
+@option("--wandb", "Also log to this project of Weights & Biases (pip install wandb)", metavar="PROJECT", type=str)
 @option("-n --dry-run", "Print the settings and exit", is_flag=True)
 def main(**kwargs: Any) -> None:
     """Train StyleGAN-XL with SAN heads.
 
-    The same command again continues where the last snapshot was saved.
+    The same command again continues where the last state was saved (docs/running.md).
 
     \b
     Examples:

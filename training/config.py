@@ -91,6 +91,8 @@ class DiscriminatorConfig:
     diffaug: tuple[str, ...] = ("color", "translation", "cutout")
     bn_warmup: bool = True          # The official construction-time forward of zeros (spec/model: the quirk).
     seed: int = 0                   # Of the frozen random projections.
+    # Heads normalise over this many consecutive samples, so that nothing depends on how a batch is cut; 0: officially.
+    split_group: int = 0
 
 #----------------------------------------------------------------------------
 # Loss, optimisation, data, run.
@@ -135,6 +137,18 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SavingConfig:
+    """What is kept, when states are written and when a stage ends. None of it moves a result."""
+
+    keep: int = 10                  # Network snapshots; 0: all.
+    keep_every: float = 0.0         # kimg: one snapshot for each multiple stays; 0: no grid.
+    state_minutes: float = 10.0     # Between training states; 0: only with snapshots.
+    background: bool = True         # Write while training goes on, where memory allows a copy.
+    best_metric: str | None = None  # Which metric decides; None: the first.
+    stop_patience: int = 0          # Evaluations without improvement that end the stage; 0: never.
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A whole run, as printed and saved in training_options.json."""
 
@@ -151,11 +165,15 @@ class TrainConfig:
     metrics: tuple[str, ...] = ()
     embedding: str = "data"         # data | random | a file.
     path_stem: str | None = None
-    resume: str | None = None
+    resume: str | None = None       # Weights of this snapshot, all of which must fit.
+    init_from: str | None = None    # What fits of this snapshot's weights.
     seed: int = 0
     fp32: bool = False
     cudnn_benchmark: bool = True
     restart_every: int = 0          # Seconds after which the run saves and exits; 0 means never.
+    on_collapse: str = "warn"       # warn | stop, with exit code 5.
+    wandb: str | None = None        # Project of Weights & Biases.
+    saving: SavingConfig = SavingConfig()
 
 #----------------------------------------------------------------------------
 # JSON.

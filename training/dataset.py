@@ -5,6 +5,8 @@ import hashlib
 import itertools
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -239,6 +241,25 @@ class _MicroBatchIndices(torch.utils.data.Sampler):
             yield self.order.indices(np.arange(start, start + self.batch_gpu))
 
 
+def _obey_parent_only(_worker: int) -> None:
+    """In a loader process: end by SIGTERM only if the training process sent it.
+
+    Clusters send SIGTERM to every process of a job; the training process then saves, for which its loaders must live.
+    """
+    if not hasattr(signal, "sigwaitinfo"):      # macOS
+        return
+    stopping, parent = {signal.SIGTERM, signal.SIGUSR1}, os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+
+    def listen() -> None:
+        while True:
+            info = signal.sigwaitinfo(stopping)
+            if info.si_pid == parent and info.si_signo == signal.SIGTERM:
+                os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
 class TrainingStream:
     """Endless micro-batches of one process: (uint8 [batch_gpu, 3, H, W], int64 [batch_gpu]).
 
@@ -266,6 +287,7 @@ class TrainingStream:
         self._loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
             _MicroBatches(dataset), sampler=sampler, batch_size=None, num_workers=workers,
             pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+            worker_init_fn=_obey_parent_only,
             generator=torch.Generator(),        # The loader draws a seed for its workers: not from the global state.
         )
         self._batches: Iterator | None = None

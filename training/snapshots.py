@@ -5,14 +5,12 @@ A network snapshot holds G, G_ema and D with the settings to rebuild them, witho
 sha256 only). A training state adds the optimisers and counters that an exact resume needs.
 """
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib import UserError
-from torch_utils import checkpoint
-from training.config import DiscriminatorConfig, GeneratorConfig, TrainConfig, from_dict, to_dict
+from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
 from training.discriminators.projected import ProjectedDiscriminator
 from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
@@ -24,15 +22,36 @@ VERSION = 1
 
 #----------------------------------------------------------------------------
 
-def cpu_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's state dict, copied to the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-
-
 def snapshot_name(cur_nimg: int) -> str:
     """'network-snapshot-000200.pkl' after 200,000 images; odd counts keep three digits of a kimg."""
     kimg, rest = divmod(cur_nimg, 1000)
     return f"network-snapshot-{kimg:06d}.pkl" if rest == 0 else f"network-snapshot-{kimg:06d}.{rest:03d}.pkl"
+
+
+def network_snapshot(state: dict[str, Any], config: TrainConfig, class_names: list[str],
+                     score: dict[str, Any] | None) -> dict[str, Any]:
+    """What `network-snapshot-<kimg>.pkl` holds.
+
+    Args:
+        state: `TrainingState.content()`.
+        config: Settings of the run.
+        class_names: One per class.
+        score: Metric and value that decide which snapshot is the best; None without metrics.
+    """
+    return {
+        "format": NETWORK_FORMAT,
+        "version": VERSION,
+        "generator_config": state["generator_config"],
+        "G": state["G"],
+        "G_ema": state["G_ema"],
+        "discriminator_config": state["discriminator_config"],
+        "D": state["D"],
+        "backbones": state["backbones"],
+        "class_names": list(class_names),
+        "progress": state["counters"] | {"pl_mean": float(state["pl_mean"])},
+        "score": score,
+        "options": to_dict(config),
+    }
 
 
 def generator_config(snapshot: dict[str, Any]) -> GeneratorConfig:
@@ -67,33 +86,25 @@ class TrainingState:
     elapsed: float = 0.0        # Seconds of training, over all restarts.
     best_value: float | None = None
     best_nimg: int | None = None
+    best_metric: str | None = None      # Which metric `best_value` is of.
+    bad_evals: int = 0          # Evaluations since then.
+    tick_start_nimg: int = 0    # Where the current tick began: a state may be of any iteration.
+    snapshot_due: bool = True   # The snapshot of this moment is not complete: a new run, or killed in its evaluation.
 
-    COUNTERS = ("cur_nimg", "batch_idx", "cur_tick", "elapsed", "best_value", "best_nimg")
+    COUNTERS = ("cur_nimg", "batch_idx", "cur_tick", "elapsed", "best_value", "best_nimg", "best_metric", "bad_evals",
+                "tick_start_nimg", "snapshot_due")
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """By network; phases of one network share theirs."""
         return {"G" if phase.module is self.G else "D": phase.optimizer for phase in self.phases}
 
-    def network_snapshot(self, config: TrainConfig, class_names: list[str]) -> dict[str, Any]:
-        """What `network-snapshot-<kimg>.pkl` holds."""
-        progress = {name: getattr(self, name) for name in self.COUNTERS} | {"pl_mean": float(self.loss.pl_mean)}
-        return {
-            "format": NETWORK_FORMAT,
-            "version": VERSION,
-            "generator_config": to_dict(self.G.config),
-            "G": cpu_state(self.G),
-            "G_ema": cpu_state(self.G_ema),
-            "discriminator_config": to_dict(self.D.config),
-            "D": {name: value.cpu().clone() for name, value in self.D.own_state_dict().items()},
-            "backbones": self.D.backbone_info(),
-            "class_names": list(class_names),
-            "progress": progress,
-            "options": to_dict(config),
-        }
+    def counters(self) -> dict[str, Any]:
+        """The plain numbers of the state."""
+        return {name: getattr(self, name) for name in self.COUNTERS}
 
-    def save(self, path: Path) -> None:
-        """Write the training state."""
-        checkpoint.save(path, {
+    def content(self) -> dict[str, Any]:
+        """What a state file holds, with the tensors that are in use."""
+        return {
             "format": STATE_FORMAT,
             "version": VERSION,
             "G": self.G.state_dict(),
@@ -101,36 +112,23 @@ class TrainingState:
             "D": self.D.own_state_dict(),
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers().items()},
             "pl_mean": self.loss.pl_mean,
-            "counters": {name: getattr(self, name) for name in self.COUNTERS},
-        })
+            "counters": self.counters(),
+            # What a network snapshot needs on top.
+            "generator_config": to_dict(self.G.config),
+            "discriminator_config": to_dict(self.D.config),
+            "backbones": self.D.backbone_info(),
+        }
 
-    def load(self, path: Path) -> None:
-        """Continue where `save` stopped."""
-        content = checkpoint.load(path, STATE_FORMAT)
+    def load_content(self, content: dict[str, Any]) -> None:
+        """Continue from a state file. Learning rates and betas are those of this run's settings."""
         self.G.load_state_dict(content["G"])
         self.G_ema.load_state_dict(content["G_ema"])
         self.D.load_own_state_dict(content["D"])
         for name, opt in self.optimizers().items():
+            settings = [{key: value for key, value in group.items() if key != "params"} for group in opt.param_groups]
             opt.load_state_dict(content["optimizers"][name])
+            for group, values in zip(opt.param_groups, settings, strict=True):
+                group.update(values)
         self.loss.pl_mean.copy_(content["pl_mean"])
-        for name in self.COUNTERS:
-            setattr(self, name, content["counters"][name])
-
-    def start_from(self, snapshot: dict[str, Any], label: str) -> None:
-        """Begin a new run with the weights of another (`--resume`): networks only, counters at zero.
-
-        Raises:
-            UserError: the networks have other shapes than this run's.
-        """
-        for name, module in (("G", self.G), ("G_ema", self.G_ema)):
-            state = snapshot.get(name) or snapshot["G_ema"]
-            own = module.state_dict()
-            wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
-            if wrong:
-                raise UserError(f"--resume={label}: {len(wrong)} of {len(own)} tensors of {name} do not fit this run "
-                                f"(first: {wrong[0]}): use the same --cfg, widths, layers, resolution and --cond")
-            module.load_state_dict(state)
-        if snapshot.get("D") is not None:
-            theirs = from_dict(DiscriminatorConfig, snapshot["discriminator_config"])
-            if theirs == self.D.config:
-                self.D.load_own_state_dict(snapshot["D"])
+        for name, value in content["counters"].items():
+            setattr(self, name, value)

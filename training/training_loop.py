@@ -2,8 +2,6 @@
 """The training loop: StyleGAN-XL's algorithm with SAN heads (Sauer et al. 2022; Takida et al. 2024)."""
 import copy
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,28 +10,33 @@ from typing import Any
 import torch
 
 from dnnlib.util import format_time
-from torch_utils import checkpoint, distributed, misc
+from torch_utils import distributed, misc
 from torch_utils.ops import dispatch
 from torch_utils.training_stats import Collector
+from training.batch_size import explained_memory_errors
 from training.batches import BatchSource
 from training.class_embedding import class_embedding
 from training.classifier import load_classifier
 from training.config import TrainConfig
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
+from training.diagnosis import explain_nonfinite
 from training.discriminators.projected import ProjectedDiscriminator
 from training.diversity import real_pair_distance
 from training.ema import update_ema
 from training.feature_networks.registry import load_backbone
+from training.health import EXIT_COLLAPSE, EXIT_NONFINITE, GradientGuard, HealthCheck
+from training.init_from import start_from
 from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
-from training.phases import GradientGuard, make_phases, run_phase
+from training.phases import make_phases, run_phase
+from training.preflight import check_disk, state_bytes
 from training.randomness import CounterRNG
 from training.reporting import Reporter, SampleSheets
-from training.run_folder import STATE_FILE
+from training.resume import load_state
+from training.saving import Saver, pick_score, update_best
 from training.snapshots import TrainingState, generator_config, snapshot_name
+from training.stopping import EXIT_DONE, EXIT_RESTART, NOTHING, StopRequests
 from training.superres import load_stem_into, stage_table
-
-EXIT_DONE, EXIT_RESTART = 0, 3      # What a launcher reads: finished; start me again.
 
 Evaluator = Callable[[Generator], list[dict[str, Any]]]     # G_ema -> metric results; every process calls it.
 
@@ -44,7 +47,7 @@ def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, An
                   device: torch.device) -> tuple[Generator, ProjectedDiscriminator]:
     """G and D on the device, equal on all processes."""
     torch.manual_seed(config.seed)
-    D = distributed.rank0_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
+    D = distributed.node_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
     torch.manual_seed(config.seed)      # G does not depend on what D drew.
     if stem is not None:
         G = Generator(config.generator)
@@ -73,15 +76,6 @@ def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: tor
                                 seed=config.seed, device=device, embed_dim=config.generator.embed_dim).cpu()
     return distributed.broadcast_object(table)
 
-
-def is_better(result: dict[str, Any], best: float | None) -> bool:
-    """Whether a metric improved: distances want to be low, everything else high."""
-    value = next(iter(result["results"].values()))
-    if best is None:
-        return True
-    lower = any(word in result["metric"] for word in ("fid", "kid", "ppl"))
-    return value < best if lower else value > best
-
 #----------------------------------------------------------------------------
 
 def training_loop(
@@ -92,16 +86,19 @@ def training_loop(
     stem: dict[str, Any] | None = None,     # Snapshot that a super-resolution stage is grown on.
     start: dict[str, Any] | None = None,    # Snapshot whose weights a new run begins with.
     evaluate: Evaluator | None = None,      # Metrics of G_ema, run at snapshots.
+    stop: StopRequests | None = None,       # Notices signals and other requests to stop.
 ) -> int:
-    """Train until `config.total_kimg`; return EXIT_DONE, or EXIT_RESTART when `config.restart_every` ran out.
+    """Train to the end of the stage and return EXIT_DONE, or EXIT_RESTART when asked to stop and be started again.
 
     Continues from the training state in `folder`, if there is one. Every random number is a function of the seed and of
     the number of images shown, so continuing gives what an unbroken run gives.
     """
     start_time = time.time()
+    stop = stop or StopRequests(config.restart_every)
+    stop.folder = folder
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     rank, world_size = distributed.rank(), distributed.world_size()
-    report = Reporter(folder)
+    report = Reporter(folder, config)
     report.say(f"device {device}, {world_size} process(es); {dispatch.describe()}; torch {torch.__version__}")
 
     # Networks.
@@ -110,7 +107,7 @@ def training_loop(
     classifier = None
     if config.loss.cls_weight > 0 and stem is not None and G.c_dim > 0:
         names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
-        classifier = distributed.rank0_first(lambda: load_classifier(config.loss.cls_model, G.c_dim, names)).to(device)
+        classifier = distributed.node_first(lambda: load_classifier(config.loss.cls_model, G.c_dim, names)).to(device)
     report.say(stage_table(G.config, generator_config(stem) if stem else None))
     trained = [sum(p.numel() for p in net.trainable_parameters()) for net in (G, D)]
     report.say(f"parameters: G {misc.count_parameters(G):,}, trained {trained[0]:,}; D trained {trained[1]:,}")
@@ -124,13 +121,18 @@ def training_loop(
     loss = StyleSanLoss(G, D, config.loss, device, classifier, collector.report, config.fp32, distance)
     phases = make_phases(G, D, loss, config.optim)
     state = TrainingState(G, G_ema, D, loss, phases)
-    guard = GradientGuard()
-    resumed = (folder / STATE_FILE).is_file()
+    if rank == 0:
+        check_disk(folder, state_bytes([G, G_ema, D], phases))
+    guard = GradientGuard(report=collector.report)
+    health = HealthCheck(config, dataset, device, guard)
+    saved = load_state(folder, report.say)
+    resumed = saved is not None
     if resumed:
-        state.load(folder / STATE_FILE)
+        state.load_content(saved)
+        saved = None        # Frees its memory.
         report.say(f"resuming at kimg {state.cur_nimg / 1e3:.1f}, after {format_time(state.elapsed)} of training")
     elif start is not None:
-        state.start_from(start, str(config.resume))
+        report.say(start_from(state, start, dataset.class_names, config))
 
     # Data.
     order = EpochOrder(len(dataset), config.seed)
@@ -142,87 +144,116 @@ def training_loop(
     sheets = SampleSheets(folder, dataset, G.c_dim, G.z_dim, config.seed)
     if rank == 0 and not resumed:
         sheets.save_reals(dataset)
-    if not resumed:     # Also shows, before weeks of training, that metrics and disk work.
-        save_snapshot(config, folder, state, dataset.class_names, sheets, report, evaluate, device)
+    saver = Saver(folder, config, dataset.class_names, report.say)
+    saved_before = state.elapsed
+    if state.snapshot_due:      # Of a new run it shows, before weeks of training, that metrics and disk work.
+        take_snapshot(config, saver, state, sheets, report, evaluate, device)
 
     total_nimg = int(config.total_kimg * 1000)
     tick_nimg = max(int(config.kimg_per_tick * 1000), config.batch)
-    tick_start_nimg, tick_start_time, maintenance, saved_before = state.cur_nimg, time.time(), 0.0, state.elapsed
+    measured_nimg, tick_start_time, maintenance = state.cur_nimg, time.time(), 0.0
     report.say(f"training for {config.total_kimg:g} kimg")
-    out_of_time = False
-    while state.cur_nimg < total_nimg and not out_of_time:
+    end, request, collapsed = stage_end(state, config), NOTHING, False
+    failed = None       # The phase whose gradients are not finite any more.
+    while end is None and request.restart is None:
+        if saver.state_is_due() and guard.is_clean():
+            saver.save_state(state)
 
         # One iteration: every phase that is due makes one optimiser step.
         loss.set_progress(state.cur_nimg)
         for phase in phases:
             if state.batch_idx % phase.interval == 0 and phase.is_active(state.cur_nimg):
-                run_phase(phase, batches.micro_batches(phase, state.cur_nimg), config.batch, guard)
+                with explained_memory_errors(phase.name, config, device):
+                    run_phase(phase, batches.micro_batches(phase, state.cur_nimg), config.batch, guard)
         update_ema(G_ema, G, state.cur_nimg, config.batch, config.optim)
         state.cur_nimg += config.batch
         state.batch_idx += 1
+        failed = guard.failed() if state.batch_idx % guard.LIMIT == 0 else None
+        if failed is not None:      # Nothing is saved: what is in the folder is better.
+            break
+
+        # Asked to stop? A state may be of any iteration: the next start goes on there.
+        state.elapsed = saved_before + time.time() - start_time
+        request = stop.poll()
+        end = stage_end(state, config) or request.finish
 
         # Once per tick: status, and now and then a snapshot.
-        done = state.cur_nimg >= total_nimg
-        if not done and state.cur_nimg < tick_start_nimg + tick_nimg:
+        if end is None and state.cur_nimg < state.tick_start_nimg + tick_nimg:
             continue
+        saver.check()
         state.cur_tick += 1
         tick_end_time = time.time()
-        state.elapsed = saved_before + tick_end_time - start_time
         stats = collector.update()
-        guard.check()
+        numbers = health.numbers(G_ema)
         seconds = tick_end_time - tick_start_time
         report.tick(stats, state.cur_nimg, total_nimg, {
             "tick": state.cur_tick, "elapsed": state.elapsed, "sec_per_tick": seconds,
-            "sec_per_kimg": seconds / (state.cur_nimg - tick_start_nimg) * 1e3,
-            "data_wait": batches.wait_seconds() / max(seconds, 1e-9), "maintenance": maintenance,
-            "nonfinite": sum(guard.counts().values())})
-
-        is_late = 0 < config.restart_every <= tick_end_time - start_time
-        out_of_time = distributed.broadcast_object(is_late and not done)
-        if done or out_of_time or state.cur_tick % max(config.snapshot_ticks, 1) == 0:
-            save_snapshot(config, folder, state, dataset.class_names, sheets, report, evaluate, device)
-        tick_start_nimg, tick_start_time = state.cur_nimg, time.time()
+            "sec_per_kimg": seconds / (state.cur_nimg - measured_nimg) * 1e3,
+            "data_wait": batches.wait_seconds() / max(seconds, 1e-9), "maintenance": maintenance} | numbers)
+        collapsed = health.judge(stats, numbers, state.cur_nimg, state.batch_idx, report.verdict)
+        if collapsed:
+            end = "stopped because of the verdict (--on-collapse=stop)"
+        state.tick_start_nimg = state.cur_nimg
+        state.snapshot_due |= end is not None or state.cur_tick % max(config.snapshot_ticks, 1) == 0
+        # Asked to stop there may be no time for it: the next start does. After a non-finite step the next tick does.
+        if state.snapshot_due and request.restart is None and (end is not None or guard.is_clean()):
+            take_snapshot(config, saver, state, sheets, report, evaluate, device)
+            end = end or stage_end(state, config)
+        measured_nimg, tick_start_time = state.cur_nimg, time.time()
         maintenance = tick_start_time - tick_end_time
 
+    if failed is not None:
+        phase = next(phase for phase in phases if phase.name == failed)
+        batch = next(iter(batches.micro_batches(phase, state.cur_nimg)))
+        report.say(explain_nonfinite(folder, phase, batch, guard, {"G": G, "D": D}, state.cur_nimg))
+    elif request.restart is not None:
+        saver.save_state(state)
+    else:
+        stop.remove_file()
     stream.close()
-    report.say("stopped to be started again (--restart_every)" if out_of_time else "done")
+    saver.close()
+    report.say(request.restart or end or "stopped")
     report.close()
-    return EXIT_RESTART if out_of_time else EXIT_DONE
+    return (EXIT_NONFINITE if failed is not None else EXIT_COLLAPSE if collapsed
+            else EXIT_RESTART if request.restart is not None else EXIT_DONE)
 
 #----------------------------------------------------------------------------
 
-def save_snapshot(config: TrainConfig, folder: Path, state: TrainingState, class_names: list[str], sheets: SampleSheets,
-                  report: Reporter, evaluate: Evaluator | None, device: torch.device) -> None:
-    """Samples, network snapshot, metrics, best model, training state: in this order, each file whole or not at all."""
-    name = snapshot_name(state.cur_nimg)
-    kimg = name.removeprefix("network-snapshot-").removesuffix(".pkl")
-    if distributed.rank() == 0:
-        sheets.save_fakes(f"fakes{kimg}", state.G_ema, device)
-        checkpoint.save(folder / name, state.network_snapshot(config, class_names))
-    distributed.barrier()
+def stage_end(state: TrainingState, config: TrainConfig) -> str | None:
+    """Why the stage is finished; None while it is not."""
+    if state.cur_nimg >= int(config.total_kimg * 1000):
+        return "done"
+    if 0 < config.saving.stop_patience <= state.bad_evals:
+        return (f"done: {state.bad_evals} evaluations without a better {state.best_metric} than that at kimg "
+                f"{(state.best_nimg or 0) / 1e3:g} (--stop-patience={config.saving.stop_patience})")
+    return None
 
-    improved = evaluate is None         # Without metrics the newest model counts as the best.
+
+def take_snapshot(config: TrainConfig, saver: Saver, state: TrainingState, sheets: SampleSheets, report: Reporter,
+                  evaluate: Evaluator | None, device: torch.device) -> None:
+    """Samples, metrics, network snapshot, best model, training state.
+
+    A run that is killed while metrics are computed, which may take long, continues with them.
+    """
+    state.snapshot_due = True
+    captured = None
+    if distributed.rank() == 0:
+        captured = saver.capture(state)
+        if evaluate is not None:
+            saver.write_state(captured)
+        kimg = snapshot_name(state.cur_nimg).removeprefix("network-snapshot-").removesuffix(".pkl")
+        sheets.save_fakes(f"fakes{kimg}", state.G_ema, device)
+    score = None
+    distributed.barrier()       # The first process may have taken long: collectives have a time limit, this has none.
     if evaluate is not None:
         results = evaluate(state.G_ema)
-        report.metrics(results, state.cur_nimg, name)
-        improved = is_better(results[0], state.best_value)
-        if improved:
-            state.best_value = float(next(iter(results[0]["results"].values())))
-    if improved:
-        state.best_nimg = state.cur_nimg
-    if distributed.rank() == 0:
-        if improved:
-            link_or_copy(folder / name, folder / "best_model.pkl")
-        state.save(folder / STATE_FILE)
+        report.metrics(results, state.cur_nimg, snapshot_name(state.cur_nimg))
+        score = distributed.broadcast_object(pick_score(results, config.saving.best_metric))
+        update_best(state, score)
+    else:
+        state.best_nimg = state.cur_nimg        # Without metrics the newest model counts as the best.
+    state.snapshot_due = False
+    if captured is not None:
+        saver.save_snapshot(state, captured, score)
+        report.snapshot(f"fakes{kimg}", state.cur_nimg)
     distributed.barrier()
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, atomically: a hard link costs no space; elsewhere a copy."""
-    temp = target.with_name(f".{target.name}.tmp")
-    temp.unlink(missing_ok=True)
-    try:
-        os.link(source, temp)
-    except OSError:
-        shutil.copyfile(source, temp)
-    os.replace(temp, target)

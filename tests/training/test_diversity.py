@@ -76,5 +76,5 @@ def test_odd_micro_batch_is_refused(data16, tmp_path):
     result = CliRunner().invoke(main, ["--cfg=stylegan3-t", "--preset=demo", "--batch=9", "--cond=1", "-n",
                                        f"--data={data16}", f"--outdir={tmp_path}", "--backbones=local:random"])
     assert result.exit_code == 2
-    assert "--diversity=8" in result.output
+    assert "--diversity=4" in result.output
     assert "--batch-gpu" in result.output
