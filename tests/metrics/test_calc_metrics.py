@@ -195,7 +195,8 @@ def test_several_processes_are_started_by_the_launcher(data, monkeypatch):
     result = call(f"--images={data}/gen", f"--data={data}/real", "--metrics=fid", "--gpus=2", *TINY)
     assert result.exit_code == 7
     assert asked == [(2, sys.argv)]
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
     refused("--gpus=2: torchrun started 3 processes", f"--images={data}/gen", f"--data={data}/real", "--gpus=2")
 
 #----------------------------------------------------------------------------
