@@ -31,9 +31,10 @@ sys.path.insert(0, str(ROOT))
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import atomic_write_text, format_bytes  # noqa: E402
 from torch_utils import checkpoint  # noqa: E402
-from training.config import DiscriminatorConfig, GeneratorConfig, OptimConfig  # noqa: E402
+from training.config import DiscriminatorConfig, GeneratorConfig, LossConfig, OptimConfig  # noqa: E402
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402
 from training.layer_schedule import stem_config, superres_config  # noqa: E402
+from training.loss import StyleSanLoss  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
 from training.phases import make_phases  # noqa: E402
 from training.saving import copy_to_cpu, tensor_bytes  # noqa: E402
@@ -87,7 +88,7 @@ def full_size_state() -> TrainingState:
     # The heads do not depend on the weights of the feature networks.
     names = ("deit_base_distilled_patch16_224:random", "tf_efficientnet_lite0:random")
     D = ProjectedDiscriminator(DiscriminatorConfig(names, 256, 1000)).requires_grad_(False)
-    loss = _NoLoss()
+    loss = StyleSanLoss(G, D, LossConfig(), torch.device("cpu"))
     phases = make_phases(G, D, loss, OptimConfig())
     for phase in phases:
         for p in phase.parameters:
@@ -95,13 +96,6 @@ def full_size_state() -> TrainingState:
         phase.optimizer.step()
         phase.optimizer.zero_grad(set_to_none=True)
     return TrainingState(G, G_ema, D, loss, phases)
-
-
-class _NoLoss:
-    """Stands for the loss, of which a state holds a number."""
-
-    pl_mean = torch.zeros([])
-    generator_main = generator_path_length = discriminator_main = path_length_is_active = None
 
 
 def timed(action) -> tuple[float, Any]:
