@@ -121,12 +121,13 @@ def train_commands(folder: Path, size: dict[str, float], seed: int, san: bool) -
     """Command lines of the two stages; the second lacks --path_stem."""
     features = folder / "features.safetensors"
     common = ["train.py", "--cfg=stylegan3-t", "--preset=demo", "--cond=1", f"--seed={seed}", f"--san={int(san)}",
-              f"--backbones={features}", "--glr=0.005", "--dlr=0.004", "--metrics=none",
+              f"--backbones={features}", "--metrics=none",
               f"--tick={size['tick']}", "--snap=1000", "--workers=0"]
-    stem = [*common, f"--outdir={folder / 'stem'}", f"--data={folder / 'digits16.zip'}",
+    stem = [*common, f"--outdir={folder / 'stem'}", f"--data={folder / 'digits16.zip'}", "--glr=0.005", "--dlr=0.004",
             f"--kimg={size['stem_kimg']}"]
     superres = [*common, f"--outdir={folder / 'superres'}", f"--data={folder / 'digits32.zip'}", "--superres",
-                "--up_factor=2", "--cls_weight=8", f"--classifier={features}", f"--kimg={size['superres_kimg']}"]
+                "--up_factor=2", "--glr=0.008", "--dlr=0.0064", "--diversity=2", "--cls_weight=8",
+                f"--classifier={features}", f"--kimg={size['superres_kimg']}"]
     return stem, superres
 
 
