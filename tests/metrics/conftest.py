@@ -10,6 +10,7 @@ from tests.metrics.helpers import tiny_kind
 def _isolated(tmp_path, monkeypatch):
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("STYLESAN_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv("STYLESAN_WEIGHTS", raising=False)
 
 
@@ -22,5 +23,6 @@ def _tiny(monkeypatch):
 @pytest.fixture
 def tiny_inception(monkeypatch):
     """The official names with a network of a few hundred weights in place of the real ones."""
-    monkeypatch.setitem(DETECTORS._items, "inception-2015-12-05", tiny_kind())
-    monkeypatch.setitem(DETECTORS._items, "vgg16", tiny_kind())
+    for name in ("inception-2015-12-05", "vgg16", "inception-2015-12-05-clean", "inception-rand",
+                 "inception-random-seed0", "dinov2-vitl14"):
+        monkeypatch.setitem(DETECTORS._items, name, tiny_kind())

@@ -56,14 +56,17 @@ class TinyNet(torch.nn.Module):
 
 def tiny_forward(key):
     def forward(net, images):
-        x = torch.relu(net.conv(images.float() / 127.5 - 1)).mean(dim=(2, 3))
-        pool = net.fc(x)
-        return {"pool": pool, key: net.out(pool) * 5}
+        maps = torch.relu(net.conv(images.float() / 127.5 - 1))
+        pool = net.fc(maps.mean(dim=(2, 3)))
+        spatial = torch.nn.functional.adaptive_avg_pool2d(maps[:, :3], 2).flatten(1)
+        return {"pool": pool, key: net.out(pool) * 5, "spatial": spatial}
     return forward
 
 
 def tiny_kind(key="logits_unbiased"):
-    return DetectorKind(None, 16, ("pool", key), TinyNet, tiny_forward(key))
+    """16 features and 12 in 'spatial'; with the key 'logits' a classifier."""
+    outputs, dims = (("pool", key, "spatial"), {"spatial": 12}) if key != "logits" else (("pool", key), {})
+    return DetectorKind(None, 16, outputs, TinyNet, tiny_forward(key), dims=dims)
 
 
 def random_images(num, size=8, seed=0, shift=0):
@@ -84,3 +87,31 @@ def write_folder(path, images, classes=None):
 
 def json_lines(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def random_lpips_states(seed=0):
+    """(VGG16 up to its last convolution, LPIPS's weights per channel), random, with the names of the official files."""
+    from metrics.detectors.lpips import TAPS
+    from metrics.detectors.vgg import make_vgg16
+
+    with torch.device("meta"):
+        net = make_vgg16()
+    generator = torch.Generator().manual_seed(seed)
+    features = {}
+    for name, x in net.features.state_dict().items():
+        scale = (2 / x[0].numel()) ** 0.5 if x.ndim > 1 else 0.1
+        features[f"features.{name}"] = torch.randn(x.shape, generator=generator) * scale
+    heads = {f"lin{i}.model.1.weight": torch.rand([1, channels, 1, 1], generator=generator)
+             for i, channels in enumerate(TAPS.values())}
+    return features, heads
+
+
+def write_lpips_files(folder, states):
+    """The two files of weights of LPIPS; the real one of VGG16 holds a classifier besides."""
+    from metrics.detectors.lpips import LPIPS_FILE
+    from metrics.detectors.vgg import VGG16_FILE
+
+    features, heads = states
+    torch.save({**features, "classifier.6.bias": torch.zeros(1000)}, Path(folder) / VGG16_FILE.filename)
+    torch.save(heads, Path(folder) / LPIPS_FILE.filename)
+    return Path(folder)

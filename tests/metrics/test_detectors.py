@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors: what they answer, where their weights come from, and that nothing is fetched or disturbed."""
-import io
-
+"""Detectors: what they answer, and that nothing is disturbed. Where weights come from is in test_weights.py."""
+import numpy as np
 import pytest
 import torch
 
 from dnnlib import UserError
 from metrics import detectors
-from metrics.detectors import DETECTORS, DetectorKind, load_detector, require
-from tests.metrics.helpers import TinyNet, random_images, tiny_forward, tiny_kind
+from metrics.detectors import DETECTORS, load_detector, require
+from metrics.detectors.loading import hash_state, random_state
+from tests.metrics.helpers import TinyNet, random_images, tiny_kind
 
 CPU = torch.device("cpu")
+INCEPTIONS = ("inception-2015-12-05", "inception-2015-12-05-clean", "inception-2015-12-05-pytorch_fid",
+              "inception-rand", "inception-random-seed0")
 
 
 def images(num=2, size=32):
@@ -26,40 +28,35 @@ class TestInception:
     def test_outputs(self, detector):
         out = detector.features(images())
         assert {key: (tuple(x.shape), x.dtype) for key, x in out.items()} == {
-            "pool": ((2, 2048), torch.float32), "logits_unbiased": ((2, 1008), torch.float32)}
+            "pool": ((2, 2048), torch.float32), "spatial": ((2, 2023), torch.float32),
+            "logits_unbiased": ((2, 1008), torch.float32)}
+        assert {key: x.shape[1] for key, x in out.items()} == detector.dims
         assert set(out) == set(detector.outputs)
         assert detector.feature_dim == 2048
         assert out["pool"].std() > 0.01
         assert not out["pool"].requires_grad
 
-    def test_random_weights_are_seeded(self, detector):
-        again = load_detector("inception-2015-12-05:random", CPU)
-        assert again.sha256 == detector.sha256
-        assert len(detector.sha256) == 64
-        assert torch.equal(again.features(images())["pool"], detector.features(images())["pool"])
+    def test_only_what_is_asked_for(self, detector):
+        out = detector.features(images(1), keys=["spatial"])
+        assert set(out) == {"spatial"}
+        assert detector.features(images(1), keys=[]) == {}
 
-    def test_is_torch_fidelitys_network(self, tmp_path, monkeypatch):
-        """The same weights in torch-fidelity's own object, loaded its own way, give the same numbers."""
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        with torch.device("meta"):
-            net = detectors._make_inception()
-        state = detectors._random_state(net)
-        state["fc.bias"] += 1
-        torch.save(state, tmp_path / "w.pth")
-        theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(tmp_path / "w.pth"))
-        kind = DETECTORS["inception-2015-12-05"]
-        asset = detectors.Asset("w.pth", "https://example.org", None)
-        monkeypatch.setitem(DETECTORS._items, "inception-2015-12-05",
-                            DetectorKind(asset, kind.feature_dim, kind.outputs, kind.make_net, kind.forward))
-        ours = load_detector("inception-2015-12-05", CPU, weights_dir=str(tmp_path)).features(images())
-        pool, logits = theirs(images())
-        assert torch.equal(ours["pool"], pool)
-        assert torch.equal(ours["logits_unbiased"], logits)
+    def test_kinds_share_the_network_and_differ_in_the_resize(self):
+        kinds = [DETECTORS[name] for name in INCEPTIONS]
+        assert len({kind.make_net for kind in kinds}) == 1
+        assert [kind.resize for kind in kinds] == ["tf1_bilinear_299", "pil_bicubic_float_299",
+                                                   "pytorch_fid_bilinear_299", "tf1_bilinear_299", "tf1_bilinear_299"]
+        published = [detectors.INCEPTION_FILE] * 3
+        assert [kind.asset for kind in kinds] == [*published, detectors.RANDOM_INCEPTION_FILE, None]
+
+    def test_declared_seed_needs_no_file(self):
+        assert require("inception-random-seed0") is None
 
     def test_global_random_numbers_are_untouched(self):
-        state = torch.get_rng_state()
-        load_detector("inception-2015-12-05:random", CPU)
+        state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+        load_detector("tiny", CPU)
         assert torch.equal(torch.get_rng_state(), state)
+        assert np.array_equal(np.random.get_state()[1], numpy_state)
 
     def test_wrong_inputs(self, detector):
         with pytest.raises(ValueError, match="uint8"):
@@ -68,62 +65,52 @@ class TestInception:
             detector.features(images()[:, :1])
 
 
-@pytest.mark.slow
-def test_vgg16_is_torch_fidelitys(monkeypatch):
-    from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
-    with torch.device("meta"):
-        net = detectors._make_vgg16()
-    state = detectors._random_state(net)
-    monkeypatch.setattr(detectors, "_random_state", lambda net: state)
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    theirs = FeatureExtractorVGG16("x", ["fc2_relu"], file)(images(1))[0]
-    ours = load_detector("vgg16:random", CPU).features(images(1))["pool"]
-    assert ours.shape == (1, 4096)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+class TestRandomWeights:
+    def test_are_the_same_everywhere(self):
+        """The first numbers of a frozen stream, in the order of the names."""
+        state = random_state(TinyNet())
+        assert state["conv.weight"].flatten()[:3].tolist() == pytest.approx(
+            [x * (2 / 27) ** 0.5 for x in (1.764052346, 0.400157208, 0.978737984)])
+        assert state["fc.bias"].abs().sum() == 0
+        assert hash_state(state) == hash_state(random_state(TinyNet()))
+        assert hash_state(state) != hash_state(random_state(TinyNet(), seed=1))
+
+    def test_are_recorded(self):
+        one, two = load_detector("tiny", CPU), load_detector("tiny", CPU)
+        assert one.sha256 == two.sha256 == hash_state(random_state(TinyNet()))
+        assert torch.equal(one.features(images())["pool"], two.features(images())["pool"])
+
+    def test_pass_signals_through(self):
+        """Scales of normalisation layers and LayerScale are one, variances are one, the rest is zero."""
+        net = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+        net[0].gamma = torch.nn.Parameter(torch.zeros(3))
+        state = random_state(net)
+        for name in ("0.weight", "0.running_var", "0.gamma"):
+            assert torch.equal(state[name], torch.ones(3))
+        for name in ("0.bias", "0.running_mean"):
+            assert torch.equal(state[name], torch.zeros(3))
 
 
-class TestWeights:
-    def test_missing_file_says_all(self):
-        with pytest.raises(UserError) as err:
-            load_detector("inception-2015-12-05", CPU)
-        text = str(err.value)
-        for part in ("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/torch-fidelity/",
-                     "6726825d0af5f729", "--weights", "STYLESAN_WEIGHTS", "offline"):
-            assert part in text
-        assert "\n" not in text
+def test_pinned_hashes():
+    """Published names carry the first digits; DINOv2's carries none."""
+    assert detectors.INCEPTION_FILE.sha256.startswith("6726825d")
+    assert detectors.VGG16_FILE.sha256.startswith("397923af")
+    for asset in (detectors.INCEPTION_FILE, detectors.VGG16_FILE, detectors.DINOV2_FILE):
+        assert len(asset.sha256) == 64
+        assert asset.url.startswith("https://")
 
-    def test_hash_fits_the_published_names(self):
-        assert detectors.INCEPTION_FILE.sha256.startswith("6726825d")
-        assert detectors.VGG16_FILE.sha256.startswith("397923af")
-        assert all(len(x.sha256) == 64 for x in (detectors.INCEPTION_FILE, detectors.VGG16_FILE))
 
-    def test_wrong_content_is_refused(self, tmp_path):
-        (tmp_path / "vgg16-397923af.pth").write_bytes(b"something else")
-        with pytest.raises(UserError, match="sha256 is .*, expected 397923af"):
-            load_detector("vgg16", CPU, weights_dir=str(tmp_path))
+def test_unknown_name():
+    with pytest.raises(UserError, match="--detector=inceptoin: unknown detector: choose from dinov2-vitl14, inception"):
+        require("inceptoin")
 
-    @pytest.mark.parametrize(("content", "match"), [({"a": torch.zeros(1)}, "do not fit"), (None, "not a readable")])
-    def test_unusable_file(self, tmp_path, monkeypatch, content, match):
-        asset = detectors.Asset("w.pth", "https://example.org", None)
-        monkeypatch.setitem(DETECTORS._items, "other", DetectorKind(asset, 16, ("pool",), TinyNet, tiny_forward("x")))
-        (tmp_path / "w.pth").write_bytes(b"nothing")
-        if content is not None:
-            torch.save(content, tmp_path / "w.pth")
-        with pytest.raises(UserError, match=match):
-            load_detector("other", CPU, weights_dir=str(tmp_path))
 
-    def test_unknown_name(self):
-        with pytest.raises(UserError, match="--detector=inceptoin: unknown detector: choose from inception"):
-            require("inceptoin")
-
-    def test_broken_weights_are_noticed(self):
-        kind = tiny_kind()
-        broken = lambda net, x: {"pool": torch.full([len(x), 16], float("nan"))}
-        detector = detectors.Detector("x", "", 16, kind.outputs, lambda x: broken(None, x), CPU)
-        with pytest.raises(UserError, match="not finite"):
-            detector.features(images())
+def test_broken_weights_are_noticed():
+    kind = tiny_kind()
+    broken = lambda x: {"pool": torch.full([len(x), 16], float("nan"))}
+    detector = detectors.Detector("x", "", 16, kind.outputs, broken, CPU)
+    with pytest.raises(UserError, match="not finite"):
+        detector.features(images())
 
 
 class TestJudge:
@@ -146,6 +133,7 @@ class TestJudge:
         assert (detector.feature_dim, detector.num_classes, detector.class_names) == (12, 3, ["cat", "dog", "owl"])
         assert detector.name == "local:judge.safetensors"
         assert detector.sha256 == net.sha256
+        assert detector.dims == {"pool": 12, "logits": 3}
 
     def test_global_random_numbers_are_untouched(self, path):
         state = torch.get_rng_state()

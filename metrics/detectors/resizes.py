@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How images come to the size of a network. Every choice here moves a metric, so each has a name that results record.
+
+| name | what | who |
+|---|---|---|
+| tf1_bilinear | TF1's bilinear: no half-pixel shift, no antialiasing | the 2015 graph, ADM, StyleGAN, torch-fidelity |
+| pytorch_fid_bilinear | bilinear with half-pixel shift, no antialiasing | pytorch-fid |
+| pil_bicubic_float | PIL's antialiased bicubic on float32 channels, then clipped to 0..255, not rounded | clean-fid |
+| pil_bicubic_uint8 | PIL's antialiased bicubic on 8-bit images, rounded after either direction | EDM2, dgm-eval |
+"""
+import functools
+
+import numpy as np
+import torch
+
+PIL_BITS = 22           # Fixed-point digits of PIL's weights for 8-bit images.
+FLOAT64_IMAGES = 8      # At a time: 64 images of 1024 pixels would take 1.6 GB.
+
+#----------------------------------------------------------------------------
+
+def tf1_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [N, C, H, W] -> float32 [N, C, size, size] in 0..255."""
+    x = images.float()
+    below, above, share = _tf1_taps(images.shape[2], size, images.device)
+    x = torch.lerp(x[:, :, below], x[:, :, above], share[:, None])
+    return x @ _tf1_weights(images.shape[3], size, images.device).T     # Faster than picking columns.
+
+
+@functools.lru_cache(maxsize=16)
+def _tf1_taps(size: int, new_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per new pixel: its two neighbours and the share of the second. Positions are rounded to float32, as TF1 does."""
+    positions = torch.arange(new_size, dtype=torch.float32) * torch.tensor(size / new_size, dtype=torch.float32)
+    below = positions.floor().long()
+    above = (below + 1).clamp(max=size - 1)
+    return below.to(device), above.to(device), (positions - below).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _tf1_weights(size: int, new_size: int, device: torch.device) -> torch.Tensor:
+    """The same as a matrix [new_size, size]."""
+    below, above, share = _tf1_taps(size, new_size, torch.device("cpu"))
+    rows = torch.arange(new_size)
+    weights = torch.zeros(new_size, size)
+    weights[rows, below] += 1 - share
+    weights[rows, above] += share
+    return weights.to(device)
+
+
+def pytorch_fid_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [N, C, H, W] -> float32 [N, C, size, size] in 0..1."""
+    return torch.nn.functional.interpolate(images.float() / 255, size=(size, size), mode="bilinear",
+                                           align_corners=False)
+
+
+def pil_bicubic_float(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [N, C, H, W] -> float32 [N, C, size, size] in 0..255, within 1e-4 of PIL's resize of mode 'F' images."""
+    height, width = images.shape[2:]
+    x = images.float() @ _float_weights(width, size, images.device).T       # PIL, too, goes along the rows first.
+    x = _float_weights(height, size, images.device) @ x
+    return x.clamp(0, 255)
+
+
+def pil_bicubic_uint8(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [N, C, H, W] -> uint8 [N, C, size, size], equal to PIL's resize of 8-bit images.
+
+    PIL sums integers: weights of 22 binary digits times pixels. Sums stay below 2^53, so float64 holds them exactly.
+    """
+    device = torch.device("cpu") if images.device.type == "mps" else images.device      # MPS has no float64.
+    parts = []
+    for part in images.split(FLOAT64_IMAGES):
+        rows = _integer_rows(part.to(device).double(), size)                # Along the width first, as PIL does.
+        parts.append(_integer_rows(rows.mT, size).mT.to(images.device, torch.uint8))
+    return torch.cat(parts)
+
+
+def _integer_rows(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Whole numbers 0..255 [N, C, H, W] -> [N, C, H, size], in float64."""
+    scaled = pil_bicubic_weights(x.shape[3], size) * 2 ** PIL_BITS
+    weights = torch.from_numpy(np.trunc(scaled + np.copysign(0.5, scaled)))     # Half away from zero, as C casts.
+    sums = x @ weights.to(x.device).T
+    return ((sums + 2 ** (PIL_BITS - 1)) / 2 ** PIL_BITS).floor().clamp(0, 255)
+
+#----------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=16)
+def pil_bicubic_weights(size: int, new_size: int) -> np.ndarray:
+    """Weights [new_size, size] of PIL's bicubic resize along one direction, float64.
+
+    Keys' cubic with a = -0.5, stretched when the image shrinks, over the pixels within its support; rows sum to one.
+    """
+    scale = size / new_size
+    stretch = max(scale, 1.0)
+    weights = np.zeros([new_size, size])
+    for row in range(new_size):
+        centre = (row + 0.5) * scale
+        first = max(int(centre - 2 * stretch + 0.5), 0)
+        last = min(int(centre + 2 * stretch + 0.5), size)
+        taps = _cubic((np.arange(first, last) - centre + 0.5) / stretch)
+        weights[row, first:last] = taps / taps.sum()
+    return weights
+
+
+def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
+    """Keys 1981, "Cubic convolution interpolation for digital image processing", eq. 4 (general a)."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+@functools.lru_cache(maxsize=16)
+def _float_weights(size: int, new_size: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(pil_bicubic_weights(size, new_size)).float().to(device)
