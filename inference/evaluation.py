@@ -22,10 +22,10 @@ def network_evaluator(names: Sequence[str], dataset: ImageDataset, detector: str
     weights show before training and not at the first snapshot.
 
     Args:
-        names: Metrics.
+        names: Metrics, or groups of them.
         dataset: The training data.
         detector: For metrics whose name leaves it open.
-        num: Generated images for metrics whose name leaves it open.
+        num: Generated images, instead of the number that a name says.
     """
     options = MetricOptions(device=device, seed=seed, detector=detector, num=num)
     preflight(list(names), options)

@@ -46,6 +46,31 @@ def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int
 
 
 @torch.no_grad()
+def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_psi: float = 1.0,
+               centroids: torch.Tensor | None = None) -> torch.Tensor:
+    """Images [N, 3, R, R], about [-1, 1], of one batch of latents [N, z_dim] and classes [N]; see `generate`."""
+    device = next(G.parameters()).device
+    with evaluating(G):
+        c = one_hot(labels.to(device), G.c_dim)
+        if centroids is None or truncation_psi == 1:
+            ws = G.mapping(z.to(device), c, truncation_psi=truncation_psi)
+        else:
+            ws = G.mapping(z.to(device), c)
+            nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
+            ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
+        return G.synthesis(ws)
+
+
+def require_finite(finite: torch.Tensor) -> None:
+    """Wait for a flag that was computed from images.
+
+    Raises:
+        UserError: it is not set.
+    """
+    if not finite:
+        raise UserError("the network gives images with non-finite values: the snapshot is of a diverged run")
+
+
 def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: int, truncation_psi: float = 1.0,
              centroids: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
     """Batches of images [n, 3, R, R], about [-1, 1], for latents [N, z_dim] and classes [N].
@@ -57,20 +82,10 @@ def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: in
     Raises:
         UserError: an image has non-finite values.
     """
-    device = next(G.parameters()).device
-    with evaluating(G):
-        for z_part, label_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
-            c = one_hot(label_part.to(device), G.c_dim)
-            if centroids is None or truncation_psi == 1:
-                ws = G.mapping(z_part.to(device), c, truncation_psi=truncation_psi)
-            else:
-                ws = G.mapping(z_part.to(device), c)
-                nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
-                ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
-            images = G.synthesis(ws)
-            if not torch.isfinite(images).all():
-                raise UserError("the network gives images with non-finite values: the snapshot is of a diverged run")
-            yield images
+    for z_part, label_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
+        images = synthesize(G, z_part, label_part, truncation_psi, centroids)
+        require_finite(torch.isfinite(images).all())
+        yield images
 
 #----------------------------------------------------------------------------
 # The image source of metrics.
@@ -111,6 +126,14 @@ class GeneratorSource:
         self.description: dict[str, Any] = {"kind": "network", "labels": self.label_policy, "seed": seed,
                                             "truncation_psi": truncation_psi}
 
+    def latents(self, positions: np.ndarray, stream: str = "metric/z") -> torch.Tensor:
+        """Latents float32 [N, z_dim] of the images at `positions`; another stream gives others."""
+        return torch.from_numpy(self.rng.normal(stream, positions, (self.G.z_dim,)))
+
+    def uniform(self, positions: np.ndarray, shape: Sequence[int], stream: str) -> np.ndarray:
+        """Further random numbers that go with the images at `positions`: float32 [N, *shape] in [0, 1)."""
+        return self.rng.uniform(stream, positions, shape)
+
     def labels(self, positions: np.ndarray) -> torch.Tensor:
         """Classes int64 [N] of the images at `positions`."""
         c_dim = self.G.c_dim
@@ -131,9 +154,13 @@ class GeneratorSource:
     def batches_at(self, batch_size: int, indices: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The images with these numbers; the others are not made."""
         positions = np.asarray(indices, dtype=np.int64)
+        flags: list[torch.Tensor] = []
         for i in range(0, len(positions), batch_size):
             part = positions[i:i + batch_size]
-            z = torch.from_numpy(self.rng.normal("metric/z", part, (self.G.z_dim,)))
             labels = self.labels(part)
-            images = next(generate(self.G, z, labels, batch_size, self.psi))
+            images = synthesize(self.G, self.latents(part), labels, self.psi)
+            flags.append(torch.isfinite(images).all())
+            is_last = i + batch_size >= len(positions)
+            while len(flags) > (0 if is_last else 1):
+                require_finite(flags.pop(0))    # Of the batch before: the device works on this one meanwhile.
             yield to_uint8_metric(images), labels

@@ -13,11 +13,16 @@ import torch
 from dnnlib import UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]    # uint8 [N, 3, H, W], int64 [N] or None
+Chunk = tuple[np.ndarray, torch.Tensor, torch.Tensor | None]        # The same with the positions of the images
 
 #----------------------------------------------------------------------------
 
 class ImageSource(Protocol):
-    """A numbered collection of images. Number i is the same image however often and in whatever batches it is read."""
+    """A numbered collection of images. Number i is the same image however often and in whatever batches it is read.
+
+    A source may set `can_read_ahead = True` where another thread may run its iterators: it reads files and leaves
+    networks alone.
+    """
 
     num_images: int
     fingerprint: str                # Of the content: equal for equal images, whatever the path.
@@ -65,7 +70,7 @@ def chunks_of_rank(num: int, chunk_size: int, rank: int, world_size: int) -> lis
 
 
 def read_chunks(source: ImageSource, batch_size: int, chunks: Sequence[np.ndarray],
-                indices: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
+                indices: np.ndarray | None = None) -> Iterator[Chunk]:
     """Read a source in chunks of positions, regrouping its batches.
 
     Args:
@@ -96,6 +101,13 @@ def read_chunks(source: ImageSource, batch_size: int, chunks: Sequence[np.ndarra
 
 #----------------------------------------------------------------------------
 
+def pinned(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Chunks with their images in page-locked memory, from which copies to a GPU do not wait for its other work."""
+    for positions, images, labels in chunks:
+        yield positions, images.pin_memory() if images.device.type == "cpu" else images, labels
+
+#----------------------------------------------------------------------------
+
 class Subset:
     """The images of `source` with the given ascending numbers."""
 
@@ -106,6 +118,7 @@ class Subset:
         digest = hashlib.sha256(source.fingerprint.encode() + b"|subset|" + self.indices.tobytes())
         self.fingerprint = digest.hexdigest()
         self.description = {**source.description, "num_images": self.num_images, **(note or {})}
+        self.can_read_ahead = getattr(source, "can_read_ahead", False)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         return self.batches_at(batch_size, range(self.num_images))
@@ -128,8 +141,7 @@ def seeded_subset(source: ImageSource, num: int, seed: int, what: str = "the ima
     """
     if source.num_images < num:
         raise UserError(f"{what} has {source.num_images} images, the metric asks for {num}: "
-                        f"supply more, or use a metric without a fixed number (fid, kid, pr, is, accuracy) "
-                        f"with --num={source.num_images}")
+                        f"supply more, or set --num={source.num_images}, which the result then says")
     if source.num_images == num:
         return source
     note = {"subset_of": source.num_images, "subset_seed": seed}
@@ -144,6 +156,7 @@ class Mirrored:
         self.num_images = 2 * source.num_images
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + b"|mirrored").hexdigest()
         self.description = {**source.description, "num_images": self.num_images, "mirror": True}
+        self.can_read_ahead = getattr(source, "can_read_ahead", False)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         return self.batches_at(batch_size, range(self.num_images))

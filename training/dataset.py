@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image data sets in the official format, the order in which they are shown, and the stream of micro-batches."""
 import functools
-import hashlib
 import itertools
-import json
 import os
 import signal
 import threading
@@ -19,6 +17,7 @@ from training.image_sources import (
     DECODE_ERRORS,
     METADATA_NAME,
     class_list,
+    content_fingerprint,
     label_table,
     labels_of,
     open_image,
@@ -162,17 +161,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what is served: names, sizes and CRC-32 of the files, labels, mirroring. 64 hex digits.
-
-        Equal for an archive and a folder of the same files. An archive is not read for it, a folder is read whole.
-        """
-        digest = hashlib.sha256()
-        for index in self._chosen:
-            digest.update(repr((self._store.names[index], *self._store.content_key(index))).encode())
-        described = {"labels": self._store.metadata.get("labels") or None,
-                     "classes": self._store.metadata.get("classes"), "xflip": self.xflip}
-        digest.update(json.dumps(described, sort_keys=True).encode())
-        return digest.hexdigest()
+        """SHA-256 of what is served: names, sizes and CRC-32 of the files, labels, mirroring. 64 hex digits."""
+        return content_fingerprint(self._store, self._chosen, self.xflip)
 
 #----------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders and zip archives of images, their labels, and the conversion of images to square RGB."""
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -195,6 +196,20 @@ def open_store(path: str | os.PathLike) -> FolderStore | ZipStore:
     if not store.names:
         raise UserError(f"{path}: no images in it: files must end in {', '.join(IMAGE_SUFFIXES)}")
     return store
+
+
+def content_fingerprint(store: FolderStore | ZipStore, indices: Iterable[int], xflip: bool) -> str:
+    """SHA-256 of names, sizes and CRC-32 of files, of labels and of mirroring. 64 hex digits.
+
+    Equal for an archive and a folder of the same files. A zip archive is not read for it, a folder is read whole.
+    """
+    digest = hashlib.sha256()
+    for index in indices:
+        digest.update(repr((store.names[index], *store.content_key(index))).encode())
+    described = {"labels": store.metadata.get("labels") or None, "classes": store.metadata.get("classes"),
+                 "xflip": xflip}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    return digest.hexdigest()
 
 #----------------------------------------------------------------------------
 # Labels: dataset.json = {"labels": [["00000/img00000000.png", 6], ...], "classes": ["tench", ...]}.

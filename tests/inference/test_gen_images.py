@@ -11,6 +11,7 @@ import calc_metrics
 import gen_images
 import train
 from dnnlib import UserError
+from inference import sampling
 from inference.sampling import GeneratorSource, find_class, generate, seed_label, seed_latent
 from legacy import load_network
 from tests.parity import PARITY, load_npz, needs_parity
@@ -143,6 +144,22 @@ def test_metric_source_is_a_function_of_seed_and_number(network):
     assert (images_3.int() - images_10[[1, 4, 9]].int()).abs().max() <= 1
     balanced = GeneratorSource(G, 9, label_policy="balanced")
     assert torch.cat([labels for _, labels in balanced.batches(4)]).bincount().tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_broken_images_do_not_pass_the_metric_source(network, monkeypatch, broken):
+    """Whether a batch is finite is looked at one batch later, the last one's at once."""
+    made = []
+
+    def synthesize(G, z, labels, psi):
+        made.append(torch.full([len(z), 3, 16, 16], torch.nan if len(made) == broken else 0.0))
+        return made[-1]
+
+    monkeypatch.setattr(sampling, "synthesize", synthesize)
+    source = GeneratorSource(load_network(network).G_ema, 6, label_policy="uniform")
+    with pytest.raises(UserError, match="non-finite"):
+        list(source.batches(2))
+    assert len(made) == min(broken + 2, 3)
 
 
 def test_labels_follow_the_data(network):

@@ -13,7 +13,6 @@ from dnnlib import UserError
 from inference import image_inputs
 from inference.image_inputs import NpzSource, kind_of, open_images
 from tests.metrics.helpers import random_images, write_folder
-from training.dataset import ImageDataset
 
 
 def read(source, batch_size=3, indices=None):
@@ -48,7 +47,7 @@ def nhwc(images):
 
 class TestDatasets:
     def test_flat_folder(self, tmp_path, images):
-        source = open_images(write_folder(tmp_path / "flat", images), ImageDataset, labels=True)
+        source = open_images(write_folder(tmp_path / "flat", images), labels=True)
         got, labels = read(source)
         assert labels is None
         assert got.dtype == torch.uint8
@@ -58,30 +57,30 @@ class TestDatasets:
     def test_class_folders(self, tmp_path, images):
         classes = ["zebra", "ant", "moth", "ant", "zebra"] * 2
         path = write_folder(tmp_path / "classes", images, classes)
-        source = open_images(path, ImageDataset, labels=True)
+        source = open_images(path, labels=True)
         got, labels = read(source)
         order = sorted(range(10), key=lambda i: (classes[i], i))
         assert torch.equal(got, torch.from_numpy(images[order]))
         assert labels == [["ant", "moth", "zebra"].index(classes[i]) for i in order]
         assert source.description["class_names"] == ["ant", "moth", "zebra"]
-        assert read(open_images(path, ImageDataset))[1] is None
+        assert read(open_images(path))[1] is None
 
     def test_zip_with_labels(self, tmp_path, images):
         path = write_zip(tmp_path / "x.dat", images, [i % 3 for i in range(10)])    # The name says nothing.
-        source = open_images(path, ImageDataset, labels=True)
+        source = open_images(path, labels=True)
         got, labels = read(source)
         assert torch.equal(got, torch.from_numpy(images))
         assert labels == [i % 3 for i in range(10)]
         assert source.description["class_names"] == ["cat", "dog", "owl"]
 
     def test_official_folders_without_labels_are_not_classes(self, tmp_path, images):
-        source = open_images(write_zip(tmp_path / "x.zip", images), ImageDataset, labels=True)
+        source = open_images(write_zip(tmp_path / "x.zip", images), labels=True)
         assert read(source)[1] is None
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_any_images_by_number(self, tmp_path, images, workers):
         state = torch.get_rng_state()
-        source = open_images(write_zip(tmp_path / "x.zip", images, [0] * 10), ImageDataset, True, workers)
+        source = open_images(write_zip(tmp_path / "x.zip", images, [0] * 10), True, workers)
         got, labels = read(source, 2, [1, 4, 9])
         assert torch.equal(got, torch.from_numpy(images[[1, 4, 9]]))
         assert labels == [0, 0, 0]
@@ -90,16 +89,16 @@ class TestDatasets:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_damaged_image_is_named(self, tmp_path, images, workers):
         path = write_folder(tmp_path / "flat", images)
-        source = open_images(path, ImageDataset, workers=workers)
+        source = open_images(path, workers=workers)
         (path / "000004.png").write_bytes(b"not an image")
         with pytest.raises(UserError, match="000004.png"):
             read(source)
 
     def test_jpeg_is_noted(self, tmp_path, images):
         path = write_folder(tmp_path / "flat", images[:2])
-        assert open_images(path, ImageDataset).description["has_jpeg"] is False
+        assert open_images(path).description["has_jpeg"] is False
         PIL.Image.fromarray(images[0].transpose(1, 2, 0).copy()).save(path / "x.jpg")
-        assert open_images(path, ImageDataset).description["has_jpeg"] is True
+        assert open_images(path).description["has_jpeg"] is True
 
 #----------------------------------------------------------------------------
 
@@ -107,7 +106,7 @@ class TestDatasets:
 class TestNpz:
     def test_all_and_some(self, tmp_path, images, nhwc, save):
         save(tmp_path / "x.npz", nhwc)
-        source = open_images(tmp_path / "x.npz", ImageDataset)
+        source = open_images(tmp_path / "x.npz")
         for batch_size in (1, 3, 64):
             got, labels = read(source, batch_size)
             assert torch.equal(got, torch.from_numpy(images))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache of what real images gave, keyed by everything that moves the numbers.
+
+That is the content of the images, the weights of the detector, and what was kept. A file that cannot be read counts as
+absent.
+"""
+import contextlib
+import hashlib
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dnnlib.download import cache_dir
+from dnnlib.util import atomic_file
+from metrics.detectors import Detector
+
+CACHE_VERSION = 1                           # Raise it when the same inputs give other numbers.
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+def cache_path(detector: Detector, fingerprint: str, **what: Any) -> Path:
+    """Where statistics of these images by this detector are kept."""
+    key = {"version": CACHE_VERSION, "detector": detector.name, "detector_sha256": detector.sha256,
+           "images": fingerprint, **what}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "metrics" / f"{digest[:32]}.npz"
+
+
+def read_cache(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file, or None."""
+    with contextlib.suppress(*READ_ERRORS):
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    return None
+
+
+def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Keep arrays; a full disk or a read-only folder costs the cache, not the result."""
+    try:
+        with atomic_file(path) as f:
+            np.savez(f, **arrays)
+    except OSError as err:
+        print(f"Warning: statistics were not kept in {path}: {err}", file=sys.stderr)
