@@ -6,20 +6,22 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from click.core import ParameterSource
 
 import dnnlib.cli
 from dnnlib import EasyDict, UserError
 from inference import image_inputs
-from metrics import metric_main, records
-from metrics.detectors import load_detector
+from metrics import metric_main, protocols, records
+from metrics.latents import check_untruncated
 from metrics.options import MetricOptions
 from metrics.real_side import compute_statistics
 from metrics.references import Reference, load_statistics, save_statistics
 from metrics.sources import ImageSource, seeded_subset
 from torch_utils import distributed, misc
-from training.dataset import ImageDataset
 
 CUDA_WORKERS = 3        # Decoding processes where a GPU would wait for images.
+OFFICIAL = [name for name in protocols.METRICS if protocols.METRICS[name].is_official]
+FREE = [name for name in protocols.METRICS if not protocols.METRICS[name].is_official]
 
 #----------------------------------------------------------------------------
 # The two sides.
@@ -31,9 +33,19 @@ def open_reference(path: str, labels: bool, workers: int) -> Reference:
         UserError: nothing usable at `path`.
     """
     if image_inputs.kind_of(path) != "statistics":
-        return Reference(image_inputs.open_images(path, ImageDataset, labels, workers))
+        source = image_inputs.open_images(path, labels, workers)
+        say_kind(path, image_inputs.summary(source))
+        return Reference(source)
     images = image_inputs.NpzSource(path) if image_inputs.has_samples(path) else None
-    return Reference(images, load_statistics(path))
+    reference = Reference(images, load_statistics(path))
+    say_kind(path, f"{reference.statistics[0].format}, {reference.holdings()}"
+             + (f", {images.num_images} images" if images else ""))
+    return reference
+
+
+def say_kind(path: str, kind: str) -> None:
+    """Tell what a path was taken for: it is found from the content, so a surprise is worth a line."""
+    distributed.print0(f"Reading {path}: {kind}", file=sys.stderr)
 
 
 def label_probs(opts: EasyDict, c_dim: int, reference: Reference | None) -> np.ndarray | None:
@@ -75,7 +87,8 @@ def image_source(opts: EasyDict, names: list[str], workers: int) -> metric_main.
     """Makes seeded subsets of the images that are to be scored."""
     if image_inputs.kind_of(opts.images) == "statistics" and not image_inputs.has_samples(opts.images):
         raise UserError(f"--images={opts.images}: holds statistics, not images: give them by --ref")
-    source = image_inputs.open_images(opts.images, ImageDataset, metric_main.needs_labels(names), workers)
+    source = image_inputs.open_images(opts.images, metric_main.needs_labels(names), workers)
+    say_kind(opts.images, image_inputs.summary(source))
     if source.description.get("has_jpeg"):
         distributed.print0(f"Warning: {opts.images} holds JPEG files, whose compression moves every metric: save "
                            "samples as PNG", file=sys.stderr)
@@ -83,6 +96,23 @@ def image_source(opts: EasyDict, names: list[str], workers: int) -> metric_main.
 
 #----------------------------------------------------------------------------
 # The command.
+
+def adopt_paths(opts: EasyDict, has_metrics: bool) -> None:
+    """`REF SAMPLES`, as ADM's evaluator takes them, into --ref, --images and --metrics=adm. Raises UserError."""
+    if not opts.paths:
+        return
+    if len(opts.paths) != 2:
+        raise UserError(f"{' '.join(opts.paths)}: without flags there are two files, REF SAMPLES: the reference, then "
+                        "the images to score")
+    for name in ("network", "images", "data", "ref", "save_ref"):
+        if opts[name] is not None:
+            raise UserError(f"--{name.replace('_', '-')}={opts[name]}: does not go with REF SAMPLES: name all by flags")
+    if has_metrics:
+        raise UserError(f"--metrics={','.join(opts.metrics)}: REF SAMPLES stands for --metrics=adm: name the files by "
+                        "--ref and --images for other metrics")
+    opts.ref, opts.images = opts.paths
+    opts.metrics = ["adm"]
+
 
 def check_options(opts: EasyDict) -> None:
     """Refuse flags that do not go together. Raises UserError."""
@@ -93,6 +123,8 @@ def check_options(opts: EasyDict) -> None:
     reference = opts.data or opts.ref
     if opts.network is None and opts.images is None and opts.save_ref is None:
         raise UserError("nothing to score: name a generator by --network or images by --images")
+    if opts.save_ref is None and opts.save_ref_images is not None:
+        raise UserError(f"--save-ref-images={opts.save_ref_images}: has no effect without --save-ref: leave it out")
     if opts.save_ref is not None and reference is None:
         raise UserError(f"--save-ref={opts.save_ref}: name the images to take statistics of by --data or --ref")
     if opts.network is None and opts.trunc != 1:
@@ -107,19 +139,27 @@ def metric_options(opts: EasyDict, device: torch.device, network: Any) -> Metric
     record = {} if network is None else {"snapshot_pkl": str(network.path), "network_sha256": network.sha256}
     return MetricOptions(
         device=device, batch_size=opts.batch, num=opts.num, seed=opts.seed, detector=opts.detector,
-        weights_dir=opts.weights, offline=opts.offline or None, mirror=opts.mirror, out_dir=opts.out,
-        verbose=opts.verbose, use_cache=not opts.no_cache, record=record)
+        weights_dir=opts.weights, offline=opts.offline or None, allow_unverified=opts.allow_unverified_weights,
+        mirror=opts.mirror, out_dir=opts.out, verbose=opts.verbose, use_cache=not opts.no_cache, record=record)
 
 
 def save_reference(opts: EasyDict, reference: Reference, options: MetricOptions) -> None:
-    """Statistics of the reference images by one detector, to a file."""
-    if reference.source is None:
+    """What the named metrics need of the reference images, to a file: statistics, and images for adm_pr50k."""
+    if reference.source is None or reference.statistics:
         raise UserError(f"--save-ref={opts.save_ref}: {opts.data or opts.ref} holds statistics already: name images")
-    detector = load_detector(opts.detector or metric_main.INCEPTION, options.device, opts.weights, options.offline)
-    statistics = compute_statistics(reference.source, detector, opts.mirror, options)
-    if statistics is not None:
-        save_statistics(opts.save_ref, statistics, {"mirror": opts.mirror, "version": records.code_version()})
-        print(f"{opts.save_ref}: statistics of {statistics.num_images} images by {detector.name}", file=sys.stderr)
+    statistics, resize = [], {}
+    for spec, outputs in metric_main.statistics_to_save(opts.metrics, options).items():
+        detector = metric_main.detector_for(spec, options)
+        statistics += compute_statistics(reference.source, detector, outputs, opts.mirror, options)
+        resize[detector.name] = detector.resize
+    if statistics:
+        images = opts.save_ref_images
+        if images is None:
+            images = protocols.ADM_REAL_FEATURES if "adm_pr50k" in protocols.expand(opts.metrics) else 0
+        metadata = {"mirror": opts.mirror, "resize": resize, "version": records.code_version()}
+        save_statistics(opts.save_ref, statistics, metadata, reference.source, images)
+        names = ", ".join(dict.fromkeys(str(x.detector) for x in statistics))
+        print(f"{opts.save_ref}: statistics of {statistics[0].num_images} images by {names}", file=sys.stderr)
 
 
 def preflight(opts: EasyDict) -> list[str]:
@@ -131,7 +171,12 @@ def preflight(opts: EasyDict) -> list[str]:
     for path in (opts.images, opts.data, opts.ref):
         if path is not None:
             image_inputs.kind_of(path)
-    names = opts.metrics if opts.network is not None or opts.images is not None else []
+    names = protocols.expand(opts.metrics) if opts.network is not None or opts.images is not None else []
+    if opts.network is None and (generator_only := metric_main.needs_generator(names)):
+        raise UserError(f"--metrics={','.join(generator_only)}: measures the generator itself: name it with --network "
+                        "(images alone are not enough)")
+    for name in metric_main.needs_generator(names):
+        check_untruncated(opts.trunc, name)
     metric_main.preflight(names, metric_options(opts, torch.device("cpu"), None))
     return names
 
@@ -164,19 +209,33 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
     return results
 
 
+def show(results: list[dict[str, Any]], like_adm: bool) -> None:
+    """Results on stdout: JSON lines, or the lines of ADM's evaluator. With the former, ADM's lines go to stderr."""
+    lines = records.adm_lines(results)
+    if lines:
+        distributed.print0(*lines, sep="\n", file=sys.stdout if like_adm else sys.stderr)
+    if not like_adm:
+        for record in results:
+            distributed.print0(records.json_line(record))
+
+
 @click.command(cls=dnnlib.cli.Command)
+@click.argument("paths", metavar="[REF SAMPLES]", nargs=-1)
 @click.option("--metrics", metavar="[NAME,NAME...|none]", type=dnnlib.cli.StrList(), default="fid50k_full",
-              show_default=True, help="fid50k_full, fid10k_full, kid50k_full, pr50k3_full, is50k; or with --num and "
-              "--detector of your choice: fid, kid, pr, is, accuracy")
+              show_default=True, help=f"Protocols: {', '.join(OFFICIAL)}; groups: {', '.join(protocols.GROUPS)}; with "
+              f"--detector of your choice: {', '.join(FREE)}")
 @click.option("--network", metavar="PKL|DIR", help="Generator to score: a snapshot, an official pickle, or a run")
-@click.option("--images", metavar="ZIP|DIR|NPZ", help="Images to score instead of a generator")
+@click.option("--images", metavar="ZIP|DIR|NPZ|TAR", help="Images to score instead of a generator")
 @click.option("--data", metavar="ZIP|DIR", help="Real images to compare with")
-@click.option("--ref", metavar="NPZ|ZIP|DIR", help="The same, or stored statistics (keys mu and sigma)")
+@click.option("--ref", metavar="NPZ|PKL|ZIP|DIR|TAR", help="The same, or stored statistics: ours, ADM's, EDM's...")
 @click.option("--save-ref", metavar="NPZ", help="Write the statistics of --data or --ref to this file")
-@click.option("--detector", metavar="NAME|PATH", help="Feature network of fid, kid, pr, is, accuracy and --save-ref: "
-              "inception-2015-12-05, vgg16, or a judge's .safetensors  [default: inception; for pr vgg16]")
+@click.option("--save-ref-images", metavar="INT", type=click.IntRange(min=0), help="Keep so many of its images in "
+              "--save-ref, for precision and recall  [default: 10000 if --metrics has adm_pr50k, else none]")
+@click.option("--detector", metavar="NAME|PATH", help=f"Feature network of {', '.join(FREE)} and --save-ref: "
+              "inception-2015-12-05, vgg16, ... or a judge's .safetensors  [default: inception; for pr vgg16]")
 @click.option("--num", metavar="INT", type=click.IntRange(min=1),
-              help="Images to score with fid, kid, pr, is, accuracy  [default: 50000]")
+              help="Images to score instead of the number that the name says; the result's name then says it  "
+              "[default: of the protocol, else 50000]")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
               help="Of latents, classes and every random choice of a metric")
 @click.option("--labels", metavar="dataset|uniform|balanced", default="dataset", show_default=True,
@@ -184,7 +243,7 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
               "as often as in --data, all alike, or equally many of each")
 @click.option("--trunc", metavar="FLOAT", type=float, default=1, show_default=True, help="Truncation psi")
 @click.option("--mirror", metavar="BOOL", type=bool, default=False, show_default=True,
-              help="fid, kid, pr, --save-ref: add the mirror images of the real images")
+              help="fid, kid, pr, sfid, the names without _full, --save-ref: add mirrored real images")
 @click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=64, show_default=True,
               help="Images generated or read at a time; moves no result")
 @click.option("--gpus", metavar="INT", type=click.IntRange(min=1), default=1, show_default=True,
@@ -194,6 +253,8 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
 @dnnlib.cli.device_option()
 @click.option("--weights", metavar="DIR", help="Folder with files of detector weights")
 @click.option("--offline", is_flag=True, help="Never download")
+@click.option("--allow-unverified-weights", is_flag=True, help="Take files of weights that are not the published ones; "
+              "such results are for testing")
 @click.option("--no-cache", is_flag=True, help="Neither use nor keep statistics of real images")
 @click.option("--out", metavar="DIR", help="Append results to metric-<name>.jsonl in this folder")
 @click.option("--verbose", metavar="BOOL", type=bool, default=True, show_default=True, help="Progress bars")
@@ -203,20 +264,25 @@ def main(ctx: click.Context, **kwargs: Any) -> None:
 
     The table goes to stderr; stdout gets one line of JSON per metric with everything that made the number.
 
+    REF SAMPLES, two files without flags, is the command line of ADM's evaluator and stands for --metrics=adm --ref=REF
+    --images=SAMPLES; stdout then gets ADM's five lines instead.
+
     Examples:
 
     \b
       # FID of a snapshot against its data set
       python calc_metrics.py --network=best_model.pkl --data=datasets/cifar10.zip --metrics=fid50k_full
     \b
-      # A folder of samples against ADM's reference file
-      python calc_metrics.py --images=samples/ --ref=VIRTUAL_imagenet256_labeled.npz --metrics=fid,is --num=50000
+      # Samples against ADM's reference file: the five numbers of papers on ImageNet
+      python calc_metrics.py --images=samples.npz --ref=VIRTUAL_imagenet256_labeled.npz --metrics=adm
+      python calc_metrics.py VIRTUAL_imagenet256_labeled.npz samples.npz
     \b
       # Statistics for later, by a judge trained on the same classes; then a score
       python calc_metrics.py --data=data.zip --detector=judge.safetensors --save-ref=ref.npz
       python calc_metrics.py --images=out.npz --ref=ref.npz --detector=judge.safetensors --metrics=fid --num=1000
     """
     opts = EasyDict(kwargs)
+    adopt_paths(opts, ctx.get_parameter_source("metrics") is not ParameterSource.DEFAULT)
     check_options(opts)
     if opts.gpus > 1 and distributed.launched_world_size() is None:
         preflight(opts)     # Once and in one line, before several processes fail with as many.
@@ -226,8 +292,7 @@ def main(ctx: click.Context, **kwargs: Any) -> None:
         results = run(opts, device)
         if results:
             distributed.print0(records.table(results), file=sys.stderr)
-        for record in results:
-            distributed.print0(records.json_line(record))
+        show(results, bool(opts.paths))
         return 0
 
     distributed.run_in_group(misc.select_device(opts.device), score)

@@ -67,6 +67,8 @@ def check_options(opts: EasyDict, given: set[str]) -> None:
 
 def check_saving(opts: EasyDict) -> None:
     """The metric that decides must be measured."""
+    from metrics.protocols import expand
+    opts.metrics = expand(opts.metrics)
     if opts.best_metric is not None and opts.best_metric not in opts.metrics:
         raise UserError(f"--best-metric={opts.best_metric} is not among --metrics={','.join(opts.metrics) or 'none'}: "
                         "add it there, or take one of them")
@@ -383,9 +385,9 @@ def option(names: str, help: str, **settings: Any):
 @option("--desc", "String to include in the folder name", metavar="STR", type=str)
 @option("--metrics", "Quality metrics at snapshots", metavar="[NAME|A,B,C|none]", type=cli.StrList(),
         default="fid50k_full")
-@option("--detector", "Network for the metrics fid, kid, pr, is, accuracy", metavar="NAME|FILE", type=str)
-@option("--num", "Generated images for the metrics fid, kid, pr, is, accuracy", metavar="INT",
-        type=click.IntRange(min=1))
+@option("--detector", "Network for the metrics fid, kid, pr, is, sfid, accuracy", metavar="NAME|FILE", type=str)
+@option("--num", "Images that metrics generate, instead of the number that a name such as fid50k_full says",
+        metavar="INT", type=click.IntRange(min=1))
 @option("--kimg", "Total training duration", metavar="KIMG", default=25000, type=click.FloatRange(min=0))
 @option("--tick", "How often to print progress", metavar="KIMG", default=4, type=click.FloatRange(min=0, min_open=True))
 @option("--snap", "How often to save snapshots", metavar="TICKS", default=50, type=click.IntRange(min=1))

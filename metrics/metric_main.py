@@ -1,282 +1,233 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics by name. A name is a protocol: it fixes the detector, the numbers of images and the formula.
+"""Metrics by name (`metrics/protocols.py`): from names to work, and from work to records.
 
-The names of the StyleGAN line (`fid50k_full`, ...) mean what they mean there. The short names (`fid`, `kid`, `pr`,
-`is`, `accuracy`) leave detector and number of images to the caller; the record of a result says which they were.
+Metrics share work: images are generated once per number of images, and every detector sees them once.
 """
-import dataclasses
+import collections
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dnnlib import UserError
-from dnnlib.registry import Registry
 from dnnlib.util import list_some
 from metrics import records
+from metrics.crops import crop_warnings
 from metrics.detectors import Detector, load_detector, require
-from metrics.frechet import frechet_distance
-from metrics.inception_score import inception_score
-from metrics.kernel_distance import kernel_distance
+from metrics.jobs import Job, RealKey, plan
+from metrics.latents import check_source as check_latents
 from metrics.options import MetricOptions
-from metrics.passes import Collected, Wants, collect, on_rank0
-from metrics.precision_recall import precision_recall
-from metrics.real_side import RealSide, load_real_side
+from metrics.passes import Collected, Wants, class_scores, collect, on_rank0
+from metrics.protocols import INCEPTION, METRICS, NOTHING, GeneratorKind, expand
+from metrics.real_side import RealSide, RealWants, load_real_side
 from metrics.references import Reference, check_statistics
 from metrics.sources import ImageSource
 from torch_utils import distributed
-
-DEFAULT_NUM_GEN = 50_000        # Of the short names.
 
 SourceFactory = Callable[[int], ImageSource]    # Number of images -> a source of just so many.
 
 #----------------------------------------------------------------------------
 
-@dataclasses.dataclass(frozen=True)
-class MetricKind:
-    """A formula: what it needs of either side, and how it becomes numbers."""
-
-    gen: Wants
-    real: Wants
-    default_detector: str | None                # None: the caller must name one.
-    compute: Callable[[Collected, RealSide, MetricOptions], tuple[dict[str, float], dict[str, Any]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """A name."""
-
-    name: str
-    kind: MetricKind
-    detector: str | None = None                 # None: the caller's choice.
-    num_gen: int | None = None                  # None: the caller's choice.
-
-    @property
-    def is_official(self) -> bool:
-        """Whether the name fixes detector and number of images."""
-        return self.num_gen is not None
-
-#----------------------------------------------------------------------------
-# Formulas. Each returns (values by suffix of the metric's name, settings to record).
-
-def _fid(gen: Collected, real: RealSide, options: MetricOptions) -> tuple[dict[str, float], dict[str, Any]]:
-    value = frechet_distance(real.mean, real.covariance, gen.mean, gen.covariance)
-    return {"": value}, {"ddof": 0, "num_real": real.num_images}
-
-
-def _kid(gen: Collected, real: RealSide, options: MetricOptions) -> tuple[dict[str, float], dict[str, Any]]:
-    kid = kernel_distance(real.features, gen.features, seed=options.seed, device=options.device)
-    return {"": kid.mean}, {"num_real": len(real.features), "num_subsets": kid.num_subsets,
-                            "subset_size": kid.subset_size, "subset_seed": kid.seed, "std_over_subsets": kid.std}
-
-
-def _pr(gen: Collected, real: RealSide, options: MetricOptions) -> tuple[dict[str, float], dict[str, Any]]:
-    result = precision_recall(real.features, gen.features, device=options.device)
-    return {"_precision": result.precision, "_recall": result.recall}, {
-        "num_real": len(real.features), "k": result.k, "rounded_to": "fp16", "distances_in": "float32"}
-
-
-def _is(gen: Collected, real: RealSide, options: MetricOptions) -> tuple[dict[str, float], dict[str, Any]]:
-    score = inception_score(gen.probs, shuffle_seed=options.seed)
-    return {"_mean": score.mean, "_std": score.std}, {
-        "num_splits": score.num_splits, "order": "shuffled", "shuffle_seed": score.shuffle_seed, "ddof": 0}
-
-
-def _accuracy(gen: Collected, real: RealSide, options: MetricOptions) -> tuple[dict[str, float], dict[str, Any]]:
-    return {"": gen.num_correct / gen.num_images}, {"num_correct": gen.num_correct}
-
-#----------------------------------------------------------------------------
-
-INCEPTION = "inception-2015-12-05"
-NOTHING = Wants()
-
-FID = MetricKind(Wants(moments=True), Wants(moments=True), INCEPTION, _fid)
-KID = MetricKind(Wants(features=True), Wants(features=True), INCEPTION, _kid)
-PR = MetricKind(Wants(features=True), Wants(features=True), "vgg16", _pr)
-IS = MetricKind(Wants(probs=True), NOTHING, INCEPTION, _is)
-ACCURACY = MetricKind(Wants(correct=True), NOTHING, None, _accuracy)
-
-METRICS = Registry("metric")
-
-for _metric in (
-    Metric("fid50k_full", FID, INCEPTION, 50_000),
-    Metric("fid10k_full", FID, INCEPTION, 10_000),
-    Metric("kid50k_full", KID, INCEPTION, 50_000),
-    Metric("pr50k3_full", PR, "vgg16", 50_000),
-    Metric("is50k", IS, INCEPTION, 50_000),
-    Metric("fid", FID),
-    Metric("kid", KID),
-    Metric("pr", PR),
-    Metric("is", IS),
-    Metric("accuracy", ACCURACY),
-):
-    METRICS.register(_metric.name)(_metric)
-
-#----------------------------------------------------------------------------
-# From names to work.
-
-def detector_of(metric: Metric, options: MetricOptions) -> str:
-    """Name of the detector that a metric will use.
-
-    Raises:
-        UserError: the name fixes another than the one asked for, or leaves it to a caller who named none.
-    """
-    if metric.is_official:
-        if options.detector not in (None, metric.detector):
-            raise UserError(f"--detector={options.detector}: {metric.name} is defined with {metric.detector}: use "
-                            f"--metrics={_short_name(metric)} for another detector")
-        return str(metric.detector)
-    name = options.detector or metric.kind.default_detector
-    if name is None:
-        raise UserError(f"--metrics={metric.name} needs a classifier of the classes: name it with "
-                        "--detector=PATH.safetensors")
-    return name
-
-
-def num_gen_of(metric: Metric, options: MetricOptions) -> int:
-    """Number of generated images that a metric will use.
-
-    Raises:
-        UserError: the name fixes another than the one asked for.
-    """
-    if metric.is_official:
-        if options.num not in (None, metric.num_gen):
-            raise UserError(f"--num={options.num}: {metric.name} is defined with {metric.num_gen} generated images: "
-                            f"use --metrics={_short_name(metric)} for another number")
-        return int(metric.num_gen or 0)
-    return DEFAULT_NUM_GEN if options.num is None else options.num
-
-
-def _short_name(metric: Metric) -> str:
-    return next(m.name for m in map(METRICS.__getitem__, METRICS) if not m.is_official and m.kind is metric.kind)
-
-
-def preflight(names: list[str], options: MetricOptions) -> None:
+def preflight(names: Iterable[str], options: MetricOptions) -> None:
     """Check names and settings and find (or fetch) every file of weights, before a long run needs them.
 
     Raises:
         UserError: the first thing that is wrong or missing.
     """
-    for name in names:
-        metric = METRICS[name]
-        num_gen_of(metric, options)
-        spec = detector_of(metric, options)
-        distributed.node_first(lambda spec=spec: require(spec, options.weights_dir, options.offline))
+    for job in plan(names, options):
+        kind = job.metric.kind
+        if not isinstance(kind, GeneratorKind):
+            find = functools.partial(require, job.detector, options.weights_dir, options.offline,
+                                     options.allow_unverified)
+        elif kind.require is not None:
+            find = functools.partial(kind.require, options)
+        else:
+            continue
+        distributed.node_first(find)
 
 
-def needs_labels(names: list[str]) -> bool:
+def detector_for(spec: str, options: MetricOptions) -> Detector:
+    """The detector, loaded as the options say. All processes call it.
+
+    Raises:
+        UserError: unknown name, missing or damaged file.
+    """
+    return load_detector(spec, options.device, options.weights_dir, options.offline, options.allow_unverified)
+
+
+def statistics_to_save(names: Iterable[str], options: MetricOptions) -> dict[str, list[str]]:
+    """Detector -> outputs whose statistics a file of the real images must have to serve these metrics.
+
+    Inception is always there with the outputs that ADM's files have, unless `options` name another detector.
+    """
+    if options.detector is not None:
+        return {options.detector: ["pool"]}
+    wanted: dict[str, list[str]] = {INCEPTION: ["pool", "spatial"]}
+    for job in plan(names, options):
+        for output in job.outputs:
+            wanted.setdefault(job.detector, [])
+            wanted[job.detector] += [] if output in wanted[job.detector] else [output]
+    return wanted
+
+
+def _image_kinds(names: Iterable[str]) -> list:
+    kinds = [METRICS[name].kind for name in expand(names)]
+    return [kind for kind in kinds if not isinstance(kind, GeneratorKind)]
+
+
+def needs_labels(names: Iterable[str]) -> bool:
     """Whether a metric compares the images with their labels."""
-    return any(METRICS[name].kind.gen.correct for name in names)
+    return any(kind.gen.correct for kind in _image_kinds(names))
 
 
-def needs_reference(names: list[str]) -> bool:
+def needs_reference(names: Iterable[str]) -> bool:
     """Whether a metric compares the images with real ones."""
-    return any(METRICS[name].kind.real for name in names)
+    return any(kind.real.wants for kind in _image_kinds(names))
+
+
+def needs_generator(names: Iterable[str]) -> list[str]:
+    """The metrics that images alone cannot serve."""
+    return [name for name in expand(names) if isinstance(METRICS[name].kind, GeneratorKind)]
 
 #----------------------------------------------------------------------------
 
-def evaluate(names: list[str], generated: SourceFactory, reference: Reference | None = None,
+def evaluate(names: Iterable[str], generated: SourceFactory, reference: Reference | None = None,
              options: MetricOptions | None = None) -> list[dict[str, Any]]:
     """Compute metrics. All processes call it with equal arguments and get equal results.
 
-    Metrics share work: images are generated once per number of images and shown once to every detector.
-
     Args:
-        names: Names in `METRICS`.
+        names: Names in `METRICS` or `GROUPS`.
         generated: Makes the source of generated images; called with the number that a metric asks for.
         reference: The real side; None where no metric compares with real images.
         options: How to compute.
 
     Returns:
-        One record per name, in their order: `results` holds the values, the rest says how they came about.
+        One record per metric, in the order of the names: `results` holds the values, the rest says how they came about.
 
     Raises:
         UserError: unknown name, a missing file, a reference that cannot serve a metric, too few images.
     """
     options = options or MetricOptions()
     start = time.perf_counter()
-    metrics = [METRICS[name] for name in dict.fromkeys(names)]
-    uses = {m.name: (detector_of(m, options), num_gen_of(m, options)) for m in metrics}
-    _check_reference(metrics, reference)
-    detectors = {}
-    for spec in sorted({spec for spec, _num in uses.values()}):
-        detectors[spec] = load_detector(spec, options.device, options.weights_dir, options.offline)
-    for metric in metrics:
-        _check_detector(metric, detectors[uses[metric.name][0]], reference)
-    real = {key: load_real_side(reference, detectors[key[0]], wants, key[1], options)
-            for key, wants in _real_wants(metrics, uses, options).items()}
+    jobs = plan(names, options)
+    _check_reference(jobs, reference)
+    detectors = {spec: detector_for(spec, options) for spec in sorted({job.detector for job in jobs} - {""})}
+    for job in jobs:
+        if job.detector:
+            _check_detector(job, detectors[job.detector], reference)
+    real = {key: load_real_side(reference, detectors[key[0]], needs, key[1], key[2], options)
+            for key, needs in _real_wants(jobs).items()}
     done = {}
-    for num in sorted({num for _spec, num in uses.values()}):
+    for num in sorted({job.num for job in jobs}):
+        group = [job for job in jobs if job.num == num]
         source = generated(num)
-        _check_source(source, reference, [detectors[uses[m.name][0]] for m in metrics if m.kind.gen.correct])
-        group = [m for m in metrics if uses[m.name][1] == num]
-        gen = _collect_generated(source, group, uses, detectors, options)
-        for metric in group:
-            spec = uses[metric.name][0]
-            side = real.get((spec, options.mirror and not metric.is_official), RealSide())
-            values, settings = on_rank0(lambda m=metric, k=spec, r=side, g=gen: m.kind.compute(g[k], r, options))
-            done[metric.name] = records.result(metric.name, values, settings, detectors[spec], source, reference,
-                                               options.record, time.perf_counter() - start)
-            _warn_few(metric, side, num, detectors[spec])
+        _check_source(source, reference, group, detectors)
+        gen = _collect_generated(source, group, detectors, options)
+        for job in group:
+            answer = _answer(job, source, gen.get(job.detector), real.get(job.real, RealSide()), options)
+            done[job.metric.name] = records.result(job, *answer, detectors.get(job.detector), source, reference,
+                                                   options.record, time.perf_counter() - start)
+            if job.detector:
+                _warn_few(done[job.metric.name], job, detectors[job.detector])
             if options.out_dir is not None:
-                on_rank0(lambda record=done[metric.name]: records.append_line(options.out_dir, record))
-    return [done[name] for name in names]
+                on_rank0(functools.partial(records.append_line, options.out_dir, done[job.metric.name]))
+    return [done[job.metric.name] for job in jobs]
 
 
-def _real_wants(metrics: list[Metric], uses: dict[str, tuple[str, int]],
-                options: MetricOptions) -> dict[tuple[str, bool], Wants]:
-    """(detector, mirrored) -> what is needed of the real images. Official protocols take them as they are."""
-    wants: dict[tuple[str, bool], Wants] = {}
-    for metric in metrics:
-        if metric.kind.real:
-            key = uses[metric.name][0], options.mirror and not metric.is_official
-            wants[key] = wants.get(key, NOTHING) | metric.kind.real
+def _answer(job: Job, source: ImageSource, gen: Collected | None, real: RealSide,
+            options: MetricOptions) -> tuple[dict[str, float], dict[str, Any]]:
+    """Values and settings of one metric. All processes take part."""
+    kind = job.metric.kind
+    if isinstance(kind, GeneratorKind):
+        return kind.compute(source, options)
+    return on_rank0(lambda: kind.compute(gen, real, options))
+
+
+def _real_wants(jobs: list[Job]) -> dict[RealKey, RealWants]:
+    """What is needed of the real images."""
+    wants: dict[RealKey, RealWants] = collections.defaultdict(RealWants)
+    for job in jobs:
+        if job.has_real_side:
+            wants[job.real] |= job.metric.kind.real
     return wants
 
 
-def _collect_generated(source: ImageSource, metrics: list[Metric], uses: dict[str, tuple[str, int]],
-                       detectors: dict[str, Detector], options: MetricOptions) -> dict[str, Collected]:
+def _collect_generated(source: ImageSource, jobs: list[Job], detectors: dict[str, Detector],
+                       options: MetricOptions) -> dict[str, Collected]:
     """One walk over the generated images for all detectors that these metrics use."""
-    wanted: dict[str, tuple[Detector, Wants]] = {}
-    for metric in metrics:
-        spec = uses[metric.name][0]
-        wanted[spec] = detectors[spec], wanted.get(spec, (None, NOTHING))[1] | metric.kind.gen
-    title = "generated images" if options.verbose else None
-    return collect(source, wanted, options.device, options.batch_size, progress=title)
+    wanted: dict[str, Wants] = collections.defaultdict(Wants)
+    for job in jobs:
+        if job.detector:
+            wanted[job.detector] |= job.metric.kind.gen
+    if not wanted:
+        return {}
+    asked = {spec: (detectors[spec], wants) for spec, wants in wanted.items()}
+    return collect(source, asked, options.device, options.batch_size,
+                   progress="generated images" if options.verbose else None)
 
 #----------------------------------------------------------------------------
 # Checks that come before hours of work.
 
-def _check_reference(metrics: list[Metric], reference: Reference | None) -> None:
-    for metric in metrics:
-        if not metric.kind.real:
+def _check_reference(jobs: list[Job], reference: Reference | None) -> None:
+    for job in jobs:
+        if not job.has_real_side:
             continue
-        if reference is None or reference.source is None and reference.statistics is None:
-            raise UserError(f"--metrics={metric.name} compares with real images: name them with --data or --ref")
-        if metric.kind.real.features and reference.source is None:
-            raise UserError(f"--metrics={metric.name}: not computable from {reference.statistics.path}, which holds "
-                            "only mean and covariance: name the images themselves with --data or --ref")
+        name = job.metric.name
+        if reference is None or reference.source is None and not reference.statistics:
+            raise UserError(f"--metrics={name} compares with real images: name them with --data or --ref")
+        if reference.source is None and job.metric.kind.real.wants.features:
+            raise UserError(f"--metrics={name}: not computable from {path_of(reference)}, which holds only mean and "
+                            "covariance: name the images themselves with --data or --ref")
 
 
-def _check_detector(metric: Metric, detector: Detector, reference: Reference | None) -> None:
-    if metric.kind.gen.probs and not {"logits_unbiased", "logits"} & set(detector.outputs):
-        raise UserError(f"--detector={detector.name}: {metric.name} needs a classifier, and it has no classes: use "
+def path_of(reference: Reference) -> str | None:
+    """Of the file of statistics."""
+    return reference.statistics[0].path
+
+
+def _check_detector(job: Job, detector: Detector, reference: Reference | None) -> None:
+    name, gen = job.metric.name, job.metric.kind.gen
+    if gen.probs and class_scores(detector) not in detector.outputs:
+        raise UserError(f"--detector={detector.name}: {name} needs a classifier, and it has no classes: use "
                         f"{INCEPTION} or a .safetensors judge")
-    if metric.kind.gen.correct and "logits" not in detector.outputs:
-        raise UserError(f"--detector={detector.name}: {metric.name} needs a classifier of the classes of the data: "
+    if gen.correct and "logits" not in detector.outputs:
+        raise UserError(f"--detector={detector.name}: {name} needs a classifier of the classes of the data: "
                         "name a judge trained on them with --detector=PATH.safetensors")
-    if metric.kind.real.moments and reference is not None and reference.statistics is not None:
-        _warn(check_statistics(reference.statistics, detector))
+    for output in sorted((gen.moments | gen.features) - set(detector.outputs)):
+        raise UserError(f"--detector={detector.name}: {name} needs its output '{output}', which it does not have: use "
+                        f"{INCEPTION}")
+    for output in job.outputs:
+        stored = reference.statistics_for(detector.name, output)
+        if stored is not None:
+            _warn(check_statistics(stored, detector))
+        elif reference.source is None:
+            raise UserError(f"--metrics={name}: not computable from {path_of(reference)}, which holds statistics of "
+                            f"{reference.holdings()}, but not {output} of {detector.name}: name the images themselves "
+                            "with --data or --ref, or make it again with --save-ref")
+        elif reference.statistics:
+            _warn(f"{path_of(reference)} holds no statistics of {output} of {detector.name}: {name} takes its "
+                  f"{reference.source.num_images} images")
 
 
-def _check_source(source: ImageSource, reference: Reference | None, judges: list[Detector]) -> None:
+def _check_source(source: ImageSource, reference: Reference | None, jobs: list[Job],
+                  detectors: dict[str, Detector]) -> None:
     """Sizes must agree, and so must the meaning of labels where both sides give names to their classes."""
+    for job in jobs:
+        if not job.detector:
+            check_latents(source, job.metric.name)
+        if job.detector and job.metric.kind.is_ordered and source.description.get("labels_sorted"):
+            _warn(f"{job.metric.name} takes the images in file order, and they are sorted by class: the value will be "
+                  "far too low: shuffle them, or use --metrics=is")
+    compared = [job.metric.name for job in jobs if job.has_real_side]
+    for warning in crop_warnings(compared, source.description, reference.crop if reference else None):
+        _warn(warning)
     ours, theirs = source.description.get("resolution"), reference.resolution if reference else None
     if ours and theirs and ours != theirs:
         raise UserError(f"the generated images have {ours}x{ours} pixels, the reference {theirs}x{theirs}: "
                         f"make both of one size, for example with dataset_tool.py --resolution={ours}")
     names = source.description.get("class_names") or []
-    for judge in judges:
+    for judge in [detectors[job.detector] for job in jobs if job.detector and job.metric.kind.gen.correct]:
         known = judge.class_names or []
         if _are_names(names) and _are_names(known) and list(names) != list(known):
             raise UserError(f"--detector={judge.name}: knows the classes {list_some(list(known))}, the images have "
@@ -288,12 +239,12 @@ def _are_names(names: Sequence[str]) -> bool:
     return any(not str(name).isdigit() for name in names)
 
 
-def _warn_few(metric: Metric, real: RealSide, num_gen: int, detector: Detector) -> None:
-    counts = {"generated": num_gen, "real": real.num_images or num_gen}
-    for side, num in counts.items():
-        if metric.kind.gen.moments and num < detector.feature_dim:
-            _warn(f"{metric.name}: {num} {side} images are fewer than the {detector.feature_dim} features: the "
-                  "covariance is singular and the value mostly reflects the number of images")
+def _warn_few(record: dict[str, Any], job: Job, detector: Detector) -> None:
+    for output in job.outputs:
+        for side, num in (("generated", record["num_gen"]), ("real", record["num_real"])):
+            if num is not None and num < detector.dims[output]:
+                _warn(f"{job.name}: {num} {side} images are fewer than the {detector.dims[output]} features: the "
+                      "covariance is singular and the value mostly reflects the number of images")
 
 
 def _warn(message: str | None) -> None:
@@ -301,7 +252,10 @@ def _warn(message: str | None) -> None:
         distributed.print0(f"Warning: {message}", file=sys.stderr)
 
 
-def unused_mirror(names: list[str], options: MetricOptions) -> str | None:
+def unused_mirror(names: Iterable[str], options: MetricOptions) -> str | None:
     """Why --mirror does nothing for some of these metrics, or None."""
-    official = [name for name in names if options.mirror and METRICS[name].is_official and METRICS[name].kind.real]
-    return f"--mirror has no effect on {', '.join(official)}: defined on unmirrored real images" if official else None
+    metrics = [METRICS[name] for name in expand(names)]
+    unused = [m.name for m in metrics
+              if options.mirror and not m.takes_mirror and not isinstance(m.kind, GeneratorKind)
+              and m.kind.real != NOTHING]
+    return f"--mirror has no effect on {', '.join(unused)}: defined on unmirrored real images" if unused else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How metrics are computed, and what their short names leave open."""
+"""How metrics are computed, and what their free names leave open."""
 import dataclasses
 from typing import Any
 
@@ -8,16 +8,17 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class MetricOptions:
-    """How to compute, and what the short names leave open."""
+    """How to compute, and what the free names leave open."""
 
     device: torch.device = torch.device("cpu")  # Of this process.
     batch_size: int = 64                        # Images per batch that sources are asked for; moves no result.
-    num: int | None = None                      # Generated images of the short names; None: 50,000.
+    num: int | None = None                      # Generated images; None: as many as the name says, 50,000 else.
     seed: int = 0                               # Of the random choices of a metric (subsets, shuffling).
-    detector: str | None = None                 # Of the short names; None: inception, for pr vgg16.
+    detector: str | None = None                 # Of the free names; None: inception, for pr vgg16.
     weights_dir: str | None = None              # Where files of weights are looked for first.
     offline: bool | None = None                 # Never download; None: as the environment says.
-    mirror: bool = False                        # Short names: compare with the real images and their mirror images.
+    allow_unverified: bool = False              # Take files of weights whose hash is not the published one.
+    mirror: bool = False                        # Names that allow it: add mirrored copies of the real images.
     out_dir: str | None = None                  # Append each result to metric-<name>.jsonl in this folder.
     verbose: bool = False                       # Progress bars.
     use_cache: bool = True                      # Keep statistics of real images between runs.

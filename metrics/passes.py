@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One walk over a source of images, shared by all detectors and metrics that need it, and by all processes."""
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,9 @@ import tqdm
 from dnnlib import UserError
 from metrics.accuracy import num_correct
 from metrics.detectors import Detector
-from metrics.feature_stats import Moments, Rows
-from metrics.sources import ImageSource, chunks_of_rank, read_chunks
+from metrics.feature_stats import BLOCK_ROWS, Moments, Rows
+from metrics.read_ahead import read_ahead
+from metrics.sources import ImageSource, chunks_of_rank, pinned, read_chunks
 from torch_utils import distributed
 
 DETECTOR_BATCH = 64     # Images per detector call. A constant: rounding in a network depends on the batch it sees.
@@ -23,16 +25,28 @@ DETECTOR_BATCH = 64     # Images per detector call. A constant: rounding in a ne
 class Wants:
     """What to keep of a detector's answers."""
 
-    moments: bool = False       # Mean and covariance of 'pool'.
-    features: bool = False      # 'pool' itself, of the captured positions.
-    probs: bool = False         # Class probabilities.
-    correct: bool = False       # How often the predicted class is the label.
+    moments: frozenset[str] = frozenset()       # Outputs whose mean and covariance are taken.
+    features: frozenset[str] = frozenset()      # Outputs that are kept, at the captured positions.
+    probs: bool = False                         # Class probabilities.
+    correct: bool = False                       # How often the predicted class is the label.
 
     def __or__(self, other: "Wants") -> "Wants":
-        return Wants(*(a or b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Wants(*(a | b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def __bool__(self) -> bool:
         return any(dataclasses.astuple(self))
+
+    def outputs_of(self, detector: Detector) -> frozenset[str]:
+        """Names of the outputs that `detector` is asked for."""
+        keys = self.moments | self.features
+        if self.probs:
+            keys |= {class_scores(detector)}
+        return keys | {"logits"} if self.correct else keys
+
+
+def class_scores(detector: Detector) -> str:
+    """Name of the output that class probabilities come from."""
+    return "logits_unbiased" if "logits_unbiased" in detector.outputs else "logits"
 
 
 @dataclasses.dataclass
@@ -40,9 +54,10 @@ class Collected:
     """What was kept, over all processes. Arrays exist on process 0 only."""
 
     num_images: int
-    mean: np.ndarray | None = None              # float64 [D]
-    covariance: np.ndarray | None = None        # float64 [D, D], ddof 0
-    features: torch.Tensor | None = None        # float32 [captured, D], in the order of the positions
+    # By name of the output: (mean float64 [D], covariance float64 [D, D] with ddof 0)
+    moments: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    # By name of the output: float32 [captured, D], in the order of the positions
+    features: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     probs: np.ndarray | None = None             # float64 [num_images, C]
     num_correct: int | None = None
 
@@ -56,21 +71,22 @@ class _Keeper:
         self.wants = wants
         self.num_images = num_images
         self.places = places                    # Row of the feature table per position; -1: not captured.
-        self.moments = Moments(detector.feature_dim)
-        self.features = Rows(num_captured)
+        self.outputs = wants.outputs_of(detector)
+        self.moments = {key: Moments(detector.dims[key]) for key in sorted(wants.moments)}
+        self.features = {key: Rows(num_captured) for key in sorted(wants.features)}
         self.logits = Rows(num_images)
         self.correct = 0
 
     def append(self, positions: np.ndarray, images: torch.Tensor, labels: torch.Tensor | None) -> None:
-        outputs = self.detector.features(images)
-        if self.wants.moments:
-            self.moments.append(outputs["pool"])
-        if self.wants.features:
-            captured = np.flatnonzero(self.places[positions] >= 0)
-            rows = outputs["pool"][torch.from_numpy(captured).to(outputs["pool"].device)]
-            self.features.append(self.places[positions][captured], rows)
+        outputs = self.detector.features(images, self.outputs)
+        for key, moments in self.moments.items():
+            moments.append(outputs[key])
+        captured = np.flatnonzero(self.places[positions] >= 0)
+        for key, rows in self.features.items():
+            kept = outputs[key][torch.from_numpy(captured).to(outputs[key].device)]
+            rows.append(self.places[positions][captured], kept)
         if self.wants.probs:
-            self.logits.append(positions, outputs.get("logits_unbiased", outputs.get("logits")))
+            self.logits.append(positions, outputs[class_scores(self.detector)])
         if self.wants.correct:
             self.correct += num_correct(outputs["logits"], self._checked(labels))
 
@@ -85,17 +101,23 @@ class _Keeper:
 
     def finish(self, device: torch.device) -> Collected:
         """Bring the processes together; every process must call it."""
+        self.detector.check()
         result = Collected(self.num_images)
-        if self.wants.moments:
-            self.moments.reduce(device)
+        for key, moments in self.moments.items():
+            moments.reduce(device)
             if distributed.rank() == 0:
-                result.mean, result.covariance = self.moments.mean(), self.moments.covariance(ddof=0)
-        if self.wants.features:
-            result.features = self.features.gather(device)
+                result.moments[key] = moments.mean(), moments.covariance(ddof=0)
+        for key, rows in self.features.items():
+            table = rows.gather(device)
+            if table is not None:
+                result.features[key] = table
         if self.wants.probs:
             logits = self.logits.gather(device)
             if logits is not None:
-                result.probs = torch.softmax(logits.double(), dim=1).numpy()
+                probs = logits.double()
+                for block in probs.split(BLOCK_ROWS):       # In place: 50,000 rows are 400 MB.
+                    block.copy_(block.softmax(dim=1))
+                result.probs = probs.numpy()
         if self.wants.correct:
             result.num_correct = sum(distributed.all_gather_object(self.correct))
         return result
@@ -121,8 +143,13 @@ def collect(
     keepers = {key: _Keeper(detector, wants, num, places, len(captured)) for key, (detector, wants) in wanted.items()}
     chunks = chunks_of_rank(num, DETECTOR_BATCH, distributed.rank(), distributed.world_size())
     bar = tqdm.tqdm(total=num, desc=progress, unit="img", disable=progress is None or distributed.rank() != 0)
-    with bar:
-        for positions, images, labels in read_chunks(source, batch_size, chunks, indices):
+    batches = read_chunks(source, batch_size, chunks, indices)
+    if device.type == "cuda":
+        batches = pinned(batches)
+    if getattr(source, "can_read_ahead", False):
+        batches = read_ahead(batches)
+    with bar, contextlib.closing(batches):
+        for positions, images, labels in batches:
             for keeper in keepers.values():
                 keeper.append(positions, images, labels)
             bar.update(min(len(positions) * distributed.world_size(), num - bar.n))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Improved precision and recall of generative models."""
 import dataclasses
+import math
+from collections.abc import Iterator
 
 import torch
 
@@ -8,8 +10,7 @@ from dnnlib import UserError
 from torch_utils import misc
 
 K_NEIGHBOURS = 3
-ROW_BLOCK = 4096        # Fixed, so that a result never depends on a batch size.
-COLUMN_BLOCK = 8192
+BLOCK = 2048            # Rows per side of a block of distances. Fixed, so that a result never depends on a batch size.
 
 #----------------------------------------------------------------------------
 
@@ -28,64 +29,86 @@ def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     `torch.cdist` is avoided: it chooses its algorithm by size and device, and with it its rounding.
     """
     norms_a, norms_b = a.square().sum(dim=1), b.square().sum(dim=1)
-    return torch.addmm(norms_a[:, None] + norms_b[None, :], a, b.T, alpha=-2).clamp_(min=0)
+    return (norms_a[:, None] + norms_b[None, :]).addmm_(a, b.T, alpha=-2).clamp_(min=0)
+
+
+def _blocks(features: torch.Tensor, device: torch.device | str, start: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(which rows, these rows as float32 on `device`) from row `start` on."""
+    for first in range(start, len(features), BLOCK):
+        rows = slice(first, min(first + BLOCK, len(features)))
+        yield rows, features[rows].to(device, torch.float32)
 
 
 def manifold_radii(features: torch.Tensor, k: int, device: torch.device | str) -> torch.Tensor:
-    """Squared distance of every row to its k-th nearest other row: [N, D] -> [N].
+    """Squared distance of every row to its k-th nearest other row: [N, D] -> [N] on `device`.
 
-    The row itself is the nearest of all, so this is the (k+1)-th smallest distance to the whole set.
+    The row itself is the nearest of all, so this is the (k+1)-th smallest distance to the whole set. A block of
+    distances between two runs of rows serves both, so each is computed once.
     """
-    radii = []
-    for rows in features.split(ROW_BLOCK):
-        rows = rows.to(device, torch.float32)
-        nearest = torch.empty([len(rows), 0], device=rows.device)
-        for columns in features.split(COLUMN_BLOCK):
-            distances = squared_distances(rows, columns.to(device, torch.float32))
-            nearest = torch.cat([nearest, distances], dim=1)
-            nearest = nearest.topk(min(k + 1, nearest.shape[1]), dim=1, largest=False, sorted=True).values
-        radii.append(nearest[:, k].cpu())
-    return torch.cat(radii)
+    nearest = torch.full([len(features), k + 1], torch.inf, device=device)      # Smallest distances, ascending.
+
+    def take(rows: slice, distances: torch.Tensor) -> None:
+        found = torch.cat([nearest[rows], distances], dim=1)
+        nearest[rows] = found.topk(k + 1, dim=1, largest=False, sorted=True).values
+
+    for rows, x in _blocks(features, device):
+        for columns, y in _blocks(features, device, start=rows.start):
+            distances = squared_distances(x, y)
+            take(rows, distances)
+            if columns != rows:
+                take(columns, distances.T)
+    return nearest[:, k]
 
 
-def covered(probes: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor,
-            device: torch.device | str) -> torch.Tensor:
-    """Whether each row of `probes` [M, D] is within the radius [N] of some row of `centres` [N, D] -> bool [M].
+def covered(a: torch.Tensor, b: torch.Tensor, radii_a: torch.Tensor, radii_b: torch.Tensor,
+            device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows of one set lie within the radius of some row of the other, both ways.
 
     Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", eq. 1.
+
+    Args:
+        a: [N, D].
+        b: [M, D].
+        radii_a: [N], squared, on `device`.
+        radii_b: [M], squared, on `device`.
+        device: Where to multiply.
+
+    Returns:
+        (bool [N]: rows of `a` near `b`, bool [M]: rows of `b` near `a`).
     """
-    hits = []
-    for rows in probes.split(ROW_BLOCK):
-        rows = rows.to(device, torch.float32)
-        hit = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for columns, column_radii in zip(centres.split(COLUMN_BLOCK), radii.split(COLUMN_BLOCK), strict=True):
-            distances = squared_distances(rows, columns.to(device, torch.float32))
-            hit |= (distances <= column_radii.to(device)).any(dim=1)
-        hits.append(hit.cpu())
-    return torch.cat(hits)
+    near_b = torch.zeros(len(a), dtype=torch.bool, device=device)
+    near_a = torch.zeros(len(b), dtype=torch.bool, device=device)
+    for rows, x in _blocks(a, device):
+        for columns, y in _blocks(b, device):
+            distances = squared_distances(x, y)
+            near_b[rows] |= (distances <= radii_b[columns]).any(dim=1)
+            near_a[columns] |= (distances <= radii_a[rows, None]).any(dim=0)
+    return near_b, near_a
 
 
 def precision_recall(real: torch.Tensor, gen: torch.Tensor, k: int = K_NEIGHBOURS,
-                     device: torch.device | str = "cpu") -> PrecisionRecall:
+                     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16) -> PrecisionRecall:
     """Eq. 2 of the paper above: precision is the covered share of `gen`, recall the covered share of `real`.
 
-    Features are rounded to fp16 first and distances taken in float32, as in the StyleGAN line of code.
+    Distances are taken in float32.
 
     Args:
         real: Features [N, D].
         gen: Features [M, D].
         k: Neighbours that set the radius of an image.
         device: Where to multiply.
+        dtype: What features are rounded to first: float16 as in the StyleGAN line of code, float32 for none.
 
     Raises:
-        UserError: k or fewer images on a side, or features beyond the range of fp16.
+        UserError: k or fewer images on a side, or features beyond the range of `dtype`.
     """
     if min(len(real), len(gen)) <= k:
         raise UserError(f"pr: {len(real)} real and {len(gen)} generated images: it needs more than {k} of each")
-    real, gen = real.to(torch.float16), gen.to(torch.float16)
-    if not (real.isfinite().all() and gen.isfinite().all()):
-        raise UserError("pr: the detector's features exceed 65504, the range of fp16: use another detector")
+    real, gen = real.to(dtype), gen.to(dtype)
+    if not all(math.isfinite(extreme) for x in (real, gen) for extreme in torch.aminmax(x)):
+        raise UserError(f"pr: the detector's features exceed {torch.finfo(dtype).max:g}, the range of {dtype}: use "
+                        "another detector")
     with misc.full_precision():
-        precision = covered(gen, real, manifold_radii(real, k, device), device)
-        recall = covered(real, gen, manifold_radii(gen, k, device), device)
-    return PrecisionRecall(int(precision.sum()) / len(gen), int(recall.sum()) / len(real), k)
+        radii_real, radii_gen = manifold_radii(real, k, device), manifold_radii(gen, k, device)
+        near_gen, near_real = covered(real, gen, radii_real, radii_gen, device)
+    return PrecisionRecall(int(near_real.sum()) / len(gen), int(near_gen.sum()) / len(real), k)

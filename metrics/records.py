@@ -13,6 +13,7 @@ import torch
 
 from dnnlib.util import format_time
 from metrics.detectors import Detector
+from metrics.jobs import Job
 from metrics.references import Reference
 from metrics.sources import ImageSource
 from torch_utils import distributed
@@ -43,43 +44,64 @@ def code_version() -> dict[str, str | None]:
             "torch-fidelity": installed("torch-fidelity"), "torchvision": installed("torchvision")}
 
 
-def result(name: str, values: dict[str, float], settings: dict[str, Any], detector: Detector, source: ImageSource,
+def result(job: Job, values: dict[str, float], settings: dict[str, Any], detector: Detector | None, source: ImageSource,
            reference: Reference | None, more: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The record of one metric.
 
     Args:
-        name: The metric.
+        job: The metric.
         values: Suffix of the metric's name -> value.
-        settings: What the formula was run with, with `num_real` and `ddof` where they apply.
-        detector: Whose features were used.
+        settings: What the formula was run with, with `num_real` and `ddof` where they apply; a measurement of the
+            generator also says `detector`, `detector_sha256` and `detector_unverified` there.
+        detector: Whose features were used; None for a measurement of the generator.
         source: The generated images.
         reference: The real side.
         more: Added as it is (snapshot_pkl, ...).
         seconds: Since the evaluation began; work that metrics share is in all of theirs.
     """
     made = {key: value for key, value in source.description.items() if key != "class_names"}    # May be thousands.
+    own = ("num_real", "ddof", "detector", "detector_sha256", "detector_unverified")
     return {
-        "results": {name + suffix: value for suffix, value in values.items()},
-        "metric": name,
+        "results": {job.metric.name + suffix + job.mark: value for suffix, value in values.items()},
+        "metric": job.name,
+        "protocol": job.metric.protocol,
         "total_time": seconds,
         "total_time_str": format_time(seconds),
         "num_gpus": distributed.world_size(),
         "timestamp": time.time(),
-        "detector": detector.name,
-        "detector_sha256": detector.sha256,
+        **_of_detector(detector, settings),
         "num_real": settings.get("num_real"),
-        "num_gen": source.num_images,
+        "num_gen": job.num,
         "ddof": settings.get("ddof"),
         "label_policy": made.get("labels"),
         "seed": made.get("seed"),
         "truncation_psi": made.get("truncation_psi"),
-        "settings": {key: value for key, value in settings.items() if key not in ("num_real", "ddof")},
+        "settings": {key: value for key, value in settings.items() if key not in own},
         "generated": {**made, "fingerprint": source.fingerprint},
-        "reference": reference.describe() if reference else None,
-        "reference_fingerprint": reference.fingerprint if reference else None,
+        **_of_reference(job, reference),
         "version": code_version(),
         **more,
     }
+
+
+def _of_detector(detector: Detector | None, settings: dict[str, Any]) -> dict[str, Any]:
+    if detector is None:
+        found = {"detector": settings.get("detector"), "detector_sha256": settings.get("detector_sha256"),
+                 "resize": None}
+        is_verified = not settings.get("detector_unverified")
+    else:
+        found = {"detector": detector.name, "detector_sha256": detector.sha256, "resize": detector.resize or None}
+        is_verified = detector.verified
+    return found if is_verified else {**found, "detector_unverified": True}
+
+
+def _of_reference(job: Job, reference: Reference | None) -> dict[str, Any]:
+    """What the metric compared with: the stored statistics it used, or the images."""
+    if reference is None or not job.has_real_side:
+        return {"reference": None, "reference_fingerprint": None}
+    stored = next((x for output in job.outputs if (x := reference.statistics_for(job.detector, output))), None)
+    fingerprint = reference.source.fingerprint if stored is None else stored.fingerprint
+    return {"reference": reference.describe(stored), "reference_fingerprint": fingerprint}
 
 
 def json_line(record: dict[str, Any]) -> str:
@@ -95,13 +117,24 @@ def append_line(folder: str | os.PathLike, record: dict[str, Any]) -> None:
         f.write(json_line(record) + "\n")
 
 
+# What ADM's evaluator prints, and the result that it stands for.
+ADM_LINES = (("Inception Score", "adm_is50k"), ("FID", "adm_fid50k"), ("sFID", "adm_sfid50k"),
+             ("Precision", "adm_pr50k_precision"), ("Recall", "adm_pr50k_recall"))
+
+
+def adm_lines(results: list[dict[str, Any]]) -> list[str]:
+    """The results of ADM's protocols in the words and the order of ADM's evaluator."""
+    values = {key.partition("@")[0]: value for record in results for key, value in record["results"].items()}
+    return [f"{title}: {values[key]}" for title, key in ADM_LINES if key in values]
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Values for people: one line per value with the numbers of images, the detector and the label policy."""
     rows = [("metric", "value", "generated", "real", "detector", "labels")]
     for record in results:
         for key, value in record["results"].items():
             rows.append((key, f"{value:.6g}", str(record["num_gen"]), str(record["num_real"] or "-"),
-                         record["detector"], record["label_policy"] or "-"))
+                         record["detector"] or "-", record["label_policy"] or "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                      for row in rows)

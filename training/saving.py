@@ -113,7 +113,7 @@ class Score:
             return False
         if other is None or other.metric != self.metric:
             return True
-        lower = any(word in self.metric for word in ("fid", "kid", "ppl"))
+        lower = any(word in self.metric for word in ("fid", "kid", "ppl", "fd_"))
         return self.value < other.value if lower else self.value > other.value
 
 
@@ -123,8 +123,11 @@ class Score:
 
 
 def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
-    """The score among metric results, by the name of the metric; None: the first."""
-    found = [r for r in results if r["metric"] == metric] or results
+    """The score among metric results, by the name of the metric; None: the first.
+
+    A result's name says after an '@' where it departs from the metric of that name.
+    """
+    found = [r for r in results if r["metric"].partition("@")[0] == metric] or results
     return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))))
 
 

@@ -34,7 +34,7 @@ def refused(match, *args):
     result = call("--device=cpu", "--verbose=0", *args)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("Warning")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("Warning", "Reading"))]
     assert len(lines) == 1, result.stderr
     assert match in lines[0]
 
@@ -130,7 +130,7 @@ class TestStatistics:
         run(f"--data={data}/real", f"--save-ref={tmp_path}/ref.npz", "--detector=tiny")
         real = np.stack([np.asarray(x) for x in random_images(60, 16, seed=2).transpose(0, 2, 3, 1)])
         with np.load(tmp_path / "ref.npz") as ref:
-            np.savez(tmp_path / "adm.npz", mu=ref["mu"].astype(np.float32), sigma=ref["sigma"], arr_0=real)
+            np.savez(tmp_path / "adm.npz", mu=ref["mu@tiny"].astype(np.float32), sigma=ref["sigma@tiny"], arr_0=real)
         fid, pr = run(f"--images={data}/gen", f"--ref={tmp_path}/adm.npz", "--metrics=fid,pr", *TINY)
         assert fid["num_real"] is None
         assert "not recorded" in fid["reference"]["detector"]
@@ -209,10 +209,10 @@ class TestMistakes:
         refused("--data and --ref: both", gen, real, f"--ref={data}/real")
         refused("--save-ref=x.npz: name the images", "--save-ref=x.npz")
         refused("--trunc=0.5: has no effect without --network", gen, real, "--trunc=0.5", "--metrics=fid", *TINY)
-        refused("fid50k_full is defined with 50000", gen, real, "--num=10")
         refused("fid50k_full is defined with inception-2015-12-05", gen, real, "--detector=tiny")
         refused("unknown metric 'fid51k'", gen, real, "--metrics=fid51k")
-        refused("unknown detector: choose from inception-2015-12-05", gen, real, "--metrics=fid", "--detector=resnet")
+        refused("unknown detector: choose from dinov2-vitl14, inception-2015-12-05", gen, real, "--metrics=fid",
+                "--detector=resnet")
 
     def test_values_that_click_refuses(self):
         for arg in ("--num=0", "--batch=0", "--seed=-1", "--labels=some", "--gpus=0", "--device=tpu", "--mirror=maybe"):
@@ -263,3 +263,57 @@ def test_as_a_program_with_the_real_architecture(data, tmp_path):
     assert [record["metric"] for record in records] == ["kid"]
     assert records[0]["detector"] == "inception-2015-12-05:random"
     assert "Traceback" not in done.stderr
+
+#----------------------------------------------------------------------------
+
+@pytest.mark.usefixtures("tiny_inception")
+class TestAdm:
+    def lines(self, stdout):
+        return dict(line.split(": ") for line in stdout.splitlines())
+
+    def test_the_command_line_of_its_evaluator(self, data):
+        plain = call("--device=cpu", f"--num={NUM}", f"{data}/real", f"{data}/gen.npz")
+        assert plain.exit_code == 0, plain.stderr
+        assert [line.split(": ")[0] for line in plain.stdout.splitlines()] == [
+            "Inception Score", "FID", "sFID", "Precision", "Recall"]
+        flags = call("--device=cpu", f"--num={NUM}", f"--ref={data}/real", f"--images={data}/gen.npz", "--metrics=adm")
+        assert plain.stdout in flags.stderr                 # There JSON has stdout for itself.
+        values = {key.partition("@")[0]: value for record in json_lines(flags.stdout)
+                  for key, value in record["results"].items()}
+        assert list(values) == ["adm_is50k", "adm_fid50k", "adm_sfid50k", "adm_pr50k_precision", "adm_pr50k_recall"]
+        assert [float(value) for value in self.lines(plain.stdout).values()] == list(values.values())
+
+    def test_records_go_to_a_folder(self, data, tmp_path):
+        call("--device=cpu", f"--num={NUM}", f"--out={tmp_path}/out", f"{data}/real", f"{data}/gen.npz")
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+            f"metric-{name}@num={NUM}.jsonl" for name in ("adm_fid50k", "adm_is50k", "adm_pr50k", "adm_sfid50k")]
+
+    def test_mistakes(self, data):
+        refused("a.npz: without flags there are two files, REF SAMPLES", "a.npz")
+        refused("--images=b.npz: does not go with REF SAMPLES", "a.npz", "b.npz", "--images=b.npz")
+        refused("REF SAMPLES stands for --metrics=adm", "a.npz", "b.npz", "--metrics=fid")
+        refused("has 40 images, the metric asks for 50000: supply more, or set --num=40", f"{data}/real",
+                f"{data}/gen.npz")
+
+    def test_a_saved_reference_serves_all_of_it(self, data, tmp_path):
+        want = ("--metrics=adm", f"--images={data}/gen", f"--num={NUM}")
+        direct = run(*want, f"--data={data}/real", "--no-cache", f"--save-ref={tmp_path}/ref.npz")
+        with np.load(tmp_path / "ref.npz") as ref:
+            assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} < set(ref.files)
+        stored = run(*want, f"--ref={tmp_path}/ref.npz")
+        for a, b in zip(direct, stored, strict=True):
+            for key, value in a["results"].items():
+                assert b["results"][key] == pytest.approx(value, rel=1e-9), key
+        assert [r["reference"]["used"] for r in stored[1:]] == ["statistics", "statistics", "images"]
+        assert [r["num_real"] for r in stored] == [None, 60, 60, 60]
+
+    def test_sorted_samples(self, data):
+        result = call("--device=cpu", f"--images={data}/classes", f"--num={NUM}", "--metrics=adm_is50k")
+        assert "adm_is50k takes the images in file order, and they are sorted by class" in result.stderr
+        result = call("--device=cpu", f"--images={data}/gen", f"--num={NUM}", "--metrics=adm_is50k")
+        assert "sorted by class" not in result.stderr
+
+
+def test_the_generator_itself_is_needed(data):
+    refused("--metrics=ppl2_wend,eqr50k: measures the generator itself: name it with --network", f"--images={data}/gen",
+            "--metrics=ppl2_wend,eqr50k,fid", f"--num={NUM}")

@@ -2,6 +2,7 @@
 """The mathematics: recorded values of the official code, closed forms, independent libraries, properties."""
 import numpy as np
 import pytest
+import scipy.linalg
 import sklearn.metrics.pairwise
 import sklearn.neighbors
 import torch
@@ -9,7 +10,7 @@ import torch
 from dnnlib import UserError
 from metrics import precision_recall as pr_module
 from metrics.accuracy import accuracy
-from metrics.frechet import frechet_distance
+from metrics.frechet import covariance_factor, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel_distance import kernel_distance, squared_mmd
 from metrics.precision_recall import manifold_radii, precision_recall
@@ -95,12 +96,48 @@ class TestFrechet:
         theirs = fid_statistics_to_metric({"mu": mu_a, "sigma": sigma_a}, {"mu": mu_b, "sigma": sigma_b}, False)
         assert frechet_distance(mu_a, sigma_a, mu_b, sigma_b) == pytest.approx(*theirs.values(), rel=1e-9)
 
+    def test_against_the_matrix_root(self):
+        rng = np.random.default_rng(4)
+        (mu_a, sigma_a), (mu_b, sigma_b) = random_moments(rng, 40, 90), random_moments(rng, 40, 80)
+        root = scipy.linalg.sqrtm(sigma_a @ sigma_b).real
+        expected = ((mu_a - mu_b) ** 2).sum() + np.trace(sigma_a + sigma_b - 2 * root)
+        assert frechet_distance(mu_a, sigma_a, mu_b, sigma_b) == pytest.approx(expected, rel=1e-10)
+
+    @pytest.mark.parametrize(("num_a", "num_b"), [(40, 40), (30, 90), (150, 30), (2, 200)])
+    def test_singular_covariances_are_no_less_exact(self, num_a, num_b):
+        """With fewer rows than features, the trace is also the sum of singular values of the rows' products."""
+        rng = np.random.default_rng(5)
+        a, b = rng.standard_normal([num_a, 100]), rng.standard_normal([num_b, 100]) * 2
+        a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+        trace = np.linalg.svd(a @ b.T, compute_uv=False).sum() / np.sqrt(num_a * num_b)
+        sigma_a, sigma_b = a.T @ a / num_a, b.T @ b / num_b
+        expected = np.trace(sigma_a) + np.trace(sigma_b) - 2 * trace
+        zero = np.zeros(100)
+        assert frechet_distance(zero, sigma_a, zero, sigma_b) == pytest.approx(expected, rel=1e-12)
+        assert frechet_distance(zero, sigma_b, zero, sigma_a) == pytest.approx(expected, rel=1e-12)
+        assert frechet_distance(zero, sigma_a, zero, sigma_a) == pytest.approx(0, abs=1e-11)
+
+    def test_no_covariance(self):
+        """All images alike."""
+        rng = np.random.default_rng(6)
+        mu, sigma = random_moments(rng, 8)
+        assert frechet_distance(mu, sigma, mu + 1, np.zeros([8, 8])) == pytest.approx(8 + np.trace(sigma), rel=1e-14)
+        assert frechet_distance(mu, np.zeros([8, 8]), mu, np.zeros([8, 8])) == 0
+
+    def test_factor(self):
+        rng = np.random.default_rng(7)
+        for rank in (1, 7, 20):
+            _mu, sigma = random_moments(rng, 20, rank)
+            factor = covariance_factor(sigma)
+            assert factor.shape == (20, rank)
+            np.testing.assert_allclose(factor @ factor.T, sigma, rtol=1e-12, atol=1e-12 * np.abs(sigma).max())
+
     def test_symmetry_and_zero(self):
         rng = np.random.default_rng(3)
         a, b = random_moments(rng, 16), random_moments(rng, 16, rank=4)
-        assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a), rel=1e-7)
+        assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a), rel=1e-12)
         assert frechet_distance(*a, *a) == pytest.approx(0, abs=1e-10)
-        assert frechet_distance(*b, *b) == pytest.approx(0, abs=1e-5)
+        assert frechet_distance(*b, *b) == pytest.approx(0, abs=1e-10)
 
     def test_wrong_inputs(self):
         with pytest.raises(ValueError, match="are not"):
@@ -216,17 +253,24 @@ class TestPrecisionRecall:
         assert manifold_radii(line, 1, "cpu").tolist() == [1, 1, 4, 16, 169]
         assert manifold_radii(line, 3, "cpu").tolist() == [49, 36, 16, 49, 361]
 
+    def test_radii_over_many_blocks(self, monkeypatch):
+        """Each block of distances serves both of its sides."""
+        x = self.features(300, 9)
+        expected = torch.cdist(x.double(), x.double()).square().sort(dim=1).values[:, 3]
+        monkeypatch.setattr(pr_module, "BLOCK", 64)
+        assert manifold_radii(x, 3, "cpu").double() == pytest.approx(expected, rel=1e-4)
+
     def test_blocks_do_not_show(self, monkeypatch):
         real, gen = self.features(200, 7), self.features(150, 8)
         whole = precision_recall(real, gen)
-        monkeypatch.setattr(pr_module, "ROW_BLOCK", 37)
-        monkeypatch.setattr(pr_module, "COLUMN_BLOCK", 3)
-        assert precision_recall(real, gen) == whole
+        for block in (37, 10):
+            monkeypatch.setattr(pr_module, "BLOCK", block)
+            assert precision_recall(real, gen) == whole
 
     def test_wrong_inputs(self):
         with pytest.raises(UserError, match="more than 3"):
             precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
-        with pytest.raises(UserError, match="fp16"):
+        with pytest.raises(UserError, match="float16"):
             precision_recall(torch.full([5, 2], 1e6), torch.zeros(9, 2))
 
 #----------------------------------------------------------------------------

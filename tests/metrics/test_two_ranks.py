@@ -21,7 +21,7 @@ def result(folder, num_processes):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_two_ranks_equal_one(tmp_path):
+def test_two_ranks_equal_one(tmp_path, tiny_inception):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     threads = torch.get_num_threads()
@@ -36,11 +36,12 @@ def test_two_ranks_equal_one(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = result(tmp_path / "one", 1), result(tmp_path / "two", 2)
+    assert {"fid", "sfid", "adm_sfid50k@num=333", "adm_is50k@num=333"} < one["values"].keys()
     for key, value in one["values"].items():
-        if key == "fid":
+        if "fid" in key:
             assert two["values"][key] == pytest.approx(value, rel=1e-9)     # Sums in another order.
         else:
             assert two["values"][key] == value
-    assert one["num_read"] == [2 * 333]
+    assert one["num_read"] == [2 * 333]             # Each evaluation reads an image once, for all its metrics.
     assert sum(two["num_read"]) == 2 * 333          # No image twice, none left out.
     assert min(two["num_read"]) > 0

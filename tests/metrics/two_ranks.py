@@ -13,14 +13,16 @@ from metrics.references import Reference
 from tests.metrics.helpers import ArraySource, SequentialSource, random_images, tiny_kind
 from torch_utils import distributed
 
+NAMES = ["fid", "kid", "pr", "is", "sfid", "adm", "sfid50k_full", "fid50k", "pr50k3_full", "clean_fid50k"]
+
 
 def score(folder: str, device: torch.device) -> None:
     """Write values and how many images each process made to `folder`/result.json."""
     # 333 and 200 images: multiples of neither the detector's batch nor the number of processes.
     gen, real = ArraySource(random_images(333, seed=2)), SequentialSource(random_images(200, seed=1))
-    options = MetricOptions(device=device, detector="tiny", num=333, batch_size=50, out_dir=folder)
-    first = evaluate(["fid", "kid", "pr", "is"], lambda num: gen, Reference(real), options)
-    again = evaluate(["fid", "kid"], lambda num: gen, Reference(real), options)         # From the cache.
+    options = MetricOptions(device=device, num=333, batch_size=50, out_dir=folder)
+    first = evaluate(NAMES, lambda num: gen, Reference(real), options)
+    again = evaluate(NAMES[:2], lambda num: gen, Reference(real), options)              # From the cache.
     assert [r["results"] for r in again] == [r["results"] for r in first[:2]]
     assert len(set(distributed.all_gather_object(json.dumps([r["results"] for r in first])))) == 1
     num_read = distributed.all_gather_object(gen.num_read)
@@ -40,7 +42,8 @@ def failure_reaches_all() -> bool:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    DETECTORS.register("tiny")(tiny_kind())
+    for name in ("inception-2015-12-05", "inception-2015-12-05-clean", "vgg16"):
+        DETECTORS._items[name] = tiny_kind()
     score(sys.argv[1], distributed.init("cpu"))
     assert all(distributed.all_gather_object(failure_reaches_all()))
     distributed.shutdown()

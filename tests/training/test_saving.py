@@ -280,6 +280,11 @@ def test_scores():
     results = [{"metric": "fid", "results": {"fid": 2.0}}, {"metric": "pr", "results": {"pr_precision": 0.5}}]
     assert pick_score(results, None) == Score("fid", 2.0)
     assert pick_score(results, "pr") == Score("pr", 0.5)
+    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}})
+    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0)
+    for name, lower in (("fd_dinov2_50k", True), ("adm_sfid50k", True), ("ppl2_wend", True), ("rfid_random", True),
+                        ("eqr50k", False), ("adm_is50k", False), ("adm_pr50k", False)):
+        assert Score(name, 1.0).is_better_than(Score(name, 2.0)) == lower
 
 
 def test_best_and_patience_count(saver, tmp_path):

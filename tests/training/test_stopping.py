@@ -228,6 +228,7 @@ def test_killed_while_metrics_are_computed(data16, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("more", "message"), [
     ("--best-metric=kid --metrics=fid", "--best-metric=kid is not among --metrics=fid"),
+    ("--best-metric=fid --metrics=adm", "not among --metrics=adm_is50k,adm_fid50k,adm_sfid50k,adm_pr50k: add"),
     ("--stop-patience=3 --metrics=none", "--stop-patience=3 counts evaluations"),
 ])
 def test_mistakes(data16, tmp_path, more, message):

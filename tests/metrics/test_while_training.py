@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The function that training calls at every snapshot: any name, groups too, against the training data."""
+import json
+
+import pytest
+import torch
+
+from dnnlib import UserError
+from inference.evaluation import network_evaluator
+from tests.metrics.helpers import random_images, write_folder
+from training.dataset import ImageDataset
+from training.layer_schedule import stem_config
+from training.networks_stylegan3 import Generator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    write_folder(tmp_path / "data", random_images(30, 16))
+    labels = {"labels": [[f"{i:06d}.png", i % 3] for i in range(30)]}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(labels))
+    return ImageDataset(str(tmp_path / "data"), use_labels=True)
+
+
+def test_names_of_all_protocols(dataset, tiny_inception):
+    names = ["adm", "fid50k_full", "kid50k", "clean_fid50k", "eqt50k_int"]
+    score = network_evaluator(names, dataset, None, 12, CPU, seed=0)
+    torch.manual_seed(0)
+    results = score(Generator(stem_config(16, 6, 256, 16, c_dim=3)))
+    assert [r["metric"] for r in results] == [f"{name}@num=12" for name in (
+        "adm_is50k", "adm_fid50k", "adm_sfid50k", "adm_pr50k", "fid50k_full", "kid50k", "clean_fid50k", "eqt50k_int")]
+    assert all(r["num_gen"] == 12 and r["label_policy"] == "dataset" for r in results)
+    assert results[4]["num_real"] == 30
+
+
+def test_weights_are_looked_for_before_training(dataset):
+    with pytest.raises(UserError, match=r"\.pth"):
+        network_evaluator(["ppl2_wend"], dataset, None, None, CPU, seed=0)
+    with pytest.raises(UserError, match="dinov2"):
+        network_evaluator(["fd_dinov2_50k"], dataset, None, None, CPU, seed=0)
