@@ -97,7 +97,8 @@ def test_class_names_and_empty_classes(tmp_path):
 @pytest.mark.parametrize("classes", [1, 3, 1001])
 def test_number_of_classes(tmp_path, classes):
     labels = [[name, classes - 1] for name in files()]
-    dataset = ImageDataset(write_zip(tmp_path / "a.zip", files(), {"labels": labels}), use_labels=True)
+    meta = {"labels": labels, "classes": [f"c{i}" for i in range(classes)]}
+    dataset = ImageDataset(write_zip(tmp_path / "a.zip", files(), meta), use_labels=True)
     assert dataset.c_dim == classes
     assert dataset.label_distribution().dtype == np.float64
     assert dataset.label_distribution()[-1] == 1
