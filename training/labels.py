@@ -157,8 +157,8 @@ def _check_classes(store: LabelledStore, labels: np.ndarray) -> None:
     empty = np.flatnonzero(np.bincount(labels) == 0).tolist()
     if empty:
         raise UserError(f'{store.path}: {METADATA_NAME}: labels go up to {labels.max()}, but no image has the label '
-                        f'{list_some(empty)}: X
-                        f'"classes"')
+                        f'{list_some(empty)}: number classes from 0 without gaps, or name all of them in "classes", as '
+                        'dataset_tool.py --allow-gaps does')
 
 
 def read_labels(store: LabelledStore) -> tuple[np.ndarray, list[str]] | None:

@@ -206,9 +206,8 @@ def test_truncated_anywhere(tmp_path):
 
 def test_names_twice_and_methods(tmp_path):
     path = tmp_path / "a.zip"
-    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/x.png", b"1")
-        archive.writestr("a/x.png", b"2")
+    write_zip(path, {"a/x.png": b"1", "a/y.png": b"2"})
+    path.write_bytes(path.read_bytes().replace(b"y.png", b"x.png"))
     with pytest.raises(UserError, match=r"holds a/x\.png twice"):
         make_index(path)
     write_zip(path, files(2), None, zipfile.ZIP_LZMA)
@@ -304,7 +303,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, kept):
 
 
 def test_folders_that_cannot_be_written(tmp_path, kept, monkeypatch):
-    path = write_zip(tmp_path / "data" / "a.zip" if (tmp_path / "data").mkdir() is None else "", files())
+    path = write_zip(tmp_path / "a.zip", files())
     beside, cached = index_files(path)
     write = zip_index.atomic_file
 
@@ -432,7 +431,8 @@ def test_mutated_archives_are_read_or_refused(tmp_path, changes):
     try:
         store = ZipStore(path)
     except UserError as err:
-        assert "\n" not in str(err)
+        if "\n" in str(err):
+            raise
         return
     for i in range(len(store.names)):
         try:
