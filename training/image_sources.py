@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders and zip archives of images, their labels, and the conversion of images to square RGB."""
-import dataclasses
+"""Folders and zip archives of images, and decoding to RGB."""
 import functools
 import io
 import os
@@ -16,19 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from dnnlib import UserError
-from training.labels import (  # noqa: F401
-    IMAGE_SUFFIXES,
-    MAX_CLASSES,
-    METADATA_NAME,
-    class_list,
-    clean_name,
-    fingerprints,
-    is_image_name,
-    label_table,
-    labels_of,
-    parse_metadata,
-)
-from training.png import encode_plain_png
+from training.labels import IMAGE_SUFFIXES, METADATA_NAME, fingerprints, is_image_name, parse_metadata
 from training.zip_index import ZipIndex, load_index, make_index, open_index, read_member, read_metadata
 
 # What Pillow raises for damaged files, and what the readers below raise.
@@ -249,64 +236,3 @@ def to_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, list[str]]:
     elif image.mode != "RGB":
         notes.append(f"mode {image.mode} converted")
     return image.convert("RGB"), notes
-
-#----------------------------------------------------------------------------
-# Conversion of one image.
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """What is done to every image."""
-
-    resolution: int | None          # None keeps the size.
-    center_crop: bool
-    drop_grayscale: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A converted image, or the reason why there is none."""
-
-    png: bytes | None = None
-    size: tuple[int, int] = (0, 0)
-    reason: str = ""
-    notes: tuple[str, ...] = ()
-    dropped: bool = False           # A grayscale file of ImageNet: not a fault.
-
-
-def encode_png(image: PIL.Image.Image) -> bytes:
-    """PNG without compression, as in the official data sets: it loads fastest."""
-    if image.mode in ("L", "RGB"):
-        return encode_plain_png(np.asarray(image))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=0)
-    return buffer.getvalue()
-
-
-def convert(fit: Fit, where: str, data: bytes | str) -> Outcome:
-    """The content of a file (or the reason why it could not be read) as an RGB image of the wanted size.
-
-    Raises:
-        UserError: the image is not square and is not to be cropped.
-    """
-    if isinstance(data, str):
-        return Outcome(reason=data)
-    try:
-        image = open_image(data)
-        if fit.drop_grayscale and image.mode in ("1", "L"):
-            return Outcome(dropped=True)
-        image, notes = to_rgb(image)
-    except DECODE_ERRORS as err:
-        return Outcome(reason=str(err) or type(err).__name__)
-    width, height = image.size
-    if fit.center_crop:
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    elif width != height:
-        raise UserError(f"{where}: {width}x{height} pixels, but images must be square: "
-                        f"add --transform=center-crop and --resolution=N")
-    if fit.resolution is not None and image.size[0] != fit.resolution:
-        if image.size[0] < fit.resolution:
-            notes.append("enlarged")
-        image = image.resize((fit.resolution, fit.resolution), PIL.Image.Resampling.LANCZOS)
-    return Outcome(encode_png(image), image.size, notes=tuple(notes))
