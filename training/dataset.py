@@ -228,16 +228,34 @@ class _MicroBatches(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | UserError:
-        size = self.dataset.resolution
-        images = torch.empty([len(indices), 3, size, size], dtype=torch.uint8)
         labels = torch.empty([len(indices)], dtype=torch.int64)
-        to_fill, their_labels = images.numpy(), labels.numpy()
+        their_labels = labels.numpy()
         try:
-            for k, i in enumerate(indices):
+            first, their_labels[0] = self.dataset[indices[0]]
+            images = torch.empty([len(indices), *first.shape], dtype=torch.uint8)
+            to_fill = images.numpy()
+            to_fill[0] = first
+            for k, i in enumerate(indices[1:], start=1):
                 to_fill[k], their_labels[k] = self.dataset[i]
         except UserError as err:
             return err
         return images, labels
+
+
+def load_batches(dataset: ImageDataset, batches: Sequence[np.ndarray],
+                 workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(uint8 [N, 3, H, W], int64 [N]) for each list of items in turn, loaded by `workers` processes.
+
+    Raises (while iterating):
+        UserError: an image cannot be served.
+    """
+    loader = torch.utils.data.DataLoader(
+        _MicroBatches(dataset), sampler=batches, batch_size=None, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=_obey_parent_only)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch[0], batch[1]
 
 
 class _MicroBatchIndices(torch.utils.data.Sampler):
