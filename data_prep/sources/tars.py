@@ -115,7 +115,7 @@ def _walk(file: BinaryIO, start: int, end: int, prefix: str, depth: int) -> Iter
     for raw, kind, offset, size in _headers(file, start, end):
         if kind not in "0\0" + "7" or raw.endswith("/"):
             continue
-        if any("\ud800" <= c <= "\udfff" for c in raw):
+        if not raw.isascii() and any("\ud800" <= c <= "\udfff" for c in raw):
             raw = raw.encode("utf-8", "surrogateescape").decode("latin1")       # Neither UTF-8 nor ASCII.
         name = prefix + clean_name(raw)
         if name.lower().endswith(".tar") and depth < MAX_DEPTH:
