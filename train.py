@@ -105,6 +105,8 @@ def check_split_group(group: int, batch_gpu: int) -> None:
 def open_dataset(opts: EasyDict):
     """The data set of `--data`, with labels when `--cond` asks for them."""
     from training.dataset import ImageDataset
+    from training.zip_index import prepare_index
+    distributed.node_first(lambda: prepare_index(opts.data))
     dataset = ImageDataset(opts.data, use_labels=opts.cond, xflip=opts.mirror)
     if dataset.has_labels and not opts.cond:
         distributed.print0(f"NOTE: {opts.data} has class labels but --cond is off: training without classes. "

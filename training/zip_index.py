@@ -290,6 +290,13 @@ def open_index(path: str | os.PathLike) -> ZipIndex:
     return index
 
 
+def prepare_index(path: str | os.PathLike) -> None:
+    """Have the index of a new archive made by one process, before many open it. What is wrong, `open_index` tells."""
+    with contextlib.suppress(UserError, OSError):
+        if os.path.isfile(path):
+            open_index(path)
+
+
 def save_index(place: Path, index: ZipIndex) -> None:
     """Write the file. Raises OSError."""
     names = index.names

@@ -3,8 +3,10 @@
 import os
 
 import pytest
+from click.testing import CliRunner
 
-from dnnlib import UserError
+import train
+from dnnlib import EasyDict, UserError
 from tests.data.samples import files, metadata, write_folder, write_zip
 from training import staging, zip_index
 from training.dataset import ImageDataset
@@ -99,3 +101,25 @@ def test_what_cannot_be_copied(archive, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--stage-to=.*file: .* cannot be copied there"):
         stage(archive, tmp_path / "file")
+
+#----------------------------------------------------------------------------
+# The option of train.py.
+
+def test_option(archive, tmp_path):
+    dataset = ImageDataset(archive, use_labels=True, xflip=True)
+    opts = EasyDict(data=str(archive), cond=True, mirror=True, stage_to=str(tmp_path / "fast"))
+    staged = train.stage_dataset(opts, dataset)
+    assert str(tmp_path / "fast") in staged.path
+    assert (staged.fingerprint, staged.name, staged.c_dim, len(staged)) == (dataset.fingerprint, "set", 3, 12)
+    assert train.stage_dataset(EasyDict(opts | {"stage_to": None}), dataset) is dataset
+    staged.close()
+    dataset.close()
+
+
+def test_a_dry_run_copies_nothing(archive, tmp_path):
+    result = CliRunner().invoke(train.main, [
+        f"--outdir={tmp_path}/runs", "--cfg=stylegan3-t", "--preset=demo", "--batch=4", f"--data={archive}", "-n",
+        "--device=cpu", f"--stage-to={tmp_path}/fast"])
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "fast").exists()
+    assert "has class labels but --cond is off: training without classes" in result.output

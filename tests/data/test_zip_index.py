@@ -19,7 +19,7 @@ from training import zip_index
 from training.dataset import ImageDataset
 from training.image_sources import ZipStore, open_image
 from training.zip_directory import read_directory
-from training.zip_index import Names, index_files, load_index, make_index, open_index
+from training.zip_index import Names, index_files, load_index, make_index, open_index, prepare_index
 
 
 @pytest.fixture(autouse=True)
@@ -324,6 +324,15 @@ def test_folders_that_cannot_be_written(tmp_path, kept, monkeypatch):
     assert (index.file, list(index.names)) == (None, list(files()))
 
 
+def test_made_by_one_process_before_many_open_it(tmp_path, kept):
+    path = write_zip(tmp_path / "a.zip", files())
+    prepare_index(path)
+    assert index_files(path)[0].is_file()
+    (tmp_path / "b.zip").write_bytes(b"junk")
+    for wrong in (tmp_path / "b.zip", tmp_path / "none.zip", tmp_path):
+        prepare_index(wrong)        # No error: who opens it gets one.
+
+
 def test_wrong_labels_are_an_error_only_for_who_uses_them(tmp_path, kept):
     path = write_zip(tmp_path / "a.zip", files(), {"labels": [["00000/img00000000.png", 0]]})
     for _ in range(2):
@@ -420,14 +429,13 @@ def edited(data: bytes, changes) -> bytes:
     return data
 
 
-@pytest.mark.slow
-@hypothesis.settings(max_examples=10_000, deadline=None, database=None, derandomize=True,
-                     suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(changes=edits)
-def test_mutated_archives_are_read_or_refused(tmp_path, changes):
-    """No mutation does anything else than give the right contents or a documented error."""
-    path = tmp_path / "a.zip"
-    path.write_bytes(edited(SAMPLE, changes))
+FUZZ = {"deadline": None, "database": None, "derandomize": True,
+        "suppress_health_check": list(hypothesis.HealthCheck)}
+
+
+def read_or_refuse(path, data):
+    """The archive gives the right contents or a documented error, and nothing else."""
+    path.write_bytes(data)
     try:
         store = ZipStore(path)
     except UserError as err:
@@ -436,11 +444,32 @@ def test_mutated_archives_are_read_or_refused(tmp_path, changes):
         return
     for i in range(len(store.names)):
         try:
-            data = store.read(i)
+            content = store.read(i)
         except OSError:
             continue
-        assert (len(data), zlib.crc32(data)) == store.content_key(i)
+        assert (len(content), zlib.crc32(content)) == store.content_key(i)
     store.close()
+
+
+@hypothesis.settings(max_examples=500, **FUZZ)
+@hypothesis.given(changes=edits)
+def test_mutated_archives(tmp_path, changes):
+    read_or_refuse(tmp_path / "a.zip", edited(SAMPLE, changes))
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=100, **FUZZ)
+@hypothesis.given(seed=strategies.integers(0, 2 ** 32 - 1))
+def test_ten_thousand_mutated_archives(tmp_path, seed):
+    """Several at a time: drawing them one by one takes longer than reading them."""
+    rng = np.random.RandomState(seed)
+    for _ in range(100):
+        changes = []
+        for _ in range(rng.randint(1, 5)):
+            at = rng.randint(rng.choice([0, DIRECTORY_AT, DIRECTORY_AT]), len(SAMPLE))
+            value = rng.bytes(rng.randint(9)) if rng.randint(2) else INTERESTING[rng.randint(len(INTERESTING))]
+            changes.append((at, value, rng.choice(["overwrite", "insert", "delete", "cut"], p=[0.7, 0.1, 0.1, 0.1])))
+        read_or_refuse(tmp_path / "a.zip", edited(SAMPLE, changes))
 
 
 @pytest.mark.parametrize("seed", range(3))
