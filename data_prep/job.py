@@ -167,8 +167,10 @@ class _Run:
             return reports
         except BaseException as err:
             keep = isinstance(err, Interrupted | OSError) or not isinstance(err, UserError)
-            if not keep or not (self.progress.done and any(level.mark for level in self.progress.levels)):
+            if not keep or not any(level.mark for level in self.progress.levels):
                 self._throw_away()
+            elif isinstance(err, KeyboardInterrupt):
+                click.echo("\nUnfinished: the same command continues", err=True)
             raise
         finally:
             for sink in self.sinks:

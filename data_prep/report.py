@@ -13,7 +13,7 @@ import PIL.features
 
 from data_prep.journal import Level, Progress, last_link
 from data_prep.sinks import image_name
-from data_prep.sources.base import Source
+from data_prep.sources.base import Source, printable
 from dnnlib import UserError
 from dnnlib.util import list_some
 
@@ -66,7 +66,7 @@ def make_report(source: Source, written: list[int], level: Level, progress: Prog
         shown=shown or str(level.resolution), num_images=progress.written, num_classes=len(counts),
         images_per_class=counts, empty_classes=[name for name, count in counts.items() if not count],
         conversions=conversions, dropped_grayscale=len(progress.dropped),
-        skipped=[{"file": source.store.names[source.indices[place]], "reason": reason}
+        skipped=[{"file": printable(source.store.names[source.indices[place]]), "reason": reason}
                  for place, reason in progress.skipped],
         content_sha256=last_link(level.chain, source.classes), versions=library_versions())
 

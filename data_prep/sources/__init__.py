@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep import labels
 from data_prep.sources import arrays, shards, tables
-from data_prep.sources.base import FolderFiles, ImageStore, Source, ZipFiles
+from data_prep.sources.base import FolderFiles, ImageStore, Source, ZipFiles, printable
 from data_prep.sources.tars import is_tar
 from dnnlib import UserError
 from training.labels import IMAGE_SUFFIXES, METADATA_NAME
@@ -131,7 +131,7 @@ def _with_labels(store: FolderFiles | ZipFiles | shards.TarStore, path: str, opt
     if prefix is not None:
         indices = [i for i in indices if inner[i].startswith(prefix)]
     if _own_labels(options):
-        found = labels.from_folders(path, [inner[i][len(prefix or ""):] for i in indices])
+        found = labels.from_folders(path, [printable(inner[i][len(prefix or ""):]) for i in indices])
     layout = "imagenet" if prefix is not None else "images" if found[0] is None else "folders"
     return Source(store, indices, *found, layout=layout)
 

@@ -34,8 +34,16 @@ class ImageStore(Protocol):
         """Close whatever is open; it opens again when needed."""
 
 
+def printable(name: str) -> str:
+    """A file name that every terminal and JSON reader takes: bytes that are no UTF-8 are written as \\xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 class FolderFiles(FolderStore):
     """A folder of images."""
+
+    def where(self, index: int) -> str:
+        return printable(super().where(index))
 
     def size(self, index: int) -> int:
         return os.path.getsize(self.path / self.names[index])

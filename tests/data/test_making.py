@@ -237,7 +237,7 @@ def test_killed_runs_continue_to_the_same_bytes(tmp_path, monkeypatch):
     killed(2 * 17, args)            # Two writes per file: in the third block.
     names = {p.name for p in (tmp_path / "k").iterdir()}
     assert names == {".set4.zip.journal", ".set4.zip.partial", ".set8.zip.partial"}
-    killed(2 * 15, args)            # Broken off once more, 14 files further.
+    killed(2 * 15, [*args, "--workers=2"])      # Broken off once more, 14 files further.
     code, output = run(*args)
     assert code == 0
     assert "Continuing at file 28 of 41" in output
@@ -358,6 +358,16 @@ def test_broken_off_between_two_names(tmp_path, monkeypatch):
     for size in (4, 8):
         assert (tmp_path / f"set{size}.zip").read_bytes() == (tmp_path / f"whole{size}.zip").read_bytes()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".set")]
+
+
+def test_interrupted_by_the_keyboard(tmp_path, monkeypatch, small_commits):
+    args = [f"--source={many(tmp_path, 20)}", "--resolution=8", f"--dest={tmp_path}/set.zip"]
+    monkeypatch.setattr(sinks.ZipSink, "seal", lambda _self, _extra: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, output = run(*args)
+    assert code == 1
+    assert "Unfinished: the same command continues" in output
+    monkeypatch.undo()
+    assert "Continuing at file 20 of 21" in made(*args)
 
 
 def test_two_runs_at_once(tmp_path):
@@ -598,6 +608,22 @@ def test_zip_bomb_is_not_unpacked(tmp_path, dest, monkeypatch):
     source = write_zip(tmp_path / "s.zip", {"a.png": encoded(pixels(0)), "b.png": bytes(3 << 20)},
                        method=zipfile.ZIP_DEFLATED)
     assert "b.png: 3.0 MiB, more than the 1.0 MiB that one image may have" in made(source=source, dest=dest)
+
+
+def test_file_names_that_are_no_text(tmp_path, dest):
+    folder = os.fsencode(write_folder(tmp_path / "s", {"a/1.png": encoded(pixels(0))}))
+    try:
+        os.mkdir(folder + b"/b\xff")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    for name, data in ((b"/b\xff/1.png", encoded(pixels(1))), (b"/b\xff/2\xfe.png", b"junk")):
+        with open(folder + name, "wb") as f:
+            f.write(data)
+    assert "s/b\\xff/2\\xfe.png: not an image" in made(source=tmp_path / "s", dest=dest)
+    dataset = ImageDataset(dest, use_labels=True)
+    assert dataset.class_names == ["a", "b\\xff"]
+    dataset.close()
+    assert read_report(dest)["skipped"][0]["file"] == "b\\xff/2\\xfe.png"
 
 
 def test_help_of_both_commands():
