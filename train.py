@@ -107,11 +107,26 @@ def check_split_group(group: int, batch_gpu: int) -> None:
 def open_dataset(opts: EasyDict):
     """The data set of `--data`, with labels when `--cond` asks for them."""
     from training.dataset import ImageDataset
+    from training.zip_index import prepare_index
+    distributed.node_first(lambda: prepare_index(opts.data))
     dataset = ImageDataset(opts.data, use_labels=opts.cond, xflip=opts.mirror)
     if dataset.has_labels and not opts.cond:
         distributed.print0(f"NOTE: {opts.data} has class labels but --cond is off: training without classes. "
                            "Add --cond=1 for a class-conditional generator.")
     return dataset
+
+
+def stage_dataset(opts: EasyDict, dataset: Any):
+    """The data set in its copy below `--stage-to`, which the first process of every node makes; without it, `dataset`.
+
+    All processes call this.
+    """
+    if opts.stage_to is None:
+        return dataset
+    from training.dataset import ImageDataset
+    from training.staging import stage
+    path = distributed.node_first(lambda: stage(opts.data, opts.stage_to))
+    return ImageDataset(path, use_labels=opts.cond, xflip=opts.mirror)
 
 
 def generator_settings(opts: EasyDict, dataset: Any, stem: dict[str, Any] | None):
@@ -265,6 +280,7 @@ def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: A
         distributed.print0(f"{stage_table(setup.config.generator, below)}\n{setup.transfer}\n\n"
                            "Dry run: nothing was written.")
         return 0
+    setup.dataset = stage_dataset(opts, setup.dataset)
     if distributed.rank() == 0:
         create_run(setup.run, setup.config, setup.info)
     distributed.barrier()
@@ -395,6 +411,8 @@ def option(names: str, help: str, **settings: Any):
 @option("--fp32", "Disable mixed precision", metavar="BOOL", type=bool, default=False)
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool, default=False)
 @option("--workers", "Loader processes", metavar="INT", default=3, type=click.IntRange(min=0))
+@option("--stage-to", "Copy --data to this folder of a local disk first, once per node, and read it there",
+        metavar="DIR", type=str)
 @cli.device_option()
 @option("--keep", "Network snapshots that stay beside the best one; 0: all", metavar="INT", default=10,
         type=click.IntRange(min=0))

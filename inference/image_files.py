@@ -19,12 +19,10 @@ from training.image_sources import (
     DECODE_ERRORS,
     FolderStore,
     ZipStore,
-    class_list,
     content_fingerprint,
-    label_table,
-    labels_of,
     open_image,
 )
+from training.labels import class_list, label_table, labels_of
 
 CHECKED_AT_START = 256      # Files looked at before anything is computed; the rest when they are read.
 # Folders that only hold a thousand files each and are no classes: of official data sets, and of EDM2's samples.

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dnnlib import UserError
-from training.image_sources import METADATA_NAME, clean_name, is_image_name, parse_metadata
+from training.labels import METADATA_NAME, clean_name, is_image_name, parse_metadata
 
 BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}   # By first bytes.

@@ -245,6 +245,8 @@ def _numpy_dtype(_limits: Limits, code: Any, *_flags: Any) -> NumpyType:
 
 
 def _plain_bytes(limits: Limits, data: Any) -> bytes:
+    if isinstance(data, str):
+        data = data.encode("latin1")        # The byte strings of Python 2 are read as text.
     if not isinstance(data, bytes | memoryview):
         raise TypeError("array data that are no bytes")
     limits.copy(2 * len(data))

@@ -476,13 +476,18 @@ def read(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: no such file") from err
     except OSError as err:
         raise UserError(f"{path}: cannot be read ({err.strerror})") from err
-    limits = Limits(str(path), len(data))
+    return read_bytes(data, str(path))
+
+
+def read_bytes(data: bytes, name: str) -> Any:
+    """The same for the content of a file; `name` is for messages. Raises UserError."""
+    limits = Limits(name, len(data))
     try:
         return _read_any(memoryview(data), limits, is_allowed)
     except Refused as err:
-        raise UserError(f"{path}: {err}: nothing was run, and the file is not used. "
+        raise UserError(f"{name}: {err}: nothing was run, and the file is not used. "
                         "Take a snapshot from a source you trust") from err
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError, RuntimeError, MemoryError,
             struct.error, zipfile.BadZipFile) as err:
-        raise UserError(f"{path}: damaged or cut off (size {len(data)} bytes), or not a pickle at all: "
+        raise UserError(f"{name}: damaged or cut off (size {len(data)} bytes), or not a pickle at all: "
                         "copy it again from where it came") from err

@@ -2,20 +2,29 @@
 """The generator's table of class vectors: from the user's own images, from a file, or random; any number of classes.
 
 StyleGAN-XL (Sauer et al., SIGGRAPH 2022, section 3.2) starts from the pooled backbone features of each class, averaged.
-It has them for ImageNet alone; here they are computed from the data set at hand.
+It has them for ImageNet alone; here they are computed from the data set at hand. A file of them for several runs:
+
+    python -m training.class_embedding --data=birds32.zip --out=birds.safetensors
+    python train.py --data=birds16.zip --embedding=birds.safetensors ...
 """
+import json
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
-from dnnlib import UserError
-from dnnlib.util import list_some
+from dnnlib import UserError, cli
+from dnnlib.util import atomic_file, list_some
+from torch_utils import misc, safe_pickle
+from torch_utils.pickle_values import Call, TensorRecord
+from training.dataset import ImageDataset, load_batches
 from training.feature_networks.backbones import Backbone
 from training.feature_networks.registry import load_backbone
 from training.randomness import permutation
@@ -24,6 +33,7 @@ DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 MAX_PER_CLASS = 256         # Images per class that a mean is taken over.
 BATCH = 32
 READERS = {
+    ".pkl": lambda path: _pickled(path),
     ".npy": lambda path: {"": torch.as_tensor(np.load(path, allow_pickle=False))},
     ".npz": lambda path: {name: torch.as_tensor(value) for name, value in _npz_items(path)},
     ".pt": lambda path: _named(torch.load(path, map_location="cpu", weights_only=True)),
@@ -33,36 +43,38 @@ READERS = {
 #----------------------------------------------------------------------------
 
 def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbone | str | None = None, seed: int = 0,
-                    device: str | torch.device = "cpu", embed_dim: int = 320) -> torch.Tensor:
+                    device: str | torch.device = "cpu", embed_dim: int = 320, workers: int = 0) -> torch.Tensor:
     """One vector per class, float32 [c_dim, dim], on the CPU.
 
     Args:
         kind: 'random': standard normal, dim = `embed_dim`. 'data': mean of the backbone's pooled last map over up to
-            256 images of the class. Otherwise a file with one array of `c_dim` rows (.npy, .npz, .pt, .safetensors).
+            256 images of the class. Otherwise a file with one array of `c_dim` rows: .npy, .npz, .pt, .safetensors, or
+            .pkl as officially published (it is read as data, nothing in it is run).
         c_dim: Number of classes.
         dataset: For 'data': an `ImageDataset` with labels in use.
         backbone: For 'data': the network or its name; None for tf_efficientnet_lite0.
         seed: Of the random vectors, or of the choice of images.
         device: Where the backbone computes.
         embed_dim: Width of random vectors.
+        workers: Processes that load images.
 
     Raises:
-        UserError: unknown kind; a file that cannot be read or does not have `c_dim` rows.
+        UserError: unknown kind; a file that cannot be read, does not have `c_dim` rows or names other classes.
     """
     if kind == "random":
         return torch.randn(c_dim, embed_dim, generator=torch.Generator().manual_seed(seed))
     if kind == "data":
-        return _from_data(c_dim, dataset, DEFAULT_BACKBONE if backbone is None else backbone, seed, device)
+        return _from_data(c_dim, dataset, DEFAULT_BACKBONE if backbone is None else backbone, seed, device, workers)
     if Path(kind).suffix in READERS:
-        return _from_file(Path(kind), c_dim)
+        return _from_file(Path(kind), c_dim, getattr(dataset, "class_names", None))
     raise UserError(f"--embedding={kind}: choose data, random, or a file that ends with {', '.join(READERS)}")
 
 #----------------------------------------------------------------------------
 # From images.
 
 @torch.no_grad()
-def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int,
-               device: str | torch.device) -> torch.Tensor:
+def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int, device: str | torch.device,
+               workers: int) -> torch.Tensor:
     if dataset is None:
         raise UserError("--embedding=data: needs labelled images: give --data, or take --embedding=random")
     labels = np.asarray(dataset.labels)
@@ -70,10 +82,9 @@ def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int,
         raise UserError(f"--embedding=data: the data set has label {labels.max()}, but the model {c_dim} classes")
     net = (load_backbone(backbone) if isinstance(backbone, str) else backbone).to(device)
     sums = torch.zeros(c_dim, net.channels[-1], dtype=torch.float64)
-    for items in _batches(_some_of_each(labels, seed)):
-        images = torch.as_tensor(np.stack([dataset[i][0] for i in items])).to(device)
-        pooled = net.pooled(net.preprocess(images.to(torch.float32) / 127.5 - 1))
-        sums.index_add_(0, torch.as_tensor(labels[items]), pooled.double().cpu())
+    for images, theirs in load_batches(dataset, list(_batches(_some_of_each(labels, seed))), workers):
+        pooled = net.pooled(net.preprocess(images.to(device).to(torch.float32) / 127.5 - 1))
+        sums.index_add_(0, theirs, pooled.cpu().double())
     counts = torch.as_tensor(np.minimum(np.bincount(labels, minlength=c_dim), MAX_PER_CLASS))
     means = sums / counts.clamp_min(1)[:, None]
     missing = (counts == 0).nonzero()[:, 0].tolist()
@@ -110,11 +121,44 @@ def _named(content: Any) -> dict[str, Any]:
     return content if isinstance(content, dict) else {"": content}
 
 
-def _from_file(path: Path, c_dim: int) -> torch.Tensor:
+def _pickled(path: Path) -> dict[str, Any]:
+    """The tables in a pickle: tensors and arrays of two dimensions, whatever objects hold them."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [safe_pickle.read(path)]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, TensorRecord) and len(value.shape) == 2:
+            found.append(value.load())
+        elif isinstance(value, np.ndarray) and value.ndim == 2:
+            found.append(torch.as_tensor(value))
+        elif isinstance(value, Call):
+            waiting += [*value.args, *value.kwargs.values(), *value.states, *value.elements, *value.entries]
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    return {str(i): table for i, table in enumerate(found)}
+
+
+def _named_classes(path: Path) -> list[str] | None:
+    """The class names that a file of `save_table` holds."""
+    if path.suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("classes", "null"))
+
+
+def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.Tensor:
     if not path.is_file():
         raise UserError(f"--embedding={path}: no such file")
     try:
-        arrays = READERS[path.suffix](path)
+        arrays, named = READERS[path.suffix](path), _named_classes(path)
+    except UserError:
+        raise
     except Exception as err:        # Damaged files provoke exceptions of every kind.
         raise UserError(f"--embedding={path}: cannot be read ({type(err).__name__}): give one array of numbers, "
                         f"[{c_dim}, width]") from err
@@ -127,4 +171,50 @@ def _from_file(path: Path, c_dim: int) -> torch.Tensor:
                         f"classes: give one row per class, [{c_dim}, width]")
     if not table.isfinite().all():
         raise UserError(f"--embedding={path}: holds values that are not finite: compute it again")
+    _check_names(path, named, class_names)
     return table
+
+
+def _check_names(path: Path, named: list[str] | None, class_names: list[str] | None) -> None:
+    """Row k must be of class k."""
+    numbers = [str(i) for i in range(len(named or []))]         # Stand for classes without names.
+    if not named or not class_names or len(named) != len(class_names) or numbers in (named, class_names):
+        return
+    other = [f"{a} instead of {b}" for a, b in zip(named, class_names, strict=True) if a != b]
+    if other:
+        raise UserError(f"--embedding={path}: made for other classes: {list_some(other)}: compute it from this data")
+
+#----------------------------------------------------------------------------
+
+def save_table(path: str | os.PathLike, table: torch.Tensor, facts: dict[str, str]) -> None:
+    """Write a table as .npy, or as .safetensors with what is known of it."""
+    with atomic_file(path) as file:
+        if Path(path).suffix == ".npy":
+            np.save(file, table.numpy())
+        else:
+            file.write(safetensors.torch.save({"embedding": table}, metadata=facts))
+
+
+@click.command(cls=cli.Command, context_settings={"max_content_width": 120})
+@click.option("--data", help="Images with labels", metavar="ZIP|DIR", required=True)
+@click.option("--backbone", help="Feature network: see --backbones of train.py", metavar="NAME", show_default=True,
+              default=DEFAULT_BACKBONE)
+@click.option("--out", help="Where to save the table", metavar="FILE.safetensors|FILE.npy", required=True)
+@click.option("--seed", help="Chooses the images of large classes", metavar="INT", type=click.IntRange(min=0),
+              default=0, show_default=True)
+@click.option("--workers", help="Processes that load images", metavar="INT", type=click.IntRange(min=0), default=3,
+              show_default=True)
+@cli.device_option()
+def main(data: str, backbone: str, out: str, seed: int, workers: int, device: str) -> None:
+    """Compute one vector per class: the mean of a backbone's pooled features over up to 256 images of it."""
+    if Path(out).suffix not in (".safetensors", ".npy"):
+        raise UserError(f"--out={out}: must end in .safetensors or .npy")
+    dataset = ImageDataset(data, use_labels=True)
+    table = class_embedding("data", dataset.c_dim, dataset, backbone, seed, misc.select_device(device), workers=workers)
+    save_table(out, table, {"classes": json.dumps(dataset.class_names), "backbone": backbone,
+                            "data_fingerprint": dataset.fingerprint})
+    click.echo(f"{out}: {table.shape[0]} classes, {table.shape[1]} numbers each, from {dataset.path} by {backbone}")
+
+
+if __name__ == "__main__":
+    main()

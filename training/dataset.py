@@ -16,13 +16,12 @@ from dnnlib import UserError
 from training.image_sources import (
     DECODE_ERRORS,
     METADATA_NAME,
-    class_list,
     content_fingerprint,
-    label_table,
-    labels_of,
     open_image,
     open_store,
 )
+from training.labels import read_labels
+from training.png import decode_plain_png
 from training.randomness import permutation
 
 CHECKED_AT_START = 256      # Files whose size and mode are looked at before training; the rest when they are read.
@@ -63,13 +62,12 @@ class ImageDataset(torch.utils.data.Dataset):
         self.resolution = self._check_images()
 
     def _read_labels(self) -> tuple[np.ndarray, list[str]]:
-        """Labels of all stored images, int64, and the names of the classes."""
-        table = label_table(self._store)
-        if table is None:
+        """Labels of all stored images, integers, and the names of the classes."""
+        found = read_labels(self._store)
+        if found is None:
             raise UserError(f"--cond=1: {self.path} has no labels in a {METADATA_NAME}: make it with dataset_tool.py "
                             f"from a folder that has one sub-folder per class, or train with --cond=0")
-        labels = labels_of(self._store, table)
-        return labels, class_list(self._store) or [str(i) for i in range(int(labels.max()) + 1)]
+        return found
 
     def _check_images(self) -> int:
         """Look at some files spread over the data set; returns the resolution that all must have."""
@@ -98,11 +96,23 @@ class ImageDataset(torch.utils.data.Dataset):
                             f"convert with dataset_tool.py")
 
     def _open(self, index: int) -> PIL.Image.Image:
+        return self._decode(self._read(index), index)
+
+    def _read(self, index: int) -> bytes:
         try:
-            return open_image(self._store.read(index))
+            return self._store.read(index)
+        except OSError as err:
+            raise self._cannot_decode(index, err) from err
+
+    def _decode(self, data: bytes, index: int) -> PIL.Image.Image:
+        try:
+            return open_image(data)
         except DECODE_ERRORS as err:
-            raise UserError(f"{self._store.where(index)}: cannot be decoded ({err}): replace the file or make the "
-                            f"data set again with dataset_tool.py") from err
+            raise self._cannot_decode(index, err) from err
+
+    def _cannot_decode(self, index: int, err: Exception) -> UserError:
+        return UserError(f"{self._store.where(index)}: cannot be decoded ({err}): replace the file or make the data "
+                         "set again with dataset_tool.py")
 
     #------------------------------------------------------------------------
 
@@ -113,12 +123,20 @@ class ImageDataset(torch.utils.data.Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
         mirrored, place = divmod(int(i), len(self._chosen))
-        index = self._chosen[place]
-        image = self._open(index)
-        self._check(image, index, self.resolution)
-        pixels = np.asarray(image.convert("RGB"))[:, ::-1 if mirrored else 1]       # [H, W, 3]
+        index = int(self._chosen[place])
+        pixels = self._pixels(index)[:, ::-1 if mirrored else 1]        # [H, W, 3]
         label = 0 if self._image_labels is None else int(self._image_labels[index])
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)), label
+
+    def _pixels(self, index: int) -> np.ndarray:
+        """A stored image, uint8 [H, W, 3]."""
+        data = self._read(index)
+        pixels = decode_plain_png(data, self.resolution)
+        if pixels is None:
+            image = self._decode(data, index)
+            self._check(image, index, self.resolution)
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return pixels if pixels.shape[2] == 3 else np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
     def file_name(self, i: int) -> str:
         """Name of item i's file inside the data set."""
@@ -141,14 +159,15 @@ class ImageDataset(torch.utils.data.Dataset):
     @property
     def has_labels(self) -> bool:
         """Whether dataset.json lists labels, used or not."""
-        return bool(self._store.metadata.get("labels"))
+        return self._store.lists_labels
 
     @property
     def labels(self) -> np.ndarray:
         """Label of every item, int64 [len(self)]; zeros unless labels are used."""
         if self._image_labels is None:
             return np.zeros(len(self), dtype=np.int64)
-        return np.tile(self._image_labels[self._chosen], 2 if self.xflip else 1)
+        labels = self._image_labels[self._chosen].astype(np.int64)
+        return np.tile(labels, 2 if self.xflip else 1)
 
     @property
     def label_counts(self) -> np.ndarray:
@@ -209,12 +228,34 @@ class _MicroBatches(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | UserError:
+        labels = torch.empty([len(indices)], dtype=torch.int64)
+        their_labels = labels.numpy()
         try:
-            items = [self.dataset[i] for i in indices]
+            first, their_labels[0] = self.dataset[indices[0]]
+            images = torch.empty([len(indices), *first.shape], dtype=torch.uint8)
+            to_fill = images.numpy()
+            to_fill[0] = first
+            for k, i in enumerate(indices[1:], start=1):
+                to_fill[k], their_labels[k] = self.dataset[i]
         except UserError as err:
             return err
-        images = torch.from_numpy(np.stack([image for image, _label in items]))
-        return images, torch.tensor([label for _image, label in items], dtype=torch.int64)
+        return images, labels
+
+
+def load_batches(dataset: ImageDataset, batches: Sequence[np.ndarray],
+                 workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(uint8 [N, 3, H, W], int64 [N]) for each list of items in turn, loaded by `workers` processes.
+
+    Raises (while iterating):
+        UserError: an image cannot be served.
+    """
+    loader = torch.utils.data.DataLoader(
+        _MicroBatches(dataset), sampler=batches, batch_size=None, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=_obey_parent_only)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch[0], batch[1]
 
 
 class _MicroBatchIndices(torch.utils.data.Sampler):

@@ -73,7 +73,9 @@ def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: tor
     if distributed.rank() == 0:
         backbone = load_backbone(config.discriminator.backbones[-1]).to(device) if config.embedding == "data" else None
         table = class_embedding(config.embedding, config.generator.c_dim, dataset=dataset, backbone=backbone,
-                                seed=config.seed, device=device, embed_dim=config.generator.embed_dim).cpu()
+                                seed=config.seed, device=device, embed_dim=config.generator.embed_dim,
+                                workers=config.data.workers).cpu()
+    distributed.barrier()       # May take long: collectives have a time limit, this has none.
     return distributed.broadcast_object(table)
 
 #----------------------------------------------------------------------------

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of file that people put into data sets: converted, or listed with the reason."""
-import json
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from data_prep.report import read_report
 from tests.data.samples import encoded, files, pixels, write_folder, write_zip
 from tests.data.test_dataset_tool import made, refused
 from training.dataset import ImageDataset
-from training.image_sources import clean_name, is_image_name, open_image, to_rgb
+from training.image_sources import open_image, to_rgb
+from training.labels import clean_name, is_image_name
 
 RGB = pixels(1)
 GRAY = RGB[:, :, 0]
@@ -79,7 +80,7 @@ def test_converted(tmp_path, name, data, want, tolerance, note, packed):
     got = dataset[0][0].transpose(1, 2, 0)
     dataset.close()
     assert np.abs(got - np.asarray(want, dtype=np.float64)).max() <= tolerance
-    report = json.loads((tmp_path / "out.zip.report.json").read_text())
+    report = read_report(dest)
     assert report["conversions"] == ({} if note is None else {note: 1})
     assert note is None or f"1 images: {note}" in output
 
@@ -91,9 +92,9 @@ def test_unreadable_files_are_listed(tmp_path, name, data, reason):
     output = made("--no-labels", source=source, dest=dest)
     assert "6 images of 8x8" in output
     assert f"1 files skipped: {where}" in output
-    report = json.loads((tmp_path / "out.zip.report.json").read_text())
+    report = read_report(dest)
     assert report["num_images"] == 6
-    assert [item["file"] for item in report["skipped"]] == [where]
+    assert [item["file"] for item in report["skipped"]] == [f"00000/{name}"]
     assert reason in report["skipped"][0]["reason"]
     assert report["skipped"][0]["reason"]
     strict = tmp_path / "strict.zip"

@@ -97,7 +97,8 @@ def test_class_names_and_empty_classes(tmp_path):
 @pytest.mark.parametrize("classes", [1, 3, 1001])
 def test_number_of_classes(tmp_path, classes):
     labels = [[name, classes - 1] for name in files()]
-    dataset = ImageDataset(write_zip(tmp_path / "a.zip", files(), {"labels": labels}), use_labels=True)
+    meta = {"labels": labels, "classes": [f"c{i}" for i in range(classes)]}
+    dataset = ImageDataset(write_zip(tmp_path / "a.zip", files(), meta), use_labels=True)
     assert dataset.c_dim == classes
     assert dataset.label_distribution().dtype == np.float64
     assert dataset.label_distribution()[-1] == 1
@@ -248,6 +249,20 @@ def test_labels_that_are_no_class_index(tmp_path, label):
     refused(path, r"label .* of 00000/img00000002\.png must be a whole number", use_labels=True)
 
 
+def test_the_first_five_wrong_labels_are_listed(write):
+    meta = metadata(9)
+    for k in range(1, 8):
+        meta["labels"][k][1] = -k
+    refused(write(files(9), meta), r"label -1 of 00000/img00000001\.png, .*-5 of 0.*05\.png and 2 more must be",
+            use_labels=True)
+
+
+def test_gaps_between_labels(write):
+    meta = {"labels": [[name, 2 * i] for i, name in enumerate(files(9))]}
+    refused(write(files(9), meta), r"go up to 16, but no image has the label 1, 3, 5, 7, 9 and 3 more: .*--allow-gaps",
+            use_labels=True)
+
+
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.png", "..\\x.png", "C:\\x.png"])
 def test_label_names_that_lead_out(tmp_path, name):
     path = write_zip(tmp_path / "a.zip", files(), {"labels": [*metadata()["labels"], [name, 0]]})
@@ -263,7 +278,8 @@ def test_archive_names_that_lead_out(tmp_path):
     ({"labels": ["a.png"]}, "must look like"),
     ({"labels": [["a.png", 1, 2]]}, "must look like"),
     ({"labels": [["a.png", 1], ["./a.png", 2]]}, "a.png has two labels, 1 and 2"),
-    (metadata(classes=["a", "b"]), "label 2 of .* has no name"),
+    (metadata(classes=["a", "b"]), r"label 2 of 0.*02\.png, 2 of 0.*05\.png has no name \(2 images\)"),
+    ({"labels": [["a.png", 1], ["../c.png", 0], ["/d.png", 0]]}, r"'\.\./c\.png' leads .*'/d\.png' leads"),
     (metadata(classes=["a", "b", "b"]), "lists a name twice"),
     (metadata(classes="abc"), '"classes" must be a list'),
 ])

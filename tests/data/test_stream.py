@@ -90,6 +90,12 @@ def test_worker_processes_give_the_same(dataset):
                                           take(dataset, 9, batch_gpu=4, workers=2), strict=True))
 
 
+def test_loader_processes_hand_batches_over_in_shared_memory(dataset):
+    for images, labels in take(dataset, 3, batch_gpu=4, workers=1):
+        assert images.is_shared()
+        assert labels.is_shared()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_global_random_state_is_left_alone(dataset, workers):
     before = torch.get_rng_state()

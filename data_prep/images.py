@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One file to one square RGB image per size: what worker processes do."""
+import dataclasses
+import hashlib
+import warnings
+
+import numpy as np
+import PIL.Image
+
+from data_prep.transforms import TRANSFORMS, Size, is_enlarged
+from training.image_sources import open_image, to_rgb
+from training.png import encode_plain_png
+
+GRAY_MODES = ("1", "L", "LA", "La")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is done to every image."""
+
+    sizes: tuple[Size, ...] = ()        # One image is made for each; empty: one, of the size that it has.
+    transform: str | None = None        # A name in TRANSFORMS; None resizes and takes square images only.
+    drop_grayscale: bool = False
+
+    @property
+    def num_levels(self) -> int:
+        return max(len(self.sizes), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The converted images of one file, or the reason why there are none."""
+
+    pngs: tuple[bytes, ...] = ()        # One per size.
+    digests: tuple[bytes, ...] = ()     # SHA-256 of the pixels of each.
+    size: tuple[int, int] = (0, 0)      # Of the first.
+    reason: str = ""                    # Cannot be read.
+    refused: str = ""                   # Can be read, but does not fit the options.
+    notes: tuple[str, ...] = ()         # What was done to it, in words.
+    enlarged: tuple[bool, ...] = ()     # For each size.
+    dropped: bool = False               # A grayscale file that is not wanted: not a fault.
+
+
+def pixel_digest(image: PIL.Image.Image) -> bytes:
+    """SHA-256 of an RGB image's size and pixels: the same however it is compressed."""
+    digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
+    digest.update(image.tobytes())
+    return digest.digest()
+
+
+def decode(data: bytes) -> PIL.Image.Image:
+    """A decoded image in whatever mode the file has, at most as many pixels as Pillow's limit.
+
+    Raises:
+        ValueError: it is no image, is damaged, or claims to be larger; the text is the reason.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # Pillow warns of odd metadata.
+            return open_image(data)
+    except PIL.Image.DecompressionBombError as err:
+        raise ValueError(f"more than the {PIL.Image.MAX_IMAGE_PIXELS} pixels that one image may have") from err
+    except Exception as err:                    # Pillow's many decoders raise anything for damaged files.
+        raise ValueError(str(err) or type(err).__name__) from err
+
+
+def _upright_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, list[str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return to_rgb(image)
+    except Exception as err:                    # As above: the rest of the file is read here.
+        raise ValueError(str(err) or type(err).__name__) from err
+
+
+def convert(plan: Plan, where: str, data: bytes | str) -> Outcome:
+    """The content of a file, or the reason why it could not be read, as images of the wanted sizes."""
+    if isinstance(data, str):
+        return Outcome(reason=data)
+    try:
+        image = decode(data)
+        if plan.drop_grayscale and (image.mode in GRAY_MODES or image.mode.startswith("I")):
+            return Outcome(dropped=True)
+        image, notes = _upright_rgb(image)
+    except ValueError as err:
+        return Outcome(reason=str(err))
+    if plan.transform is None and image.width != image.height:
+        return Outcome(refused=f"{where}: {image.width}x{image.height} pixels, but images must be square: "
+                               f"add --transform=center-crop and --resolution=N")
+    if not plan.sizes:
+        images = [image]
+    else:
+        make = TRANSFORMS[plan.transform or "squash"]
+        images = [make(image, size) for size in plan.sizes]
+    return Outcome(
+        pngs=tuple(encode_plain_png(np.asarray(made)) for made in images),
+        digests=tuple(pixel_digest(made) for made in images), size=images[0].size, notes=tuple(notes),
+        enlarged=tuple(is_enlarged(image, size, plan.transform) for size in plan.sizes))
+
+
+def convert_chunk(plan: Plan, chunk: list[tuple[str, bytes | str]]) -> list[Outcome]:
+    """`convert` for several files, given as (name for messages, content or reason)."""
+    return [convert(plan, where, data) for where, data in chunk]

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class labels of a source: from a dataset.json, from a CSV or JSON file, from sub-folders.
+
+What is wrong with labels is usually wrong with many of them, so every message lists the first five and the count.
+"""
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dnnlib import UserError
+from dnnlib.util import format_bytes, list_some
+from training.labels import MAX_CLASSES, clean_name
+
+MAX_LABEL_FILE = 1 << 30
+NAME_COLUMNS = ("file_name", "filename", "file", "path", "image", "image_id", "name", "id")
+LABEL_COLUMNS = ("label", "class", "class_id", "category", "target", "labels", "breed", "species")
+
+#----------------------------------------------------------------------------
+# Values to class indices.
+
+def encode(where: str, names: Sequence[str], values: Sequence[Any], classes: list[str] | None = None,
+           allow_gaps: bool = False) -> tuple[list[int], list[str] | None]:
+    """Label values of images as class indices, and the names of the classes if there are any.
+
+    Args:
+        where: What the labels come from, for messages.
+        names: The images.
+        values: For each a class index, a class name, or None if it has no label.
+        classes: Names by index, if given beside the labels. Then a value may also be one of them.
+        allow_gaps: Accept indices that no image has.
+
+    Raises:
+        UserError: some images have no label, a label is neither index nor name, or an index in between is unused.
+    """
+    missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if missing:
+        raise UserError(f"{where}: no label for {len(missing)} of {len(names)} images: {list_some(missing)}: "
+                        f"add them, take the files away, or add --no-labels")
+    if classes is None and any(isinstance(value, str) for value in values):
+        odd = [f"{n} ({v!r})" for n, v in zip(names, values, strict=True) if not isinstance(v, str)]
+        if odd:
+            raise UserError(f"{where}: {len(odd)} of {len(names)} labels are no class names, but others are: "
+                            f"{list_some(odd)}: use names or indices for all")
+        classes = sorted(set(values))
+    index = {name: i for i, name in enumerate(classes or [])}
+    labels = [index.get(value, value) if isinstance(value, str) else value for value in values]
+    top = len(classes) if classes is not None else MAX_CLASSES
+    wrong = [f"{n} ({v!r})" for n, v in zip(names, labels, strict=True) if type(v) is not int or not 0 <= v < top]
+    if wrong:
+        known = f"from 0 to {top - 1}" + (" or one of the class names" if classes is not None else "")
+        raise UserError(f"{where}: {len(wrong)} labels are wrong: {list_some(wrong)}: "
+                        f"a label is the index of a class, a whole number {known}")
+    if classes is None and (gaps := unused(labels)):
+        if not allow_gaps:
+            raise UserError(f"{where}: labels go up to {max(labels)}, but {len(gaps)} classes have no images: "
+                            f"{list_some(gaps)}: number classes from 0 without gaps, name all of them in \"classes\", "
+                            f"or add --allow-gaps")
+        classes = [str(i) for i in range(max(labels) + 1)]      # Named, an empty class is no mistake.
+    return labels, classes
+
+
+def unused(labels: Iterable[int]) -> list[int]:
+    """Class indices below the largest that no image has."""
+    used = set(labels)
+    return [i for i in range(max(used)) if i not in used]
+
+#----------------------------------------------------------------------------
+# Files of labels.
+
+def _clean_names(where: str, names: Sequence[str]) -> list[str]:
+    """Names in labels, with forward slashes. Raises UserError for those that are no relative paths."""
+    clean, bad = [], []
+    for name in names:
+        try:
+            clean.append(clean_name(name))
+        except ValueError:
+            bad.append(name)
+    if bad:
+        raise UserError(f"{where}: {len(bad)} names lead out of the data set: {list_some(bad)}: "
+                        f"name files relative to the data set")
+    return clean
+
+
+def table(where: str, entries: Any) -> dict[str, Any]:
+    """Name -> value of a list such as [["0.png", 6], ...]. Raises UserError."""
+    if not isinstance(entries, list):
+        raise UserError(f'{where}: "labels" must be a list such as [["0.png", 6], ...]')
+    odd = [repr(e)[:80] for e in entries if not (isinstance(e, list) and len(e) == 2 and isinstance(e[0], str)
+                                                  and isinstance(e[1], int | float | str))]
+    if odd:
+        raise UserError(f'{where}: {len(odd)} entries in "labels" are wrong: {list_some(odd)}: they must look like '
+                        f'["00000/img00000000.png", 6]')
+    found: dict[str, Any] = {}
+    twice = []
+    for name, value in zip(_clean_names(where, [e[0] for e in entries]), (e[1] for e in entries), strict=True):
+        if found.setdefault(name, value) != value:
+            twice.append(f"{name} ({found[name]!r} and {value!r})")
+    if twice:
+        raise UserError(f"{where}: {len(twice)} files have two labels: {list_some(twice)}: keep one of each")
+    return found
+
+
+def class_names(where: str, classes: Any) -> list[str] | None:
+    """The names in "classes". Raises UserError if it is no list of different names."""
+    if classes is None:
+        return None
+    if not isinstance(classes, list) or not classes or not all(isinstance(c, str) for c in classes):
+        raise UserError(f'{where}: "classes" must be a list of names')
+    if len(set(classes)) != len(classes):
+        raise UserError(f'{where}: "classes" lists a name twice: names must differ')
+    return classes
+
+
+def from_metadata(where: str, metadata: dict[str, Any], names: Sequence[str],
+                  allow_gaps: bool = False) -> tuple[list[int] | None, list[str] | None]:
+    """Labels and class names as a dataset.json lists them; (None, None) if it lists none. Raises UserError."""
+    if not metadata.get("labels"):
+        return None, None
+    entries, classes = table(where, metadata["labels"]), class_names(where, metadata.get("classes"))
+    return encode(where, names, [entries.get(name) for name in names], classes, allow_gaps)
+
+
+def _number_or_name(text: str) -> int | str:
+    text = text.strip()
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+
+
+def _csv_entries(where: str, text: str) -> list[list[Any]]:
+    """Rows of two columns, or of a table whose first line names the columns. Raises UserError."""
+    first = text.partition("\n")[0]
+    rows = [row for row in csv.reader(io.StringIO(text), delimiter="\t" if "\t" in first else ",") if row]
+    if not rows:
+        raise UserError(f"{where}: is empty: it must hold lines such as cat/1.png,3")
+    heads = [cell.strip().lower().lstrip("\ufeff") for cell in rows[0]]
+    name_at = next((heads.index(c) for c in NAME_COLUMNS if c in heads), None)
+    label_at = next((heads.index(c) for c in LABEL_COLUMNS if c in heads), None)
+    if name_at is not None and label_at is not None:
+        rows = rows[1:]
+    elif len(heads) == 2:
+        name_at, label_at = 0, 1
+    else:
+        raise UserError(f"{where}: {len(heads)} columns, and none are called {NAME_COLUMNS[0]} and {LABEL_COLUMNS[0]}: "
+                        f"name them so in the first line, or keep two: file and label")
+    short = [",".join(row)[:80] for row in rows if len(row) <= max(name_at, label_at) or not row[label_at].strip()]
+    if short:
+        raise UserError(f"{where}: {len(short)} lines have no label: {list_some(short)}: complete or remove them")
+    return [[row[name_at].strip(), _number_or_name(row[label_at])] for row in rows]
+
+
+def read_label_file(path: str) -> tuple[dict[str, Any], list[str] | None]:
+    """Name -> value, and class names if listed, from a .csv, .tsv, .txt or .json file.
+
+    JSON is {"labels": [[name, label], ...], "classes": [...]}, a list of such pairs, or {name: label, ...}.
+
+    Raises:
+        UserError: no such file, or its content is not as described.
+    """
+    where = f"--labels={path}"
+    try:
+        if Path(path).stat().st_size > MAX_LABEL_FILE:
+            raise UserError(f"{where}: larger than {format_bytes(MAX_LABEL_FILE)}: not a file of labels")
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as err:
+        raise UserError(f"{where}: cannot be read ({err.strerror}): check the path") from err
+    except UnicodeDecodeError as err:
+        raise UserError(f"{where}: not a text file in UTF-8: save it as CSV or JSON") from err
+    if not path.lower().endswith(".json"):
+        try:
+            return table(where, _csv_entries(where, text)), None
+        except csv.Error as err:
+            raise UserError(f"{where}: not valid CSV ({err}): save it again") from err
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise UserError(f"{where}: not valid JSON ({err}): save it again") from err
+    if isinstance(content, dict) and "labels" not in content:
+        content = {"labels": [[name, value] for name, value in content.items()]}
+    if isinstance(content, list):
+        content = {"labels": content}
+    if not isinstance(content, dict) or not content["labels"]:
+        raise UserError(f'{where}: lists no labels: it must look like {{"labels": [["cat/1.png", 0], ...]}}')
+    return table(where, content["labels"]), class_names(where, content.get("classes"))
+
+
+def _forms(name: str) -> list[str]:
+    """How a label file may call an image, most exact first."""
+    base = name.rpartition("/")[2]
+    return [name, name.rpartition(".")[0], base, base.rpartition(".")[0]]
+
+
+def from_file(path: str, names: Sequence[str], allow_gaps: bool = False) -> tuple[list[int], list[str] | None]:
+    """Labels of images out of a label file, which may name them by path or by file name, with or without suffix.
+
+    Labels of files that are not in the source do not matter. Raises UserError.
+    """
+    entries, classes = read_label_file(path)
+    for form in range(4):
+        keys = [_forms(name)[form] for name in names]
+        if any(key in entries for key in keys):
+            break
+    else:
+        raise UserError(f"--labels={path}: names none of the images: it lists {list_some(list(entries))}, the source "
+                        f"holds {list_some(list(names))}: use paths relative to the source")
+    if len(set(keys)) != len(keys):
+        seen: set[str] = set()
+        twice = [key for key in keys if key in entries and (key in seen or seen.add(key))]
+        if twice:
+            raise UserError(f"--labels={path}: {len(twice)} names fit several images: {list_some(twice)}: "
+                            f"use paths relative to the source")
+    return encode(f"--labels={path}", names, [entries.get(key) for key in keys], classes, allow_gaps)
+
+#----------------------------------------------------------------------------
+# Sub-folders.
+
+def from_folders(where: str, names: Sequence[str]) -> tuple[list[int] | None, list[str] | None]:
+    """Labels by sub-folder: the sorted folder names are the classes.
+
+    A folder that wraps everything else does not count. No labels when there are no sub-folders or when they are
+    those of the official format, which only keep folders small. Raises UserError if only some are in a folder.
+    """
+    if all(re.fullmatch(r"\d{5}/img\d{8}\.\w+", name) for name in names):
+        return None, None
+    parts = [name.split("/") for name in names]
+    while len({p[0] for p in parts}) == 1 and min(len(p) for p in parts) > 2:
+        parts = [p[1:] for p in parts]
+    loose = [name for name, p in zip(names, parts, strict=True) if len(p) == 1]
+    if len(loose) == len(names):
+        return None, None
+    if loose:
+        raise UserError(f"{where}: sub-folders are classes, but {len(loose)} of {len(names)} images are in none: "
+                        f"{list_some(loose)}: move them into one, or add --no-labels")
+    classes = sorted({p[0] for p in parts})
+    index = {name: i for i, name in enumerate(classes)}
+    return [index[p[0]] for p in parts], classes

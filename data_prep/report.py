@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of a source: `report.json` inside the data set."""
+import collections
+import dataclasses
+import json
+import platform
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import PIL
+import PIL.features
+
+from data_prep.journal import Level, Progress, last_link
+from data_prep.sinks import image_name
+from data_prep.sources.base import Source, printable
+from dnnlib import UserError
+from dnnlib.util import list_some
+
+REPORT_NAME = "report.json"
+MAX_REPORT_BYTES = 256 << 20
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what pixels depend on."""
+    codecs = {name: PIL.features.version(name) for name in ("jpg", "webp", "zlib", "avif", "libtiff", "jpg_2000")}
+    return {"python": platform.python_version(), "pillow": PIL.__version__,
+            **{name: version for name, version in codecs.items() if version}}
+
+
+@dataclasses.dataclass
+class Report:
+    """It names no paths of the machine, so equal sources give equal reports wherever they lie."""
+
+    layout: str                             # How the labels were found.
+    transform: str | None
+    resolution: int
+    shown: str                              # Size of what is shown: differs from the resolution if there are bars.
+    num_images: int
+    num_classes: int
+    images_per_class: dict[str, int]
+    empty_classes: list[str]
+    conversions: dict[str, int]             # What was done, to how many images.
+    dropped_grayscale: int
+    skipped: list[dict[str, str]]           # {"file": name in the source, "reason": ...}
+    content_sha256: str                     # Of pixels, labels and names of classes, in order.
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def make_report(source: Source, written: list[int], level: Level, progress: Progress, transform: str | None,
+                shown: str) -> Report:
+    """The report of one size; `written` are the places in the source that became images."""
+    counts: dict[str, int] = {}
+    if source.labels is not None:
+        labels = collections.Counter(source.labels[place] for place in written)
+        names = source.classes or [str(i) for i in range(max(source.labels) + 1)]
+        counts = {name: labels[i] for i, name in enumerate(names)}
+    conversions = dict(sorted(progress.conversions.items()))
+    if level.enlarged:
+        conversions["enlarged"] = level.enlarged
+    return Report(
+        layout=source.layout, transform=transform, resolution=level.resolution or 0,
+        shown=shown or str(level.resolution), num_images=progress.written, num_classes=len(counts),
+        images_per_class=counts, empty_classes=[name for name, count in counts.items() if not count],
+        conversions=conversions, dropped_grayscale=len(progress.dropped),
+        skipped=[{"file": printable(source.store.names[source.indices[place]]), "reason": reason}
+                 for place, reason in progress.skipped],
+        content_sha256=last_link(level.chain, source.classes), versions=library_versions())
+
+
+def make_metadata(source: Source, written: list[int]) -> str:
+    """The content of dataset.json."""
+    if source.labels is None:
+        return json.dumps({"labels": None})
+    labels = [[image_name(i), source.labels[place]] for i, place in enumerate(written)]
+    return json.dumps({"labels": labels} if source.classes is None else {"labels": labels, "classes": source.classes})
+
+
+def read_report(path: str | Path) -> dict[str, Any] | None:
+    """The report inside a data set, or the one beside it that older versions wrote; None if there is neither.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".report.json")
+    data = None
+    if path.is_dir():
+        inside = path / REPORT_NAME
+        data = inside.read_bytes() if inside.is_file() else None
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if REPORT_NAME in archive.namelist() and archive.getinfo(REPORT_NAME).file_size <= MAX_REPORT_BYTES:
+                    data = archive.read(REPORT_NAME)
+        except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as err:
+            raise UserError(f"{path}: cannot be read ({err}): check the path") from err
+    if data is None and beside.is_file():
+        data = beside.read_bytes()
+    if data is None:
+        return None
+    try:
+        report = json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise UserError(f"{path}: {REPORT_NAME} is not valid JSON ({err}): make the data set again") from err
+    if not isinstance(report, dict):
+        raise UserError(f"{path}: {REPORT_NAME} is no object: make the data set again")
+    return report
+
+
+def describe(report: Report, dest: Path, where: list[str]) -> list[str]:
+    """The report for people, line by line; `where` names the skipped files in full."""
+    labels = f"{report.num_classes} classes" if report.num_classes else "no labels"
+    lines = [f"{dest}: {report.num_images} images of {report.resolution}x{report.resolution} pixels, {labels}"]
+    lines += [f"  {count} images: {what}" for what, count in report.conversions.items()]
+    if report.dropped_grayscale:
+        official = ", as the official ImageNet set does" if report.layout == "imagenet" else ""
+        lines.append(f"  {report.dropped_grayscale} grayscale files left out{official}")
+    if report.empty_classes:
+        lines.append(f"  {len(report.empty_classes)} classes have no images: {list_some(report.empty_classes)}")
+    if report.skipped:
+        lines.append(f"  {len(report.skipped)} files skipped:")
+        lines += [f"    {name}: {item['reason']}" for name, item in zip(where, report.skipped[:5], strict=False)]
+        lines.append(f"  All of them are listed in {REPORT_NAME} inside {dest}")
+    return lines

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in databases: LSUN's lmdb and the Parquet files of Hugging Face. Both need an optional package.
+
+These two formats are parsed by libraries in C and C++ that do not promise to withstand files made to attack them; use
+them with files from a source you trust.
+"""
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import labels
+from data_prep.sources.base import Source
+from dnnlib import UserError
+from dnnlib.util import list_some
+
+IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
+CLASS_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "class_id", "category")
+
+
+def _need(package: str, source: str | os.PathLike) -> Any:
+    """An optional package. Raises UserError that tells how to install it."""
+    try:
+        if package == "lmdb":
+            import lmdb
+            return lmdb
+        import pyarrow.parquet
+        return pyarrow.parquet
+    except ImportError as err:
+        raise UserError(f"--source={source}: needs the package {package}: pip install {package}, "
+                        f'or pip install "stylesan-xl[data]"') from err
+
+#----------------------------------------------------------------------------
+# LSUN.
+
+class LmdbStore:
+    """The values of an lmdb database, which are image files, sorted by key."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._lmdb, self._env = _need("lmdb", path), None
+        try:
+            with self._environment().begin(buffers=True) as view:
+                self._keys = [bytes(key) for key, _value in view.cursor()]
+        except self._lmdb.Error as err:
+            raise UserError(f"{path}: cannot be read as an lmdb database ({err}): copy it again") from err
+        self.names = [key.decode("ascii") if key.isascii() else key.hex() for key in self._keys]
+
+    def _environment(self) -> Any:
+        if self._env is None:
+            self._env = self._lmdb.open(str(self.path), readonly=True, lock=False, readahead=False, max_readers=1)
+        return self._env
+
+    def _value(self, index: int) -> bytes:
+        try:
+            with self._environment().begin() as view:
+                value = view.get(self._keys[index])
+        except self._lmdb.Error as err:
+            raise OSError(f"the database is damaged ({err})") from err
+        if value is None:
+            raise OSError("the database has changed: the key is gone")
+        return value
+
+    def where(self, index: int) -> str:
+        return f"{self.path}: {self.names[index]}"
+
+    def size(self, index: int) -> int:
+        return len(self._value(index))
+
+    def read(self, index: int) -> bytes:
+        return self._value(index)
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+
+def lsun(path: Path) -> Source:
+    """The images of an lmdb database, without labels. Raises UserError."""
+    store = LmdbStore(path)
+    if not store.names:
+        raise UserError(f"{path}: the database is empty: copy it again")
+    return Source(store, range(len(store.names)), layout="lmdb")
+
+#----------------------------------------------------------------------------
+# Parquet.
+
+class ParquetStore:
+    """The images in a column of Parquet files, in the order of files and rows. One row group is in memory at a time."""
+
+    def __init__(self, path: str | os.PathLike, files: Sequence[Path]):
+        self.path, self._files = Path(path), list(files)
+        self._parquet = _need("pyarrow", path)
+        self.values: list[Any] = []                 # Of the column of labels.
+        self.classes: list[str] | None = None
+        self.column, self.label_column = "", None
+        self._group: tuple[int, int, list[Any]] | None = None
+        self.names: list[str] = []
+        entries = []                                # File, row group and row in it.
+        for number, file in enumerate(self._files):
+            for group, rows in enumerate(self._index(file)):
+                entries.extend((number, group, row) for row in range(rows))
+            known = len(self.names)
+            self.names.extend(f"{file.stem}/{i:08d}.png" for i in range(len(entries) - known))
+        self._entries = np.array(entries, dtype=np.int64).reshape(-1, 3)
+
+    def _open(self, file: Path) -> Any:
+        import pyarrow
+        try:
+            return self._parquet.ParquetFile(file)
+        except (pyarrow.ArrowException, OSError, ValueError) as err:
+            raise UserError(f"{file}: cannot be read as Parquet ({_line(err)}): copy it again") from err
+
+    def _index(self, file: Path) -> list[int]:
+        """Rows of every row group; takes the labels with it."""
+        import pyarrow
+        with self._open(file) as table:
+            schema = table.schema_arrow
+            if not self.column:
+                self.column = _image_column(file, schema)
+                self.label_column = next((name for name in CLASS_COLUMNS if name in schema.names), None)
+                self.classes = _class_names(schema, self.label_column)
+            columns = [name for name in (self.column, self.label_column) if name is not None]
+            if missing := [name for name in columns if name not in schema.names]:
+                raise UserError(f"{file}: has no column {list_some(missing)}, unlike {self._files[0]}: "
+                                f"use files of one data set")
+            if self.label_column is not None:
+                try:
+                    self.values.extend(table.read(columns=[self.label_column])[self.label_column].to_pylist())
+                except (pyarrow.ArrowException, OSError, ValueError) as err:
+                    raise UserError(f"{file}: cannot be read as Parquet ({_line(err)}): copy it again") from err
+            return [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+
+    def _value(self, index: int) -> bytes:
+        import pyarrow
+        number, group, row = self._entries[index].tolist()
+        if self._group is None or self._group[:2] != (number, group):
+            try:
+                with self._open(self._files[number]) as table:
+                    self._group = (number, group, table.read_row_group(group, columns=[self.column])[self.column])
+            except (pyarrow.ArrowException, UserError, ValueError) as err:
+                raise OSError(f"the file is damaged ({_line(err)})") from err
+        value = self._group[2][row].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise OSError("the row holds no image" if data is None else "the row names a file instead of an image")
+        return data
+
+    def where(self, index: int) -> str:
+        number = int(self._entries[index, 0])
+        return f"{self._files[number]}: row {int(self.names[index][-12:-4])}"
+
+    def size(self, index: int) -> int:
+        return len(self._value(index))
+
+    def read(self, index: int) -> bytes:
+        return self._value(index)
+
+    def close(self) -> None:
+        self._group = None
+
+
+def _line(err: Exception) -> str:
+    return " ".join(str(err).split())[:200]
+
+
+def _image_column(file: Path, schema: Any) -> str:
+    """The column that holds images: a struct with bytes, or bytes under a telling name. Raises UserError."""
+    import pyarrow
+    for field in schema:
+        if pyarrow.types.is_struct(field.type) and "bytes" in [inner.name for inner in field.type]:
+            return field.name
+    for name in IMAGE_COLUMNS:
+        if name in schema.names:
+            kind = schema.field(name).type
+            if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
+                return name
+    raise UserError(f"{file}: no column of images among {list_some(schema.names)}: one must hold bytes and be called "
+                    f"{list_some(list(IMAGE_COLUMNS), 3)}")
+
+
+def _class_names(schema: Any, column: str | None) -> list[str] | None:
+    """The names that Hugging Face keeps beside the table."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        names = features[column]["names"]
+    except (TypeError, KeyError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def parquet(path: str | os.PathLike, files: Sequence[Path], use_labels: bool, allow_gaps: bool) -> Source:
+    """The images and labels of Parquet files. Raises UserError."""
+    store = ParquetStore(path, files)
+    if not store.names:
+        raise UserError(f"{path}: no rows in it: copy it again")
+    if store.label_column is None or not use_labels:
+        return Source(store, range(len(store.names)), layout="parquet")
+    where = f"{path}: column {store.label_column}"
+    values, classes = labels.encode(where, store.names, store.values, store.classes, allow_gaps)
+    return Source(store, range(len(store.names)), values, classes, "parquet")

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names inside a data set, and its dataset.json = {"labels": [["00000/img00000000.png", 6], ...], "classes": [...]}."""
+import hashlib
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from dnnlib import UserError
+from dnnlib.util import list_some
+
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+METADATA_NAME = "dataset.json"
+MAX_CLASSES = 1_000_000
+# A name that needs no cleaning: its parts are not empty, do not begin with a dot and have no odd characters.
+PLAIN_NAME = re.compile(r"[^./\\:\0][^/\\:\0]*(?:/[^./\\:\0][^/\\:\0]*)*").fullmatch
+
+#----------------------------------------------------------------------------
+# Names.
+
+def clean_name(name: str) -> str:
+    """A file name inside a data set with forward slashes and without '.' parts.
+
+    Raises:
+        ValueError: the name is absolute or leads out of the data set.
+    """
+    if PLAIN_NAME(name):        # There may be millions of names.
+        return name
+    clean = name.replace("\\", "/")
+    if clean.startswith("/") or re.match(r"[A-Za-z]:", clean) or ".." in clean.split("/"):
+        raise ValueError(f"the file name {name!r} leads out of the data set")
+    return posixpath.normpath(clean)
+
+
+def is_image_name(name: str) -> bool:
+    """True for names that end like an image and are not hidden (as macOS leaves them in archives)."""
+    if not name.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    return not (name.startswith(".") or "/." in name or "__MACOSX" in name.split("/"))
+
+#----------------------------------------------------------------------------
+# Labels.
+
+class LabelledStore(Protocol):
+    """What is asked of a folder or an archive here."""
+
+    path: Any
+    names: Sequence[str]                # Of the images, sorted.
+    labels: np.ndarray | None           # If they are known to be right: int [len(names)],
+    classes: list[str] | None           # and the names of their classes, if there are any.
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The content of dataset.json."""
+
+
+def parse_metadata(where: str | os.PathLike, data: bytes) -> dict[str, Any]:
+    """The object in a dataset.json. Raises UserError if it is no JSON object."""
+    try:
+        metadata = json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise UserError(f"{where}: not valid JSON ({err}): make it again") from err
+    if not isinstance(metadata, dict):
+        raise UserError(f'{where}: must be an object such as {{"labels": [["0.png", 6]]}}')
+    return metadata
+
+
+def label_table(store: LabelledStore) -> dict[str, int] | None:
+    """File name -> label as dataset.json lists them, or None when it lists none.
+
+    Raises:
+        UserError: entries are not pairs of a name inside the data set and a class index, or contradict others; the
+            first five are listed.
+    """
+    entries = store.metadata.get("labels")
+    if not entries:
+        return None
+    where = f"{store.path}: {METADATA_NAME}"
+    if not isinstance(entries, list):
+        raise UserError(f'{where}: "labels" must be a list such as [["0.png", 6], ...]')
+    wrong = [e for e in entries if not (isinstance(e, list) and len(e) == 2 and isinstance(e[0], str))]
+    if wrong:
+        raise UserError(f'{where}: the entry {_some(wrong, repr)} in "labels" must look like '
+                        '["00000/img00000000.png", 6]')
+    wrong = [e for e in entries if type(e[1]) is not int or not 0 <= e[1] < MAX_CLASSES]
+    if wrong:
+        raise UserError(f"{where}: the label {_some(wrong, lambda e: f'{e[1]!r} of {e[0]}')} must be a whole number "
+                        f"from 0 to {MAX_CLASSES - 1}, the index of a class")
+    return _table(where, entries)
+
+
+def _some(items: list, describe: Any) -> str:
+    """The first of `items` in words, or the first five of several."""
+    return list_some([describe(item)[:200] for item in items])
+
+
+def _table(where: str, entries: list[list]) -> dict[str, int]:
+    """Entries of the right form as a table by clean names."""
+    table: dict[str, int] = {}
+    outside, contradictions = [], []
+    for name, label in entries:
+        try:
+            clean = clean_name(name)
+        except ValueError as err:
+            outside.append(str(err))
+            continue
+        if table.setdefault(clean, label) != label:
+            contradictions.append(f"{clean} has two labels, {table[clean]} and {label}")
+    if outside:
+        raise UserError(f"{where}: {list_some(outside)}: name files relative to the data set")
+    if contradictions:
+        raise UserError(f"{where}: {list_some(contradictions)}: keep one")
+    return table
+
+
+def class_list(store: LabelledStore) -> list[str] | None:
+    """Class names that dataset.json lists, or None. Raises UserError if it is no list of different names."""
+    classes = store.metadata.get("classes")
+    if classes is None:
+        return None
+    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise UserError(f'{store.path}: {METADATA_NAME}: "classes" must be a list of names')
+    if len(set(classes)) != len(classes):
+        raise UserError(f'{store.path}: {METADATA_NAME}: "classes" lists a name twice: names must differ')
+    return classes
+
+
+def labels_of(store: LabelledStore, table: dict[str, int]) -> np.ndarray:
+    """Label of every image, int64 [len(store.names)].
+
+    Raises:
+        UserError: some images have no label; labels have no name in "classes", or leave gaps where there is none.
+    """
+    missing = [name for name in store.names if name not in table]
+    if missing:
+        raise UserError(f"{store.path}: {METADATA_NAME} gives no label for {len(missing)} of {len(store.names)} "
+                        f"images: {list_some(missing)}: add them to \"labels\" or take the files away")
+    labels = np.array([table[name] for name in store.names], dtype=np.int64)
+    _check_classes(store, labels)
+    return labels
+
+
+def _check_classes(store: LabelledStore, labels: np.ndarray) -> None:
+    """Every label needs a name; without names the numbers of the classes must follow each other."""
+    classes = class_list(store)
+    if classes is not None:
+        wrong = np.flatnonzero(labels >= len(classes))
+        if len(wrong):
+            found = [f"{labels[i]} of {store.names[i]}" for i in wrong[:6]]
+            raise UserError(f'{store.path}: {METADATA_NAME}: the label {list_some(found[:5])} has no name '
+                            f'({len(wrong)} images): "classes" lists {len(classes)}')
+        return
+    empty = np.flatnonzero(np.bincount(labels) == 0).tolist()
+    if empty:
+        raise UserError(f'{store.path}: {METADATA_NAME}: labels go up to {labels.max()}, but no image has the label '
+                        f'{list_some(empty)}: number classes from 0 without gaps, or name all of them in "classes", as '
+                        'dataset_tool.py --allow-gaps does')
+
+
+def read_labels(store: LabelledStore) -> tuple[np.ndarray, list[str]] | None:
+    """Label of every image, integers [len(store.names)], and the names of the classes; None without labels.
+
+    Raises:
+        UserError: see `label_table`, `labels_of`, `class_list`.
+    """
+    labels, classes = store.labels, store.classes
+    if labels is None:
+        table = label_table(store)
+        if table is None:
+            return None
+        labels, classes = labels_of(store, table), class_list(store)
+    return labels, classes or [str(i) for i in range(int(labels.max()) + 1)]
+
+#----------------------------------------------------------------------------
+
+def fingerprints(files: Iterable[tuple[str, int, int]], metadata: dict[str, Any]) -> tuple[str, str]:
+    """SHA-256 of (name, size, CRC-32) of files, labels and classes: as they are, and mirrored. 64 hex digits each."""
+    digest = hashlib.sha256()
+    chunk: list[str] = []
+    for file in files:
+        chunk.append(repr(file))
+        if len(chunk) == 1 << 14:
+            digest.update("".join(chunk).encode())
+            chunk.clear()
+    digest.update("".join(chunk).encode())
+    described = {"labels": metadata.get("labels") or None, "classes": metadata.get("classes")}
+    digest.update(json.dumps(described, sort_keys=True)[:-1].encode())
+    mirrored = digest.copy()
+    digest.update(b', "xflip": false}')
+    mirrored.update(b', "xflip": true}')
+    return digest.hexdigest(), mirrored.hexdigest()
