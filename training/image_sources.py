@@ -140,8 +140,8 @@ class ZipStore:
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_fd": None}
         if self._index.file is not None:        # The other process maps the same file.
-            for name in ("_index", "names", "labels"):
-                del state[name]
+            for name in ("_index", "names", "labels", "metadata"):
+                state.pop(name, None)
             state["signature"] = self._index.signature
             state["file"] = self._index.file
         return state
@@ -151,6 +151,8 @@ class ZipStore:
         self.__dict__.update(state)
         if file is not None:
             self._take(load_index(file, signature) or make_index(self.path))
+            if self._index.signature != signature:
+                raise UserError(f"{self.path}: changed while it was in use: start again")
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:

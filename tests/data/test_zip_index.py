@@ -351,6 +351,9 @@ def test_pickled_without_the_list(tmp_path, kept):
     assert np.array_equal(copy[150][0], dataset[150][0])
     (tmp_path / "a.zip.index").unlink()
     assert pickle.loads(data).file_name(150) == dataset.file_name(150)
+    write_zip(tmp_path / "a.zip", files(199))
+    with pytest.raises(UserError, match="changed while it was in use"):
+        pickle.loads(data)
     copy.close()
     dataset.close()
 
