@@ -19,11 +19,12 @@ from data_prep import images, sinks, sources
 from data_prep.images import Outcome, Plan
 from data_prep.journal import Journal, Level, Progress, journal_path, next_link, open_journal
 from data_prep.parallel import Interrupted, chunks, default_workers, ordered_map
-from data_prep.report import REPORT_NAME, Report, library_versions, make_metadata, make_report
+from data_prep.report import Report, library_versions, make_metadata, make_report
 from data_prep.sources.base import Source, read_image
 from data_prep.transforms import Size, check_sizes, is_usable, nearest_usable
 from dnnlib import UserError
 from dnnlib.util import format_bytes, list_some
+from training.data_report import REPORT_NAME
 from training.labels import METADATA_NAME
 
 COMMIT_IMAGES = 1000            # Files between two commits to the journal,

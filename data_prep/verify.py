@@ -11,11 +11,11 @@ from data_prep import labels
 from data_prep.images import decode, pixel_digest
 from data_prep.journal import FIRST_LINK, last_link, next_link
 from data_prep.parallel import chunks, default_workers, ordered_map
-from data_prep.report import read_report
 from data_prep.sources.base import FolderFiles, ZipFiles, read_image
 from data_prep.transforms import is_usable
 from dnnlib import UserError
 from dnnlib.util import list_some
+from training.data_report import read_report
 from training.labels import METADATA_NAME
 
 SERVED_MODES = ("RGB", "L")         # What training accepts.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in files to be scored: folders, zip and tar archives, with labels from dataset.json or from sub-folders."""
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from dnnlib import UserError
 from dnnlib.util import list_some
 from inference.npz_source import Batch, labels_sorted
 from inference.tar_store import TarStore
-from metrics.crops import crop_of_file
+from training.data_report import read_report
 from training.image_sources import (
     DECODE_ERRORS,
     FolderStore,
@@ -97,6 +98,16 @@ class ImageFiles:
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes and CRC-32 of the files and of dataset.json: that of a data set for training."""
         return content_fingerprint(self._store, range(len(self)), xflip=False)
+
+#----------------------------------------------------------------------------
+
+def crop_of_file(path: str | os.PathLike) -> str | None:
+    """The crop that dataset_tool noted in the data set's report; None where nothing is known."""
+    try:
+        crop = (read_report(path) or {}).get("transform")
+    except UserError:           # Only a warning hangs on it.
+        return None
+    return crop if isinstance(crop, str) else None
 
 #----------------------------------------------------------------------------
 

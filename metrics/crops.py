@@ -4,24 +4,9 @@
 `center-crop` is a square crop, then a resize by PIL's LANCZOS, as StyleGAN's tools and ours do it.
 `center-crop-dhariwal` is ADM's: halvings by BOX, a resize by BICUBIC, then the crop.
 """
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 ADM_CROP = "center-crop-dhariwal"
-
-
-def crop_of_file(path: str | os.PathLike) -> str | None:
-    """The crop that dataset_tool noted in '<path>.report.json'; None where nothing is known."""
-    report = Path(path)
-    report = report.with_name(report.name + ".report.json")
-    try:
-        found = json.loads(report.read_bytes())
-    except (OSError, ValueError):
-        return None
-    crop = found.get("transform") if isinstance(found, dict) else None
-    return crop if isinstance(crop, str) else None
 
 
 def crop_warnings(names: list[str], generated: dict[str, Any], reference_crop: str | None) -> list[str]:

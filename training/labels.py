@@ -133,27 +133,24 @@ def labels_of(store: LabelledStore, table: dict[str, int]) -> np.ndarray:
     """Label of every image, int64 [len(store.names)].
 
     Raises:
-        UserError: some images have no label; labels have no name in "classes", or leave gaps where there is none.
+        UserError: some images have no label, or a label has no name in "classes".
     """
     missing = [name for name in store.names if name not in table]
     if missing:
         raise UserError(f"{store.path}: {METADATA_NAME} gives no label for {len(missing)} of {len(store.names)} "
                         f"images: {list_some(missing)}: add them to \"labels\" or take the files away")
     labels = np.array([table[name] for name in store.names], dtype=np.int64)
-    _check_classes(store, labels)
+    classes = class_list(store)
+    wrong = [] if classes is None else np.flatnonzero(labels >= len(classes))
+    if len(wrong):
+        found = [f"{labels[i]} of {store.names[i]}" for i in wrong[:6]]
+        raise UserError(f'{store.path}: {METADATA_NAME}: the label {list_some(found[:5])} has no name '
+                        f'({len(wrong)} images): "classes" lists {len(classes)}')
     return labels
 
 
-def _check_classes(store: LabelledStore, labels: np.ndarray) -> None:
-    """Every label needs a name; without names the numbers of the classes must follow each other."""
-    classes = class_list(store)
-    if classes is not None:
-        wrong = np.flatnonzero(labels >= len(classes))
-        if len(wrong):
-            found = [f"{labels[i]} of {store.names[i]}" for i in wrong[:6]]
-            raise UserError(f'{store.path}: {METADATA_NAME}: the label {list_some(found[:5])} has no name '
-                            f'({len(wrong)} images): "classes" lists {len(classes)}')
-        return
+def _check_gaps(store: LabelledStore, labels: np.ndarray) -> None:
+    """Classes to learn without names must be numbered in a row: a forgotten one would be learnt from nothing."""
     empty = np.flatnonzero(np.bincount(labels) == 0).tolist()
     if empty:
         raise UserError(f'{store.path}: {METADATA_NAME}: labels go up to {labels.max()}, but no image has the label '
@@ -165,7 +162,7 @@ def read_labels(store: LabelledStore) -> tuple[np.ndarray, list[str]] | None:
     """Label of every image, integers [len(store.names)], and the names of the classes; None without labels.
 
     Raises:
-        UserError: see `label_table`, `labels_of`, `class_list`.
+        UserError: see `label_table`, `labels_of`, `class_list`; labels without names leave gaps.
     """
     labels, classes = store.labels, store.classes
     if labels is None:
@@ -173,6 +170,8 @@ def read_labels(store: LabelledStore) -> tuple[np.ndarray, list[str]] | None:
         if table is None:
             return None
         labels, classes = labels_of(store, table), class_list(store)
+    if not classes:
+        _check_gaps(store, labels)
     return labels, classes or [str(i) for i in range(int(labels.max()) + 1)]
 
 #----------------------------------------------------------------------------

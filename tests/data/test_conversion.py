@@ -5,9 +5,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_prep.report import read_report
 from tests.data.samples import encoded, files, pixels, write_folder, write_zip
 from tests.data.test_dataset_tool import made, refused
+from training.data_report import read_report
 from training.dataset import ImageDataset
 from training.image_sources import open_image, to_rgb
 from training.labels import clean_name, is_image_name

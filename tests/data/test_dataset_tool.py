@@ -12,8 +12,8 @@ import PIL.Image
 import pytest
 
 import dataset_tool
-from data_prep.report import read_report
 from tests.data.samples import encoded, files, metadata, pixels, write_folder, write_zip
+from training.data_report import read_report
 from training.dataset import ImageDataset
 
 

@@ -18,13 +18,13 @@ import dataset_tool
 from data_prep import job, parallel, sinks
 from data_prep.images import Plan, convert, decode
 from data_prep.journal import journal_path
-from data_prep.report import read_report
 from data_prep.sources import base
 from data_prep.transforms import TRANSFORMS, Size
 from dnnlib import UserError
 from tests.data.archives import ilsvrc_tar, imagenet_files
 from tests.data.samples import encoded, files, metadata, pixels, write_folder, write_zip
 from tests.data.test_dataset_tool import made, photos, refused, run
+from training.data_report import read_report
 from training.dataset import ImageDataset
 
 ROOT = Path(dataset_tool.__file__).parent

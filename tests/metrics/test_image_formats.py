@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from inference.image_files import crop_of_file
 from inference.image_inputs import NpzSource, has_samples, kind_of, open_images, summary
 from inference.tar_store import TarStore
-from metrics.crops import crop_of_file, crop_warnings
+from metrics.crops import crop_warnings
 from tests.metrics.helpers import random_images, write_folder
 from training.dataset import ImageDataset
 
@@ -340,7 +341,7 @@ class TestCrops:
 def test_fingerprint_is_that_of_the_training_data(tmp_path, images):
     """So that statistics computed while training serve afterwards."""
     path = write_folder(tmp_path / "x", images)
-    (path / "dataset.json").write_text(json.dumps({"labels": [[f"{i:06d}.png", 1] for i in range(10)]}))
+    (path / "dataset.json").write_text(json.dumps({"labels": [[f"{i:06d}.png", i % 2] for i in range(10)]}))
     assert open_images(path, labels=True).fingerprint == ImageDataset(path, use_labels=True).fingerprint
 
 
