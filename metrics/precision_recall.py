@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Improved precision and recall of generative models."""
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import torch
@@ -32,27 +31,42 @@ def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (norms_a[:, None] + norms_b[None, :]).addmm_(a, b.T, alpha=-2).clamp_(min=0)
 
 
-def _blocks(features: torch.Tensor, device: torch.device | str, start: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(which rows, these rows as float32 on `device`) from row `start` on."""
-    for first in range(start, len(features), BLOCK):
-        rows = slice(first, min(first + BLOCK, len(features)))
-        yield rows, features[rows].to(device, torch.float32)
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Features [N, D] that are rounded block by block: a rounded copy of all would take half as much memory again."""
+
+    features: torch.Tensor
+    device: torch.device | str              # Where to multiply.
+    dtype: torch.dtype = torch.float32      # What they are rounded to.
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def blocks(self, start: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(which rows, these rows as float32 on the device) from row `start` on."""
+        for first in range(start, len(self), BLOCK):
+            rows = slice(first, min(first + BLOCK, len(self)))
+            yield rows, self.features[rows].to(self.dtype).to(self.device).float()
+
+    def are_finite(self) -> bool:
+        """Whether rounding left all within the range of `dtype`."""
+        return all(bool(block.isfinite().all()) for _rows, block in self.blocks())
 
 
-def manifold_radii(features: torch.Tensor, k: int, device: torch.device | str) -> torch.Tensor:
-    """Squared distance of every row to its k-th nearest other row: [N, D] -> [N] on `device`.
+def manifold_radii(points: Points, k: int) -> torch.Tensor:
+    """Squared distance of every row to its k-th nearest other row: [N].
 
     The row itself is the nearest of all, so this is the (k+1)-th smallest distance to the whole set. A block of
     distances between two runs of rows serves both, so each is computed once.
     """
-    nearest = torch.full([len(features), k + 1], torch.inf, device=device)      # Smallest distances, ascending.
+    nearest = torch.full([len(points), k + 1], torch.inf, device=points.device)     # Smallest distances, ascending.
 
     def take(rows: slice, distances: torch.Tensor) -> None:
         found = torch.cat([nearest[rows], distances], dim=1)
         nearest[rows] = found.topk(k + 1, dim=1, largest=False, sorted=True).values
 
-    for rows, x in _blocks(features, device):
-        for columns, y in _blocks(features, device, start=rows.start):
+    for rows, x in points.blocks():
+        for columns, y in points.blocks(start=rows.start):
             distances = squared_distances(x, y)
             take(rows, distances)
             if columns != rows:
@@ -60,26 +74,24 @@ def manifold_radii(features: torch.Tensor, k: int, device: torch.device | str) -
     return nearest[:, k]
 
 
-def covered(a: torch.Tensor, b: torch.Tensor, radii_a: torch.Tensor, radii_b: torch.Tensor,
-            device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+def covered(a: Points, b: Points, radii_a: torch.Tensor, radii_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows of one set lie within the radius of some row of the other, both ways.
 
     Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", eq. 1.
 
     Args:
-        a: [N, D].
-        b: [M, D].
-        radii_a: [N], squared, on `device`.
-        radii_b: [M], squared, on `device`.
-        device: Where to multiply.
+        a: N points.
+        b: M points.
+        radii_a: [N], squared.
+        radii_b: [M], squared.
 
     Returns:
         (bool [N]: rows of `a` near `b`, bool [M]: rows of `b` near `a`).
     """
-    near_b = torch.zeros(len(a), dtype=torch.bool, device=device)
-    near_a = torch.zeros(len(b), dtype=torch.bool, device=device)
-    for rows, x in _blocks(a, device):
-        for columns, y in _blocks(b, device):
+    near_b = torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    near_a = torch.zeros(len(b), dtype=torch.bool, device=a.device)
+    for rows, x in a.blocks():
+        for columns, y in b.blocks():
             distances = squared_distances(x, y)
             near_b[rows] |= (distances <= radii_b[columns]).any(dim=1)
             near_a[columns] |= (distances <= radii_a[rows, None]).any(dim=0)
@@ -104,11 +116,10 @@ def precision_recall(real: torch.Tensor, gen: torch.Tensor, k: int = K_NEIGHBOUR
     """
     if min(len(real), len(gen)) <= k:
         raise UserError(f"pr: {len(real)} real and {len(gen)} generated images: it needs more than {k} of each")
-    real, gen = real.to(dtype), gen.to(dtype)
-    if not all(math.isfinite(extreme) for x in (real, gen) for extreme in torch.aminmax(x)):
+    a, b = Points(real, device, dtype), Points(gen, device, dtype)
+    if not (a.are_finite() and b.are_finite()):
         raise UserError(f"pr: the detector's features exceed {torch.finfo(dtype).max:g}, the range of {dtype}: use "
                         "another detector")
     with misc.full_precision():
-        radii_real, radii_gen = manifold_radii(real, k, device), manifold_radii(gen, k, device)
-        near_gen, near_real = covered(real, gen, radii_real, radii_gen, device)
+        near_gen, near_real = covered(a, b, manifold_radii(a, k), manifold_radii(b, k))
     return PrecisionRecall(int(near_real.sum()) / len(gen), int(near_gen.sum()) / len(real), k)

@@ -8,6 +8,8 @@
 - On a CPU tensors have the channels-last layout, which its kernels work in.
 - There, too, a few images go through at a time, so that the maps between layers fit into its caches.
 """
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -166,14 +168,19 @@ class FastInception(torch.nn.Module):
         if self.is_on_cpu:
             self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: torch.Tensor, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float images [N, 3, 299, 299] -> first channels of the map of `Mixed_6d` [N, num_channels, 17, 17], features
-        [N, 2048]."""
+    def forward(self, images: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor],
+                num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """First channels of the map of `Mixed_6d` [N, num_channels, 17, 17], and the features [N, 2048].
+
+        Args:
+            images: [N, 3, H, W].
+            prepare: From some of them to float [n, 3, 299, 299] in the network's range.
+            num_channels: How many channels of the map are wanted.
+        """
         maps, features = [], []
-        for part in x.split(CPU_BATCH if self.is_on_cpu else max(len(x), 1)):
-            if self.is_on_cpu:
-                part = part.contiguous(memory_format=torch.channels_last)
-            inner = self.to_map(part)
+        for part in images.split(CPU_BATCH if self.is_on_cpu else max(len(images), 1)):
+            x = prepare(part)
+            inner = self.to_map(x.contiguous(memory_format=torch.channels_last) if self.is_on_cpu else x)
             maps.append(inner[:, :num_channels].clone())        # A view would keep the whole map in memory.
             features.append(self.to_features(inner).mean(dim=(2, 3)))
         return torch.cat(maps), torch.cat(features)

@@ -48,13 +48,13 @@ def make_inception() -> torch.nn.Module:
     return Net("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
 
 
-def _run(net: FastInception, x: torch.Tensor) -> Outputs:
-    """Float images [N, 3, 299, 299] in the network's range -> its outputs.
+def _run(net: FastInception, images: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor]) -> Outputs:
+    """uint8 images [N, 3, H, W] -> the network's outputs; `prepare` brings them to its size and range.
 
     `spatial` is what ADM's evaluator calls mixed_6/conv: the first branch of `Mixed_6d` after normalisation and
     rectification, which is where the block's channels begin.
     """
-    spatial, pool = net(x, SPATIAL_CHANNELS)
+    spatial, pool = net(images, prepare, SPATIAL_CHANNELS)
     return {"pool": pool, "spatial": spatial.permute(0, 2, 3, 1).flatten(1), "logits_unbiased": pool @ net.fc_weight.T}
 
 #----------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def _pytorch_fid(images: torch.Tensor) -> torch.Tensor:
 def _kind(asset: Asset | None, prepare: Callable[[torch.Tensor], torch.Tensor], resize: str) -> DetectorKind:
     return DetectorKind(
         asset, POOL_DIM, ("pool", "spatial", "logits_unbiased"), make_inception,
-        lambda net, images: _run(net, prepare(images)),
+        lambda net, images: _run(net, images, prepare),
         dims={"spatial": SPATIAL_DIM, "logits_unbiased": NUM_LOGITS}, resize=f"{resize}_{SIZE}", rebuild=FastInception)
 
 

@@ -13,7 +13,7 @@ from metrics.accuracy import accuracy
 from metrics.frechet import covariance_factor, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel_distance import kernel_distance, squared_mmd
-from metrics.precision_recall import manifold_radii, precision_recall
+from metrics.precision_recall import Points, manifold_radii, precision_recall
 from tests.parity import load_json, load_npz, needs_parity
 
 #----------------------------------------------------------------------------
@@ -250,15 +250,15 @@ class TestPrecisionRecall:
 
     def test_radius_leaves_out_the_point_itself(self):
         line = torch.tensor([[0.0], [1.0], [3.0], [7.0], [20.0]])
-        assert manifold_radii(line, 1, "cpu").tolist() == [1, 1, 4, 16, 169]
-        assert manifold_radii(line, 3, "cpu").tolist() == [49, 36, 16, 49, 361]
+        assert manifold_radii(Points(line, "cpu"), 1).tolist() == [1, 1, 4, 16, 169]
+        assert manifold_radii(Points(line, "cpu"), 3).tolist() == [49, 36, 16, 49, 361]
 
     def test_radii_over_many_blocks(self, monkeypatch):
         """Each block of distances serves both of its sides."""
         x = self.features(300, 9)
         expected = torch.cdist(x.double(), x.double()).square().sort(dim=1).values[:, 3]
         monkeypatch.setattr(pr_module, "BLOCK", 64)
-        assert manifold_radii(x, 3, "cpu").double() == pytest.approx(expected, rel=1e-4)
+        assert manifold_radii(Points(x, "cpu"), 3).double() == pytest.approx(expected, rel=1e-4)
 
     def test_blocks_do_not_show(self, monkeypatch):
         real, gen = self.features(200, 7), self.features(150, 8)
