@@ -34,6 +34,7 @@ class Outcome:
     pngs: tuple[bytes, ...] = ()        # One per size.
     digests: tuple[bytes, ...] = ()     # SHA-256 of the pixels of each.
     size: tuple[int, int] = (0, 0)      # Of the first.
+    source_size: tuple[int, int] = (0, 0)       # Upright, before the transform.
     reason: str = ""                    # Cannot be read.
     refused: str = ""                   # Can be read, but does not fit the options.
     notes: tuple[str, ...] = ()         # What was done to it, in words.
@@ -94,7 +95,8 @@ def convert(plan: Plan, where: str, data: bytes | str) -> Outcome:
         images = [make(image, size) for size in plan.sizes]
     return Outcome(
         pngs=tuple(encode_plain_png(np.asarray(made)) for made in images),
-        digests=tuple(pixel_digest(made) for made in images), size=images[0].size, notes=tuple(notes),
+        digests=tuple(pixel_digest(made) for made in images), size=images[0].size,
+        source_size=image.size, notes=tuple(notes),
         enlarged=tuple(is_enlarged(image, size, plan.transform) for size in plan.sizes))
 
 

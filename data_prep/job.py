@@ -21,7 +21,7 @@ from data_prep.journal import Journal, Level, Progress, journal_path, next_link,
 from data_prep.parallel import Interrupted, chunks, default_workers, ordered_map
 from data_prep.report import Report, library_versions, make_metadata, make_report
 from data_prep.sources.base import Source, read_image
-from data_prep.transforms import Size, check_sizes, is_usable, nearest_usable
+from data_prep.transforms import REVERSIBLE, Size, check_sizes, is_usable, nearest_usable
 from dnnlib import UserError
 from dnnlib.util import format_bytes, list_some
 from training.data_report import REPORT_NAME
@@ -224,7 +224,7 @@ class _Run:
                      for place, reason in progress.skipped]
             raise UserError(f"--source={self.job.source}: no image could be converted: "
                             f"{list_some(names) or 'all are grayscale'}: nothing was written")
-        metadata = make_metadata(self.source, progress.places()).encode()
+        metadata = make_metadata(self.source, progress).encode()
         for sink, (report, _dest, _where) in zip(self.sinks, self._reports(), strict=True):
             sink.seal({METADATA_NAME: metadata, REPORT_NAME: report.to_json().encode()})
         progress.sealed = True
@@ -265,6 +265,8 @@ class _Run:
             sink.write(outcome.pngs[i])
             level.chain = next_link(level.chain, outcome.digests[i], label)
             level.enlarged += bool(outcome.enlarged and outcome.enlarged[i])
+        if self.plan.transform in REVERSIBLE:
+            progress.shapes.append(list(outcome.source_size))
         progress.written += 1
         for note in outcome.notes:
             progress.conversions[note] = progress.conversions.get(note, 0) + 1

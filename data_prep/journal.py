@@ -42,6 +42,7 @@ class Progress:
     conversions: dict[str, int] = dataclasses.field(default_factory=dict)
     dropped: list[int] = dataclasses.field(default_factory=list)                # Places in the source.
     skipped: list[tuple[int, str]] = dataclasses.field(default_factory=list)    # Places and reasons.
+    shapes: list[list[int]] = dataclasses.field(default_factory=list)   # Of the source images, where asked for.
     sealed: bool = False                # Everything is written; only names are to be given.
 
     def line(self, before: "Counts") -> dict[str, Any]:
@@ -49,6 +50,7 @@ class Progress:
         return {
             "done": self.done, "written": self.written, "first": self.first, "conversions": self.conversions,
             "dropped": self.dropped[before.dropped:], "skipped": self.skipped[before.skipped:], "sealed": self.sealed,
+            "shapes": self.shapes[before.written:],
             "levels": [{"resolution": level.resolution, "chain": level.chain, "mark": level.mark,
                         "enlarged": level.enlarged, "sizes": level.sizes[before.written:].tolist(),
                         "crcs": level.crcs[before.written:].tolist()} for level in self.levels],
@@ -59,6 +61,7 @@ class Progress:
         self.done, self.written, self.first = line["done"], line["written"], line["first"]
         self.conversions, self.sealed = line["conversions"], line["sealed"]
         self.dropped += line["dropped"]
+        self.shapes += line["shapes"]
         self.skipped += [(place, reason) for place, reason in line["skipped"]]
         for level, told in zip(self.levels, line["levels"], strict=True):
             level.resolution, level.chain, level.mark = told["resolution"], told["chain"], told["mark"]

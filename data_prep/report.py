@@ -66,12 +66,16 @@ def make_report(source: Source, written: list[int], level: Level, progress: Prog
         content_sha256=last_link(level.chain, source.classes), versions=library_versions())
 
 
-def make_metadata(source: Source, written: list[int]) -> str:
+def make_metadata(source: Source, progress: Progress) -> str:
     """The content of dataset.json."""
-    if source.labels is None:
-        return json.dumps({"labels": None})
-    labels = [[image_name(i), source.labels[place]] for i, place in enumerate(written)]
-    return json.dumps({"labels": labels} if source.classes is None else {"labels": labels, "classes": source.classes})
+    found: dict[str, Any] = {"labels": None}
+    if source.labels is not None:
+        found["labels"] = [[image_name(i), source.labels[place]] for i, place in enumerate(progress.places())]
+    if source.classes is not None:
+        found["classes"] = source.classes
+    if progress.shapes:
+        found["source_sizes"] = progress.shapes
+    return json.dumps(found)
 
 
 def describe(report: Report, dest: Path, where: list[str]) -> list[str]:

@@ -95,6 +95,9 @@ TRANSFORMS: dict[str, Callable[[PIL.Image.Image, Size], PIL.Image.Image]] = {
     "squash": squash,
 }
 
+# Those that change proportions or add bars: with the sizes of the source images it can be undone.
+REVERSIBLE = ("pad", "squash")
+
 
 def is_enlarged(image: PIL.Image.Image, size: Size, transform: str | None) -> bool:
     """Whether the result shows fewer pixels than it has."""

@@ -88,7 +88,11 @@ def test_fit(tmp_path, dest):
     assert np.array_equal(padded[2:6], np.asarray(image.resize((8, 4), LANCZOS)))
     assert not padded[:2].any()
     assert not padded[6:].any()
+    with zipfile.ZipFile(dest) as archive:
+        assert json.loads(archive.read("dataset.json"))["source_sizes"] == [[40, 20]]       # To undo it.
     made("--overwrite", source=source, dest=dest, fit="crop", resolution=8)
+    with zipfile.ZipFile(dest) as archive:
+        assert "source_sizes" not in json.loads(archive.read("dataset.json"))
     assert np.array_equal(only_image(dest), np.asarray(image.crop((10, 0, 30, 20)).resize((8, 8), LANCZOS)))
     refused("--overwrite", source=source, dest=dest, fit="pad", transform="center-crop", resolution=8,
             match=["--fit=pad", "--transform=center-crop"])
@@ -232,8 +236,8 @@ def many(tmp_path, count=40):
 
 def test_killed_runs_continue_to_the_same_bytes(tmp_path, monkeypatch):
     source = many(tmp_path)
-    args = [f"--source={source}", "--resolutions=4,8", f"--dest={tmp_path}/k/set"]
-    made(source=source, resolutions="4,8", dest=tmp_path / "whole" / "set")
+    args = [f"--source={source}", "--resolutions=4,8", "--fit=pad", f"--dest={tmp_path}/k/set"]
+    made(source=source, resolutions="4,8", fit="pad", dest=tmp_path / "whole" / "set")
     killed(2 * 17, args)            # Two writes per file: in the third block.
     names = {p.name for p in (tmp_path / "k").iterdir()}
     assert names == {".set4.zip.journal", ".set4.zip.partial", ".set8.zip.partial"}
@@ -257,6 +261,69 @@ def test_killed_run_into_a_folder(tmp_path):
                for p in (tmp_path / "k" / "set").rglob("*") if p.is_file()}
     assert listing == {p.relative_to(tmp_path / "whole"): p.read_bytes()
                        for p in (tmp_path / "whole").rglob("*") if p.is_file()}
+
+
+EVERYWHERE = """
+import os, sys, pathlib
+import PIL.Image
+import dataset_tool
+PIL.Image.init()                        # Once for all children.
+source, place = sys.argv[1], pathlib.Path(sys.argv[2])
+from data_prep import job, sinks
+job.COMMIT_IMAGES = 3
+
+def run(folder, die_at=0):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    count = 0
+    def deadly(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == die_at:
+                os._exit(9)             # As kill -9: nothing is flushed, nothing is tidied up.
+            result = function(*args, **kwargs)
+            count += 1
+            if count == die_at:
+                os._exit(9)
+            return result
+        return call
+    os.fsync, os.replace = deadly(lambda fd: None), deadly(os.replace)      # Kills need no disk, and disks are slow.
+    pathlib.Path.unlink = deadly(pathlib.Path.unlink)
+    sinks.ZipSink.write = deadly(sinks.ZipSink.write)
+    sinks.ZipSink.seal = deadly(sinks.ZipSink.seal)
+    try:
+        dataset_tool.main([f"--source={source}", "--resolutions=4,8", f"--dest={folder}/set"], standalone_mode=False)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+assert run(place / "whole") == 0
+whole = {p.name: p.read_bytes() for p in (place / "whole").iterdir()}
+n = 0
+while True:
+    n += 1
+    code = run(place / str(n), n)
+    if code == 0:
+        break
+    assert code == 9, (n, code)
+    # The same command again. Where everything was done but the journal's end, it says that there is nothing to do.
+    again = run(place / str(n))
+    found = {p.name: p.read_bytes() for p in (place / str(n)).iterdir()}
+    assert found == whole, (n, again, sorted(found))
+print(n, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_every_write_sync_and_rename(tmp_path):
+    source = many(tmp_path, 5)
+    done = subprocess.run([sys.executable, "-c", EVERYWHERE, str(source), str(tmp_path)], cwd=ROOT, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 40
 
 
 class Broken(BaseException):
