@@ -17,6 +17,7 @@ from metrics.real_side import compute_statistics
 from metrics.references import Reference, load_statistics, save_statistics
 from metrics.sources import ImageSource, seeded_subset
 from torch_utils import distributed, misc
+from torch_utils.ops import dispatch
 from training.dataset import ImageDataset
 
 CUDA_WORKERS = 3        # Decoding processes where a GPU would wait for images.
@@ -147,6 +148,7 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
     network = None
     if opts.network is not None:
         from legacy import load_network
+        distributed.print0(dispatch.describe(device), file=sys.stderr)
         network = load_network(opts.network, device)
     wants_labels = network is not None and network.G_ema.c_dim > 0 and opts.labels == "dataset"
     path = opts.data or opts.ref

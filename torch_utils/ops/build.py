@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the native operations: `python -m torch_utils.ops.build [cpu|cuda ...]`, or by themselves at first use.
 
-A library is stored as `<cache>/ops/<kind>-<key>-<compiler>/`, where the key covers the sources, the flags, PyTorch and
-the processor or GPU. It is made in a folder of its own and renamed, so that one is either whole or absent. Processes
-that need the same library wait for a lock which the operating system frees when its holder ends, however it ends.
+A library is stored as `<kind>-<key>-<compiler>/library.so` in $STYLESAN_OPS_CACHE (`ops` in the cache folder), where
+the key covers the sources, the flags, PyTorch and the processor or GPU. It is made in a folder of its own and renamed,
+so that one is either whole or absent. Processes that need the same library wait for a lock which the operating system
+frees when its holder ends, however it ends.
 """
 import contextlib
 import dataclasses
@@ -42,6 +43,11 @@ CUDA_FLAGS = ("-O3", "-std=c++17", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr
 class BuildError(Exception):
     """Why there is no library, in one line."""
 
+
+def ops_cache() -> Path:
+    """The folder of compiled libraries."""
+    return Path(os.environ.get("STYLESAN_OPS_CACHE") or cache_dir() / "ops")
+
 #----------------------------------------------------------------------------
 # What is compiled with what.
 
@@ -67,7 +73,7 @@ class Target:
 
     def folder(self) -> Path:
         """Where the library is. Without a compiler one that was made by any."""
-        root = cache_dir() / "ops"
+        root = ops_cache()
         if self.compiler is None:
             return next((path for path in sorted(root.glob(f"{self.name}-*")) if (path / LIBRARY).is_file()),
                         root / f"{self.name}-none")
@@ -114,14 +120,14 @@ def cpu_target() -> Target:
     return Target("cpu", compiler, flags, ("cpu.cpp", "threads.cpp"), link)
 
 
-def cuda_target(arch: str | None = None) -> Target:
-    """CUDA for this machine's GPU, or for `arch` ('90'). The compiler: $CUDA_HOME's, on PATH, or one that pip installed."""
-    if arch is None:
+def cuda_target(archs: str | None = None) -> Target:
+    """CUDA for this machine's GPU, or for `archs` ('80,90'). The compiler: $CUDA_HOME's, on PATH, or pip's."""
+    if archs is None:
         major, minor = torch.cuda.get_device_capability()
-        arch = f"{major}{minor}"
+        archs = f"{major}{minor}"
     places = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
     compiler = _find_program(("nvcc",), tuple(places)) or _find_program((), _pip_compilers())
-    flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
+    flags = (*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split(",")))
     return Target("cuda", compiler, flags, ("cuda.cu",), tuple(map(str, _cuda_runtimes(compiler)[:1])))
 
 
@@ -237,7 +243,7 @@ def _run_ninja(folder: Path) -> None:
 
 @click.command(cls=cli.Command)
 @click.argument("kinds", nargs=-1, type=click.Choice(KINDS))
-@click.option("--arch", metavar="INT", default=None, help="Compile CUDA for this compute capability, such as 90")
+@click.option("--arch", metavar="LIST", default=None, help="Compile CUDA for these compute capabilities: 80,90")
 def main(kinds: tuple[str, ...], arch: str | None) -> None:
     """Compile the native operations ahead of time: KINDS are cpu and cuda; what the machine has by default."""
     kinds = kinds or ("cpu", *(["cuda"] if torch.cuda.is_available() or arch else []))

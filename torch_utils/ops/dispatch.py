@@ -43,7 +43,7 @@ def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
     """
     forms = _implementations[op]
     if impl == "auto":
-        if device.type in NATIVE and device.type in forms and native.load(device.type).library is not None:
+        if device.type in NATIVE and device.type in forms and native.load(device.type).functions is not None:
             return forms[device.type]
         return forms.get("matrix", forms["ref"])
     if impl not in FORMS:
@@ -54,7 +54,7 @@ def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
         if device.type != impl:
             raise ValueError(f"impl={impl!r}: {op} was called with a tensor on {device}")
         loaded = native.load(impl)
-        if loaded.library is None:
+        if loaded.functions is None:
             raise ValueError(f"impl={impl!r}: no native {impl} ops ({loaded.reason}): use impl='auto' or impl='ref'")
     return forms[impl]
 

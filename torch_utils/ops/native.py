@@ -8,7 +8,7 @@ import ctypes
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,9 +25,9 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A library, or why there is none."""
+    """The functions of a library, or why there are none."""
 
-    library: ctypes.CDLL | None
+    functions: dict[str, Callable[..., int]] | None
     reason: str = ""
 
 
@@ -57,29 +57,36 @@ def load(kind: str) -> Loaded:
         if kind not in _loaded:
             _loaded[kind] = _load(kind)
     loaded = _loaded[kind]
-    if loaded.library is None and choice() == "native":
+    if loaded.functions is None and choice() == "native":
         raise UserError(f"STYLESAN_OPS=native: no {kind} ops: {loaded.reason}: mend that, or unset STYLESAN_OPS")
     return loaded
 
 
 def _load(kind: str) -> Loaded:
     try:
-        library = ctypes.CDLL(str(build.library(build.cpu_target() if kind == "cpu" else build.cuda_target())))
-        for name, types in _SIGNATURES.items():
-            function = getattr(library, f"stylesan_{name}")
-            function.argtypes, function.restype = (*types, ctypes.c_void_p) if kind == "cuda" else types, ctypes.c_int
+        path = build.library(build.cpu_target() if kind == "cpu" else build.cuda_target())
+        return Loaded(bind(path, with_stream=kind == "cuda"))
     except build.BuildError as error:
         return Loaded(None, str(error))
     except (OSError, AttributeError) as error:
         return Loaded(None, f"the library does not load: {str(error).splitlines()[0]}")
-    return Loaded(library)
+
+
+def bind(path: str | os.PathLike, with_stream: bool) -> dict[str, Callable[..., int]]:
+    """The functions of a library by name. On GPUs the last argument is the stream."""
+    library, functions = ctypes.CDLL(str(path)), {}
+    for name, types in _SIGNATURES.items():
+        functions[name] = getattr(library, f"stylesan_{name}")
+        functions[name].argtypes = (*types, ctypes.c_void_p) if with_stream else types
+        functions[name].restype = ctypes.c_int
+    return functions
 
 
 def describe(device: torch.device | str) -> str:
     """One line for the start of a run."""
     kind = torch.device(device).type
     loaded = load(kind)
-    return f"ops: reference ({loaded.reason})" if loaded.library is None else f"ops: {kind} native"
+    return f"ops: reference ({loaded.reason})" if loaded.functions is None else f"ops: {kind} native"
 
 #----------------------------------------------------------------------------
 # The structures of csrc/abi.h.
@@ -116,6 +123,8 @@ _SIGNATURES = {
     "bias_act": (ctypes.c_int32, ctypes.POINTER(_BiasAct)),
 }
 ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES = range(3)
+_FAILURES = {-1: "the compiler that built the library has no such type", -2: "the filters have too many taps",
+             -3: "no tile of these rates fits into shared memory"}
 
 #----------------------------------------------------------------------------
 # A resampler as plain numbers: what an operation of PyTorch can take as arguments.
@@ -185,7 +194,7 @@ def code_words(planes: int, up: Kernel) -> int:
 
 
 def _call(name: str, x: torch.Tensor, *arguments: object) -> None:
-    function = getattr(load(x.device.type).library, f"stylesan_{name}")
+    function = load(x.device.type).functions[name]
     places = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
     if x.device.type == "cuda":
         with torch.cuda.device(x.device):
@@ -193,7 +202,8 @@ def _call(name: str, x: torch.Tensor, *arguments: object) -> None:
     else:
         code = function(TYPES[x.dtype], *places)
     if code:
-        raise RuntimeError(f"stylesan_{name} failed with code {code} on {x.device}, {x.dtype}")
+        raise RuntimeError(f"{name} for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
+                           "STYLESAN_OPS=reference does without native code")
 
 
 def _images(x: torch.Tensor) -> _Images:

@@ -305,64 +305,38 @@ template <class S, int order, class F> void for_each_element(const StylesanBiasA
                           &body);
 }
 
-// Any activation, chosen per element: next to an exponential this costs nothing.
-template <int order, class T> T bias_act_any(int act, T x, T g, const ActivationSettings<T>& s) {
-    switch (act) {
-        case kRelu: return bias_act_at<kRelu, order, T>(x, g, s);
-        case kTanh: return bias_act_at<kTanh, order, T>(x, g, s);
-        case kSigmoid: return bias_act_at<kSigmoid, order, T>(x, g, s);
-        case kElu: return bias_act_at<kElu, order, T>(x, g, s);
-        case kSelu: return bias_act_at<kSelu, order, T>(x, g, s);
-        case kSoftplus: return bias_act_at<kSoftplus, order, T>(x, g, s);
-        case kSwish: return bias_act_at<kSwish, order, T>(x, g, s);
-        default: return bias_act_at<kLrelu, order, T>(x, g, s);
-    }
-}
-
 template <class S, int order> void bias_act(const StylesanBiasAct& a) {
     using T = Compute<S>;
     // The linear activation is a leaky ReLU with the slope 1.
     const ActivationSettings<T> s = {a.act == kLinear ? T(1) : T(a.alpha), T(a.gain), T(a.clamp)};
     const int act = a.act;
     if (order < 2 && (act == kLrelu || act == kLinear))
-        return for_each_element<S, order>(a, [=](T x, T g) { return bias_act_at<kLrelu, order, T>(x, g, s); });
-    for_each_element<S, order>(a, [=](T x, T g) { return bias_act_any<order, T>(act, x, g, s); });
-}
-
-// f(value of the storage type); false if the compiler has no such type.
-template <class F> bool with_type(int32_t type, F f) {
-    switch (type) {
-        case kFloat32: f(float()); return true;
-        case kFloat64: f(double()); return true;
-        case kBFloat16: f(BFloat16()); return true;
-#ifdef __FLT16_MAX__
-        case kFloat16: f(Half()); return true;
-#endif
-        default: return false;
-    }
+        return for_each_element<S, order>(a, [=](T x, T g) { return bias_act_at<kLrelu, order, T>(act, x, g, s); });
+    // Next to an exponential the choice per element costs nothing.
+    for_each_element<S, order>(a, [=](T x, T g) { return bias_act_at<-1, order, T>(act, x, g, s); });
 }
 
 }  // namespace stylesan
 
 //----------------------------------------------------------------------------
-// Called from Python. 0 is success, 1 a type that the compiler does not have.
+// Called from Python. 0 is success, -1 a type that the compiler does not have.
 
 using namespace stylesan;
 
 extern "C" int stylesan_resample(int32_t type, const StylesanImages* x, const StylesanImages* y,
                                  const StylesanFilter* f) {
-    return !with_type(type, [=](auto s) { resample<decltype(s)>(*x, *y, *f); });
+    return with_type(type, [=](auto s) { resample<decltype(s)>(*x, *y, *f); }) - 1;
 }
 
 extern "C" int stylesan_filtered_lrelu(int32_t type, const StylesanImages* x, const void* bias,
                                        const StylesanImages* y, const StylesanLayer* layer) {
-    return !with_type(type, [=](auto s) { filtered_lrelu<decltype(s)>(*x, bias, *y, *layer); });
+    return with_type(type, [=](auto s) { filtered_lrelu<decltype(s)>(*x, bias, *y, *layer); }) - 1;
 }
 
 extern "C" int stylesan_bias_act(int32_t type, const StylesanBiasAct* arguments) {
-    return !with_type(type, [=](auto s) {
+    return with_type(type, [=](auto s) {
         using S = decltype(s);
         const auto run = arguments->order == 0 ? bias_act<S, 0> : arguments->order == 1 ? bias_act<S, 1> : bias_act<S, 2>;
         run(*arguments);
-    });
+    }) - 1;
 }

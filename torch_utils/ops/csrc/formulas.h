@@ -82,29 +82,52 @@ template <int act, int order, class T> STYLESAN_FN T activate(T x, T alpha) {
     return T(0);
 }
 
-// clamp(gain * activation(x)), or its derivative of that order times g.
-template <int act, int order, class T> STYLESAN_FN T bias_act_at(T x, T g, ActivationSettings<T> s) {
-    const T y = s.gain * activate<act, 0>(x, s.alpha);
+// `activate`, chosen when it runs.
+template <int order, class T> STYLESAN_FN T activate_any(int act, T x, T alpha) {
+    switch (act) {
+        case kLinear: return activate<kLinear, order>(x, alpha);
+        case kRelu: return activate<kRelu, order>(x, alpha);
+        case kTanh: return activate<kTanh, order>(x, alpha);
+        case kSigmoid: return activate<kSigmoid, order>(x, alpha);
+        case kElu: return activate<kElu, order>(x, alpha);
+        case kSelu: return activate<kSelu, order>(x, alpha);
+        case kSoftplus: return activate<kSoftplus, order>(x, alpha);
+        case kSwish: return activate<kSwish, order>(x, alpha);
+        default: return activate<kLrelu, order>(x, alpha);
+    }
+}
+
+// clamp(gain * activation(x)), or its derivative of that order times g. kAct -1: `act` says which.
+template <int kAct, int order, class T>
+STYLESAN_FN T bias_act_at(int act, T x, T g, const ActivationSettings<T>& s) {
+    T y, d = T(0);
+    if constexpr (kAct >= 0) {
+        y = s.gain * activate<kAct, 0>(x, s.alpha);
+        if constexpr (order > 0) d = activate<kAct, order>(x, s.alpha);
+    } else {
+        y = s.gain * activate_any<0>(act, x, s.alpha);
+        if constexpr (order > 0) d = activate_any<order>(act, x, s.alpha);
+    }
     if constexpr (order == 0) return bounded(y, s.clamp);
-    const T d = g * (s.gain * activate<act, order>(x, s.alpha));
-    return y > s.clamp || y < -s.clamp ? T(0) : d;
+    return y > s.clamp || y < -s.clamp ? T(0) : g * (s.gain * d);
 }
 
 //----------------------------------------------------------------------------
 // Resampling along one axis: out[o] = sum over inputs i of f[i * up + pad - o * down] in[i], where f is 0 outside.
 
-struct Axis {
-    int64_t in, out, up, down, pad, taps;
+template <class Int> struct AxisOf {
+    Int in, out, up, down, pad, taps;
 
     // Every output meets this many inputs, the last ones perhaps with a coefficient of 0.
-    STYLESAN_FN int64_t reach() const { return (taps + up - 1) / up; }
+    STYLESAN_FN Int reach() const { return (taps + up - 1) / up; }
     // The first of them, perhaps outside the signal: the smallest i with i * up + pad - o * down >= 0.
-    STYLESAN_FN int64_t first(int64_t o) const {
-        const int64_t distance = o * down - pad;
+    STYLESAN_FN Int first(Int o) const {
+        const Int distance = o * down - pad;
         return distance >= 0 ? (distance + up - 1) / up : -(-distance / up);
     }
     // Its tap; the next input has the tap `up` further. Also the phase of the output.
-    STYLESAN_FN int64_t phase(int64_t o) const { return first(o) * up + pad - o * down; }
+    STYLESAN_FN Int phase(Int o) const { return first(o) * up + pad - o * down; }
 };
+using Axis = AxisOf<int64_t>;
 
 }  // namespace stylesan

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "abi.h"
+#include "storage.h"
 
 namespace stylesan {
 
@@ -29,41 +30,6 @@ template <class T> struct VectorOf {
     typedef Int QuadCode __attribute__((vector_size(sizeof(T) * 4)));
 };
 template <class T> using Vec = typename VectorOf<T>::Value;
-
-//----------------------------------------------------------------------------
-// Storage types: float, double, Half, BFloat16. Calculations are in float or double.
-
-#ifdef __FLT16_MAX__
-using Half = _Float16;
-#endif
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-template <class S> using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-template <class S> inline Compute<S> to_compute(S s) {
-    if constexpr (std::is_same_v<S, BFloat16>) {
-        const uint32_t bits = uint32_t(s.bits) << 16;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        return value;
-    } else {
-        return Compute<S>(s);
-    }
-}
-
-template <class S> inline S to_storage(Compute<S> value) {
-    if constexpr (std::is_same_v<S, BFloat16>) {    // To the nearest, ties to even; a NaN stays one.
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        return {uint16_t(value == value ? rounded : 0x7fc0)};
-    } else {
-        return S(value);
-    }
-}
 
 //----------------------------------------------------------------------------
 
