@@ -23,7 +23,8 @@ DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
 def code(request, monkeypatch):
     """The library for processors, or the programs of the GPU in its place."""
     if request.param == "tiles":
-        target = build.Target("tiles", build.cpu_target().compiler, ("-O1", "-std=c++17", "-fPIC"), ("emulate.cpp",), ())
+        flags = ("-O1", "-std=c++17", "-fPIC")
+        target = build.Target("tiles", build.cpu_target().compiler, flags, ("emulate.cpp",), ())
         functions = native.bind(build.library(target), with_stream=True)
         functions = {name: lambda *args, f=f: f(*args, None) for name, f in functions.items()}
         monkeypatch.setitem(native._loaded, "cpu", native.Loaded(functions))
@@ -120,8 +121,9 @@ def test_third_order_of_bias_act(act):
 
 
 def test_bias_act_in_every_layout(code):
-    x = randn(2, 3, 4, 5)
-    for x in (x, x.to(memory_format=torch.channels_last), x.mT, x[:, :, ::2], x[:1].expand(4, 3, 4, 5), x[:, :1]):
+    base = randn(2, 3, 4, 5)
+    for x in (base, base.to(memory_format=torch.channels_last), base.mT, base[:, :, ::2], base[:1].expand(4, 3, 4, 5),
+              base[:, :1]):
         for dim in (0, 1, 2, 3):
             b = randn(x.shape[dim], seed=1)
             assert rel_error(bias_act(x, b, dim, "lrelu", impl="cpu"), bias_act(x, b, dim, "lrelu", impl="ref")) < 1e-15

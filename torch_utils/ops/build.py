@@ -230,8 +230,8 @@ def _run_ninja(folder: Path) -> None:
     ninja = shutil.which("ninja")
     command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
     try:
-        done = subprocess.run([*command, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              timeout=COMPILE_SECONDS, errors="replace")
+        done = subprocess.run([*command, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, errors="replace", timeout=COMPILE_SECONDS)
     except subprocess.TimeoutExpired:
         raise BuildError(f"the compiler took more than {COMPILE_SECONDS} s") from None
     if done.returncode:
