@@ -144,8 +144,8 @@ def test_half_precision(code, dtype):
         dy = randn(*y.shape, seed=5, dtype=dtype)
         dx, dexact = torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(want, exact, dy.double())[0]
         assert y.dtype == dx.dtype == dtype
-        assert rel_error(y, want) < 2 * torch.finfo(dtype).eps     # One rounding, at the end.
-        assert rel_error(dx, dexact) < 2 * torch.finfo(dtype).eps
+        assert rel_error(y.float(), want) < 2 * torch.finfo(dtype).eps     # One rounding, at the end.
+        assert rel_error(dx.float(), dexact) < 2 * torch.finfo(dtype).eps
 
 
 def test_not_a_number_stays_one(code):
@@ -167,6 +167,7 @@ LAYOUTS = [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambd
            lambda x: x.repeat_interleave(2, 3)[..., ::2]]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")     # opcheck's own.
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels-last", "transposed", "strided"])
 def test_opcheck(layout):
     def images(seed):
@@ -200,3 +201,25 @@ def test_too_large():
                  lambda: filtered_lrelu(x, up=2, padding=1, impl="cpu")):
         with pytest.raises(ValueError, match=r"2,147,483,648 elements|take up to 2,147,483,647: use smaller batches"):
             call()
+
+#----------------------------------------------------------------------------
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gpu_is_ref(dtype, layout):
+    assert native.load("cuda").functions is not None, native.load("cuda").reason
+    x = randn(2, 19, 75, 71, dtype=dtype).cuda().to(memory_format=layout).requires_grad_()
+    b, f = randn(19, seed=1, dtype=dtype).cuda().requires_grad_(), (torch.hann_window(14)[1:-1] / 6.5).cuda()
+    calls = [lambda x, b, impl: filtered_lrelu(x, f, f, b, up=2, down=2, padding=(9, 8, 7, 9), impl=impl),
+             lambda x, b, impl: upfirdn2d(x + b[:, None, None], f, up=2, padding=(4, 3), gain=4, impl=impl),
+             lambda x, b, impl: bias_act(x, b, act="lrelu", clamp=1, impl=impl)]
+    for call in calls:
+        found = []
+        for impl, inputs in (("cuda", (x, b)), ("ref", (x.detach().double().requires_grad_(),
+                                                        b.detach().double().requires_grad_()))):
+            y = call(*inputs, impl)
+            found.append([y, *torch.autograd.grad(y, inputs, randn(*y.shape, seed=5, dtype=dtype).to(y))])
+        for a, want in zip(*found, strict=True):
+            assert rel_error(a.double(), want) < max(4 * torch.finfo(dtype).eps, 1e-12)

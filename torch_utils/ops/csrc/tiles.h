@@ -207,14 +207,17 @@ template <class S> struct ResampleProgram {
     }
 };
 
-// Launch with the largest tile that fits. Widths of tiles are multiples of `unit`.
+// Launch with the largest tile that fits, of fewer planes if it must be. Widths of tiles are multiples of `unit`.
 template <class P> int launch_tiles(P& program, int unit, void* stream) {
-    for (int tile_x = 32; tile_x >= unit; tile_x -= unit) {
-        for (int tile_y = tile_x; tile_y >= (tile_x > unit ? tile_x : 1); tile_y /= 2) {
-            const int64_t bytes = program.plan(tile_x, tile_y);
-            if (bytes > kSharedBytes) continue;
-            const int64_t groups = (program.x.count() + program.x.per_block - 1) / program.x.per_block;
-            return launch(groups * program.grid.tiles_x * program.grid.tiles_y, kThreads, bytes, stream, program);
+    for (; program.x.per_block >= 1; program.x.per_block /= 2) {
+        program.y.per_block = program.x.per_block;
+        for (int tile_x = 32; tile_x >= unit; tile_x -= unit) {
+            for (int tile_y = tile_x; tile_y >= (tile_x > unit ? tile_x : 1); tile_y /= 2) {
+                const int64_t bytes = program.plan(tile_x, tile_y);
+                if (bytes > kSharedBytes) continue;
+                const int64_t groups = (program.x.count() + program.x.per_block - 1) / program.x.per_block;
+                return launch(groups * program.grid.tiles_x * program.grid.tiles_y, kThreads, bytes, stream, program);
+            }
         }
     }
     return kTileTooLarge;
