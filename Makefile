@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 SEED ?= 0
 SAN ?= 1
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-gpu lint clean
 
 # The stamp is written last, so that an interrupted installation starts again.
 $(VENV)/.installed: requirements.lock
@@ -26,6 +26,9 @@ test: $(VENV)/.installed
 
 test-fast: $(VENV)/.installed
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed
+	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

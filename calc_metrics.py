@@ -18,6 +18,7 @@ from metrics.real_side import compute_statistics
 from metrics.references import Reference, load_statistics, save_statistics
 from metrics.sources import ImageSource, seeded_subset
 from torch_utils import distributed, misc
+from torch_utils.ops import dispatch
 
 CUDA_WORKERS = 3        # Decoding processes where a GPU would wait for images.
 OFFICIAL = [name for name in protocols.METRICS if protocols.METRICS[name].is_official]
@@ -192,6 +193,7 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
     network = None
     if opts.network is not None:
         from legacy import load_network
+        distributed.print0(dispatch.describe(device), file=sys.stderr)
         network = load_network(opts.network, device)
     wants_labels = network is not None and network.G_ema.c_dim > 0 and opts.labels == "dataset"
     path = opts.data or opts.ref

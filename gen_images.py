@@ -17,6 +17,7 @@ from dnnlib.util import atomic_file
 from inference.sampling import find_class, generate, seed_label, seed_latent
 from torch_utils import misc
 from torch_utils.images import save_image, to_uint8_sample
+from torch_utils.ops import dispatch
 
 SHEET_CLASSES = 40          # Rows of a sheet at most.
 SHEET_CELL = 64             # Smaller images are enlarged to about this many pixels.
@@ -130,7 +131,9 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
         raise UserError("give --outdir for single images or --sheet for one picture of all classes, one of the two")
     if noise_mode != "const":
         click.echo(f"NOTE: --noise-mode={noise_mode} has no effect: these generators have no noise inputs", err=True)
-    loaded = load_network(network, misc.select_device(device))
+    target = misc.select_device(device)
+    click.echo(dispatch.describe(target), err=True)
+    loaded = load_network(network, target)
     G = loaded.G_ema
     class_idx = None if class_name is None else find_class(class_name, loaded.class_names, G.c_dim)
     G.synthesis.input.transform.copy_(make_transform(translate, rotate))

@@ -1,10 +1,22 @@
 """Small data sets that many tests share, and a machine without downloads."""
 import json
+import os
 import zipfile
 
 import numpy as np
 import PIL.Image
 import pytest
+
+
+def pytest_configure(config):
+    """Native operations are compiled once, not by every test that starts a script."""
+    if "STYLESAN_OPS_CACHE" not in os.environ:
+        os.environ["STYLESAN_OPS_CACHE"] = str(config.cache.mkdir("ops"))
+
+
+def pytest_sessionstart(session):
+    from torch_utils.ops import native
+    native.load("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ def training_loop(
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     rank, world_size = distributed.rank(), distributed.world_size()
     report = Reporter(folder, config)
-    report.say(f"device {device}, {world_size} process(es); {dispatch.describe()}; torch {torch.__version__}")
+    report.say(f"device {device}, {world_size} process(es); {dispatch.describe(device)}; torch {torch.__version__}")
 
     # Networks.
     G, D = make_networks(config, dataset, stem, device)

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-FORMS = pytest.mark.parametrize("impl", ["ref", "matrix"])
+from torch_utils.ops import native
+
+needs_native = pytest.mark.skipif(native.load("cpu").functions is None, reason=native.load("cpu").reason)
+FORMS = pytest.mark.parametrize("impl", ["ref", "matrix", pytest.param("cpu", marks=needs_native)])
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -5,38 +5,63 @@ import gc
 import pytest
 import torch
 
+from dnnlib import UserError
 from tests.ops.cases import randn
-from torch_utils.ops import dispatch, resampler
-from torch_utils.ops.filtered_lrelu import filtered_lrelu, filtered_lrelu_matrix, filtered_lrelu_ref
+from torch_utils.ops import dispatch, native, resampler
+from torch_utils.ops.filtered_lrelu import (
+    filtered_lrelu,
+    filtered_lrelu_matrix,
+    filtered_lrelu_native,
+    filtered_lrelu_ref,
+)
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 @pytest.fixture
-def with_native(monkeypatch):
-    """A native CUDA build of filtered_lrelu, in name."""
-    def native():
-        pass
-    monkeypatch.setitem(dispatch._implementations, "filtered_lrelu",
-                        {**dispatch._implementations["filtered_lrelu"], "cuda": native})
-    return native
+def loaded(monkeypatch):
+    """What came of loading the libraries, to be changed."""
+    monkeypatch.delenv("STYLESAN_OPS", raising=False)
+    monkeypatch.setattr(native, "_loaded", {kind: native.Loaded(None, "no compiler") for kind in ("cpu", "cuda")})
+    return native._loaded
 
 
-def test_select():
+def test_select_without_native(loaded):
     assert dispatch.select("filtered_lrelu", "ref", CPU) is filtered_lrelu_ref
     assert dispatch.select("filtered_lrelu", "auto", CPU) is filtered_lrelu_matrix
     assert dispatch.select("filtered_lrelu", "auto", CUDA) is filtered_lrelu_matrix
-    assert dispatch.describe() == "ops: reference (no native build)"
+    assert dispatch.describe(CPU) == dispatch.describe(CUDA) == "ops: reference (no compiler)"
+    assert dispatch.describe("mps") == "ops: reference (no native code for mps)"
+    with pytest.raises(ValueError, match=r"impl='cpu': no native cpu ops \(no compiler\): use impl='auto'"):
+        dispatch.select("filtered_lrelu", "cpu", CPU)
 
 
-def test_select_native(with_native):
-    assert dispatch.select("filtered_lrelu", "auto", CUDA) is with_native
-    assert dispatch.select("filtered_lrelu", "cuda", CUDA) is with_native
+def test_select_native(loaded):
+    loaded["cuda"] = native.Loaded({})
+    assert dispatch.select("filtered_lrelu", "auto", CUDA) is filtered_lrelu_native
+    assert dispatch.select("filtered_lrelu", "cuda", CUDA) is filtered_lrelu_native
     assert dispatch.select("filtered_lrelu", "auto", CPU) is filtered_lrelu_matrix
-    assert dispatch.describe() == "ops: native cuda (filtered_lrelu)"
+    assert dispatch.describe(CUDA) == "ops: cuda native"
+    loaded["cpu"] = native.Loaded({})
+    assert dispatch.select("filtered_lrelu", "auto", CPU) is filtered_lrelu_native
+    assert dispatch.describe(CPU) == "ops: cpu native"
     with pytest.raises(ValueError, match="impl='cuda': filtered_lrelu was called with a tensor on cpu"):
         dispatch.select("filtered_lrelu", "cuda", CPU)
+
+
+def test_the_environment_decides(loaded, monkeypatch):
+    loaded["cpu"] = native.Loaded({})
+    monkeypatch.setenv("STYLESAN_OPS", "reference")
+    assert dispatch.select("filtered_lrelu", "auto", CPU) is filtered_lrelu_matrix
+    assert dispatch.describe(CPU) == "ops: reference (STYLESAN_OPS=reference)"
+    monkeypatch.setenv("STYLESAN_OPS", "native")
+    assert dispatch.select("filtered_lrelu", "auto", CPU) is filtered_lrelu_native
+    with pytest.raises(UserError, match="STYLESAN_OPS=native: no cuda ops: no compiler: mend that, or unset"):
+        dispatch.describe(CUDA)
+    monkeypatch.setenv("STYLESAN_OPS", "fast")
+    with pytest.raises(UserError, match="STYLESAN_OPS=fast: choose from auto, native, reference"):
+        dispatch.describe(CPU)
 
 
 def test_forms_have_one_implementation_each():

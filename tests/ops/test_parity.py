@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.ops.cases import FORMS, needs_native
 from tests.parity import PARITY, load_json, load_npz, needs_parity, rel_error
 from torch_utils.ops import upfirdn2d as up2
 from torch_utils.ops.bias_act import bias_act
@@ -53,7 +54,7 @@ def leaf(tensor):
 
 
 @cases("upfirdn2d", "filter2d", "upsample2d", "downsample2d")
-@pytest.mark.parametrize("impl", ["ref", "matrix"])
+@FORMS
 def test_resampling(arrays, case, impl):
     want = recorded(arrays, case)
     x = leaf(want["x"])
@@ -68,14 +69,15 @@ def test_setup_filter(arrays, case):
 
 
 @cases("bias_act")
-def test_bias_act(arrays, case):
+@pytest.mark.parametrize("impl", ["ref", pytest.param("cpu", marks=needs_native)])
+def test_bias_act(arrays, case, impl):
     want = recorded(arrays, case)
     x, b = leaf(want["x"]), leaf(want["b"])
-    check(bias_act(x, b, **options(case, "b"), impl="ref"), {"x": x, "b": b}, want)
+    check(bias_act(x, b, **options(case, "b"), impl=impl), {"x": x, "b": b}, want)
 
 
 @cases("filtered_lrelu")
-@pytest.mark.parametrize("impl", ["ref", "matrix"])
+@FORMS
 def test_filtered_lrelu(arrays, case, impl):
     want = recorded(arrays, case)
     x, b = leaf(want["x"]), leaf(want["b"])

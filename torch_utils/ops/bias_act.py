@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import dispatch
+from torch_utils.ops import dispatch, library
 
 #----------------------------------------------------------------------------
 
@@ -97,3 +97,21 @@ def _bias_act_ref(
     if clamp is not None:
         x = x.clamp(-clamp, clamp)
     return x
+
+
+@dispatch.implements("bias_act", "cuda")
+@dispatch.implements("bias_act", "cpu")
+def _bias_act_native(
+    x: torch.Tensor,
+    b: torch.Tensor | None,
+    dim: int,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
+) -> torch.Tensor:
+    """One pass over the values."""
+    library.check_size("bias_act", x.numel())
+    b = None if b is None else b.to(x.dtype)
+    return library.bias_act(x, b, dim % max(x.ndim, 1), library.ACTS.index(act), alpha, gain,
+                            math.inf if clamp is None else float(clamp))

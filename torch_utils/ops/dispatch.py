@@ -4,13 +4,15 @@
 Every operation registers its forms here under a name:
     'ref'     plain PyTorch, written to be read; the oracle of all others
     'matrix'  plain PyTorch, the same numbers through matrix products; faster
-    'cpu', 'cuda'  native code for that kind of device
+    'cpu', 'cuda'  native code for that kind of device, if it can be had (see `native`)
 A caller says `impl='auto'` or names a form.
 """
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from torch_utils.ops import native
 
 FORMS = ("ref", "matrix", "cpu", "cuda")
 NATIVE = ("cpu", "cuda")
@@ -41,21 +43,22 @@ def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
     """
     forms = _implementations[op]
     if impl == "auto":
-        order = ([device.type] if device.type in NATIVE else []) + ["matrix", "ref"]
-        return next(forms[form] for form in order if form in forms)
+        if device.type in NATIVE and device.type in forms and native.load(device.type).functions is not None:
+            return forms[device.type]
+        return forms.get("matrix", forms["ref"])
     if impl not in FORMS:
         raise ValueError(f"impl={impl!r}: choose from auto, {', '.join(FORMS)}")
     if impl not in forms:
-        if impl in NATIVE:
-            raise ValueError(f"impl={impl!r}: {op} has no native {impl} build here: use impl='auto' or impl='ref'")
         raise ValueError(f"impl={impl!r}: {op} has only the forms {', '.join(forms)}")
-    if impl in NATIVE and device.type != impl:
-        raise ValueError(f"impl={impl!r}: {op} was called with a tensor on {device}")
+    if impl in NATIVE:
+        if device.type != impl:
+            raise ValueError(f"impl={impl!r}: {op} was called with a tensor on {device}")
+        loaded = native.load(impl)
+        if loaded.functions is None:
+            raise ValueError(f"impl={impl!r}: no native {impl} ops ({loaded.reason}): use impl='auto' or impl='ref'")
     return forms[impl]
 
 
-def describe() -> str:
-    """One line for the start of a run: what `impl='auto'` will use."""
-    native = {form: sorted(op for op, forms in _implementations.items() if form in forms) for form in NATIVE}
-    parts = [f"native {form} ({', '.join(ops)})" for form, ops in native.items() if ops]
-    return f"ops: {'; '.join(parts)}" if parts else "ops: reference (no native build)"
+def describe(device: torch.device | str) -> str:
+    """One line for the start of a run: what `impl='auto'` will use on that device."""
+    return native.describe(device)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import dispatch
+from torch_utils.ops import dispatch, library
 from torch_utils.ops.arguments import check_images, filter_size, output_size, parse_padding
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.reference import upfirdn2d_ref
-from torch_utils.ops.resampler import Resampler, plan
+from torch_utils.ops.resampler import IDENTITY, Resampler, plan, plan_kernel, read_taps
 
 #----------------------------------------------------------------------------
 
@@ -125,6 +125,35 @@ def filtered_lrelu_matrix(
     downsample = plan(upsample.out_size, x.dtype, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
     layer = _Layer(upsample, downsample, slope, math.inf if clamp is None else float(clamp))
     return _LayerForward.apply(x.reshape(n * c, h, w), layer).reshape(n, c, *downsample.out_size)
+
+
+@dispatch.implements("filtered_lrelu", "cuda")
+@dispatch.implements("filtered_lrelu", "cpu")
+def filtered_lrelu_native(
+    x: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    b: torch.Tensor | None,
+    up: int,
+    down: int,
+    padding: tuple[int, int, int, int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool,
+) -> torch.Tensor:
+    """Row by row: nothing of the upsampled size is stored but two bits per value, and these only for a gradient."""
+    if up == down == 1 and not any(padding) and read_taps(fu) == read_taps(fd) == IDENTITY:
+        return bias_act(x, b, act="lrelu", alpha=slope, gain=gain, clamp=clamp, impl=x.device.type)
+    n, c, h, w = x.shape
+    upsample = plan_kernel((h, w), x.dtype, fu, (up, up), (1, 1), padding, flip_filter, up**2 * gain)
+    size = upsample.y.out, upsample.x.out
+    downsample = plan_kernel(size, x.dtype, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
+    library.check_size("filtered_lrelu", x.numel(), n * c * downsample.y.out * downsample.x.out)
+    b = None if b is None else b.to(x.dtype).contiguous()
+    keep = torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad))
+    return library.filtered_lrelu(x, b, *upsample.arguments(), *downsample.arguments(), slope,
+                                  math.inf if clamp is None else float(clamp), keep)[0]
 
 
 @dataclasses.dataclass(frozen=True)

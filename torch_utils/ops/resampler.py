@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from torch_utils.ops import native
 from torch_utils.ops.arguments import filter_size, output_size, split_gain
 from torch_utils.ops.reference import pad_or_crop, upfirdn2d_ref
 
@@ -183,6 +184,11 @@ def _two_products(planes: torch.Tensor, ay: torch.Tensor, ax: torch.Tensor) -> t
     return torch.bmm(ay, planes.view(n, h, out_w))                  # [n, H', W']
 
 
+def _separable_eps(dtype: torch.dtype) -> float:
+    """Half precision does not make a filter more separable than the single precision that filters are made in."""
+    return min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
 def plan_matrices(
     size: tuple[int, int],
     dtype: torch.dtype,
@@ -194,8 +200,7 @@ def plan_matrices(
     gain: float,
 ) -> MatrixResampler | None:
     """The matrix form for planes of size (height, width); None if the filter is not separable."""
-    # Half precision does not make a filter more separable than the single precision that filters are made in.
-    taps = split_axes(read_taps(f), min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
+    taps = split_axes(read_taps(f), _separable_eps(dtype))
     if taps is None:
         return None
     gains = split_gain(gain)
@@ -263,3 +268,43 @@ def plan(
     """The better way for planes of size (height, width)."""
     matrices = plan_matrices(size, dtype, f, up, down, padding, flip_filter, gain)
     return matrices or ConvResampler(size, f, up, down, padding, flip_filter, gain)
+
+#----------------------------------------------------------------------------
+# For native code.
+
+@functools.lru_cache(maxsize=512)
+def _make_kernel(
+    taps: Taps,
+    eps: float,
+    size: tuple[int, int],
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> native.Kernel:
+    axes = split_axes(taps, eps)
+    gains = split_gain(gain)
+    def values(f: np.ndarray, factor: float) -> tuple[float, ...]:
+        return tuple((factor * (f if flip_filter else np.flip(f))).ravel().tolist())
+    def axis(num_taps: int, i: int) -> native.Axis:
+        pad = padding[2 * i : 2 * i + 2]
+        return native.Axis(up[i], down[i], pad[0], num_taps, output_size(size[1 - i], num_taps, up[i], down[i], *pad))
+    if axes is None:
+        return native.Kernel(values(taps.array(), gain), (), axis(taps.shape[1], 0), axis(taps.shape[0], 1))
+    return native.Kernel(values(axes[0].array(), gains[0]), values(axes[1].array(), gains[1]),
+                         axis(axes[0].shape[0], 0), axis(axes[1].shape[0], 1))
+
+
+def plan_kernel(
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    f: torch.Tensor | None,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> native.Kernel:
+    """The native form for planes of size (height, width)."""
+    return _make_kernel(read_taps(f), _separable_eps(dtype), size, up, down, padding, flip_filter, gain)

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from torch_utils.ops import dispatch
+from torch_utils.ops import dispatch, library
 from torch_utils.ops.arguments import check_images, describe_tensor, filter_size, parse_padding, parse_rate
 from torch_utils.ops.reference import upfirdn2d_ref
-from torch_utils.ops.resampler import plan_matrices
+from torch_utils.ops.resampler import plan_kernel, plan_matrices
 
 MIN_SEPARABLE_TAPS = 8      # Shorter 1-D filters become 2-D ones: official checkpoints hold them so.
 
@@ -111,6 +111,24 @@ def upfirdn2d_matrix(
     if resampler is None:
         return upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
     return resampler.forward(x.reshape(n * c, h, w)).reshape(n, c, *resampler.out_size)
+
+
+@dispatch.implements("upfirdn2d", "cuda")
+@dispatch.implements("upfirdn2d", "cpu")
+def upfirdn2d_native(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> torch.Tensor:
+    """Polyphase filters in one pass over the images."""
+    n, c, h, w = x.shape
+    kernel = plan_kernel((h, w), x.dtype, f, up, down, padding, flip_filter, gain)
+    library.check_size("upfirdn2d", x.numel(), n * c * kernel.y.out * kernel.x.out)
+    return library.resample(x, *kernel.arguments())
 
 #----------------------------------------------------------------------------
 # The same with padding that keeps images aligned. `padding` comes on top of it.

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native code against the definitions: the library for processors, and the GPU's programs run on a processor."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from tests.ops.cases import filters, needs_native, randn, random_options
+from tests.ops.test_filtered_lrelu import OPTIONS, grads, settings
+from tests.parity import rel_error
+from torch_utils.ops import build, library, native
+from torch_utils.ops.bias_act import activation_funcs, bias_act
+from torch_utils.ops.filtered_lrelu import filtered_lrelu
+from torch_utils.ops.upfirdn2d import upfirdn2d
+
+pytestmark = needs_native
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
+
+
+@pytest.fixture(params=["cpu", "tiles"])
+def code(request, monkeypatch):
+    """The library for processors, or the programs of the GPU in its place."""
+    if request.param == "tiles":
+        flags = ("-O1", "-std=c++17", "-fPIC")
+        target = build.Target("tiles", build.cpu_target().compiler, flags, ("emulate.cpp",), ())
+        functions = native.bind(build.library(target), with_stream=True)
+        functions = {name: lambda *args, f=f: f(*args, None) for name, f in functions.items()}
+        monkeypatch.setitem(native._loaded, "cpu", native.Loaded(functions))
+    return request.param
+
+#----------------------------------------------------------------------------
+# Against the definitions.
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_layer_is_ref(code, options, dtype, tolerance):
+    x, b = randn(3, 7, 9, 8, dtype=dtype).requires_grad_(), randn(7, seed=1, dtype=dtype).requires_grad_()
+    found = {}
+    for impl in ("ref", "cpu"):
+        y = filtered_lrelu(x, b=b, **settings(options, dtype), impl=impl)
+        found[impl] = [y, *grads(y, [x, b], randn(*y.shape, seed=3, dtype=dtype))]
+    for a, want in zip(found["cpu"], found["ref"], strict=True):
+        assert a.dtype == dtype
+        assert rel_error(a, want) < tolerance * (1 if want.ndim == 4 else 4)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_layer_of_many_tiles_is_ref(code, last):
+    """More rows, columns and planes than one piece of work has; groups of planes that end within an image."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = randn(2, 19, 75, 71).to(memory_format=layout).requires_grad_()
+    b, f = randn(19, seed=1).requires_grad_(), torch.hann_window(14, dtype=torch.float64)[1:-1] / 6.5
+    for up, down in ((2, 2), (4, 2), (1, 3)):
+        found = {}
+        for impl in ("ref", "cpu"):
+            y = filtered_lrelu(x, f, f, b, up=up, down=down, padding=(9, 8, 7, 9), clamp=0.8, impl=impl)
+            found[impl] = [y, *grads(y, [x, b], randn(*y.shape, seed=3).to(memory_format=layout))]
+        for a, want in zip(found["cpu"], found["ref"], strict=True):
+            assert rel_error(a, want) < 1e-12
+        assert found["cpu"][0].is_contiguous(memory_format=layout)
+
+
+def test_random_layers(code):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        n_up, n_down = rng.integers(1, 13, 2).tolist()
+        h, w = rng.integers(8, 24, 2).tolist()
+        options = {"fu": randn(n_up, seed=i), "fd": randn(n_down, seed=i + 1), "b": randn(4, seed=i + 2),
+                   "up": int(rng.integers(1, 5)), "down": int(rng.integers(1, 5)), "gain": float(rng.uniform(0.5, 2)),
+                   "padding": (rng.integers(-2, 6, 4) + 6).tolist(), "slope": float(rng.uniform(0, 1)),
+                   "clamp": [None, 0.5, 256][i % 3], "flip_filter": bool(rng.integers(2))}
+        x, found = randn(2, 4, h, w, seed=i + 3).requires_grad_(), []
+        for impl in ("cpu", "ref"):
+            y = filtered_lrelu(x, **options, impl=impl)
+            found.append([y, *torch.autograd.grad(y, x, randn(*y.shape, seed=i + 4))])
+        for a, want in zip(*found, strict=True):
+            assert rel_error(a, want) < 1e-12, options
+
+
+@pytest.mark.parametrize("name", ["1d", "2d", "rank1", "none"])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_resampling_is_ref(code, name, dtype, tolerance):
+    f = filters(torch.float32)[name]
+    taps = (1, 1) if f is None else (f.shape[0], f.shape[-1])
+    rng = np.random.default_rng(1)
+    for i in range(20):
+        h, w = rng.integers(3, 40, 2).tolist()
+        x = randn(2, 3, h, w, seed=i, dtype=dtype).requires_grad_()
+        options = random_options(rng, (h, w), taps)
+        a, b = (upfirdn2d(x, f, **options, impl=impl) for impl in ("cpu", "ref"))
+        dy = randn(*a.shape, seed=i + 1, dtype=dtype)
+        da, db = (torch.autograd.grad(y, x, dy)[0] for y in (a, b))
+        assert rel_error(a, b) < tolerance or not (a.any() or b.any()), (h, w, options)
+        assert rel_error(da, db) < tolerance or not (da.any() or db.any()), (h, w, options)
+
+
+@pytest.mark.parametrize("act", list(activation_funcs))
+@pytest.mark.parametrize("options", [{}, {"gain": 1.7, "clamp": 0.8, "alpha": 0.1}], ids=["plain", "gain-clamp"])
+def test_bias_act_is_ref(code, act, options):
+    x, b = randn(2, 3, 4, 5).requires_grad_(), randn(3, seed=1).requires_grad_()
+    def function(x, b):
+        return bias_act(x, b, act=act, **options, impl="cpu")
+    assert rel_error(function(x, b), bias_act(x, b, act=act, **options, impl="ref")) < 1e-14
+    assert gradcheck(function, (x, b))
+    assert gradgradcheck(function, (x, b))
+
+
+@pytest.mark.parametrize("act", ["lrelu", "swish", "softplus"])
+def test_third_order_of_bias_act(act):
+    x, b = randn(3, 4).requires_grad_(), randn(4, seed=1).requires_grad_()
+    found = []
+    for impl in ("cpu", "ref"):
+        y = bias_act(x, b, act=act, impl=impl).square().sum()
+        for _ in range(3):
+            y = torch.autograd.grad(y, x, create_graph=True)[0].pow(3).sum()
+        found.append([y, *torch.autograd.grad(y, [x, b])])
+    for a, want in zip(*found, strict=True):
+        assert rel_error(a, want) < 1e-9
+
+
+def test_bias_act_in_every_layout(code):
+    base = randn(2, 3, 4, 5)
+    for x in (base, base.to(memory_format=torch.channels_last), base.mT, base[:, :, ::2], base[:1].expand(4, 3, 4, 5),
+              base[:, :1]):
+        for dim in (0, 1, 2, 3):
+            b = randn(x.shape[dim], seed=1)
+            assert rel_error(bias_act(x, b, dim, "lrelu", impl="cpu"), bias_act(x, b, dim, "lrelu", impl="ref")) < 1e-15
+    assert bias_act(torch.zeros(0, 3), torch.zeros(3), act="lrelu", impl="cpu").shape == (0, 3)
+    assert bias_act(torch.tensor(-1.0), act="lrelu", gain=1.0, impl="cpu") == torch.tensor(-0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(code, dtype):
+    x, b, f = randn(2, 19, 12, 12, dtype=dtype).requires_grad_(), randn(19, seed=1, dtype=dtype), torch.ones(8) / 8
+    calls = [lambda x, b, impl: filtered_lrelu(x, f, f, b, up=2, down=2, padding=(7, 6), impl=impl),
+             lambda x, b, impl: upfirdn2d(x, f, up=2, padding=(4, 3), gain=4, impl=impl),
+             lambda x, b, impl: bias_act(x, b, act="lrelu", clamp=1, impl=impl)]
+    for call in calls:
+        y = call(x, b, "cpu")
+        exact = x.detach().double().requires_grad_()
+        want = call(exact, b.double(), "ref")
+        dy = randn(*y.shape, seed=5, dtype=dtype)
+        dx, dexact = torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(want, exact, dy.double())[0]
+        assert y.dtype == dx.dtype == dtype
+        assert rel_error(y.float(), want) < 2 * torch.finfo(dtype).eps     # One rounding, at the end.
+        assert rel_error(dx.float(), dexact) < 2 * torch.finfo(dtype).eps
+
+
+def test_not_a_number_stays_one(code):
+    x = torch.full((1, 1, 6, 6), math.nan)
+    assert filtered_lrelu(x, clamp=1, up=2, padding=1, impl="cpu").isnan().any()
+    assert bias_act(x, act="lrelu", clamp=1, impl="cpu").isnan().all()
+    assert upfirdn2d(x, torch.ones(2), impl="cpu").isnan().all()
+
+#----------------------------------------------------------------------------
+# As operations of PyTorch.
+
+def layer_arguments(keep: bool):
+    up = native.Kernel((1.0, 2.0, 0.5), (1.0, 3.0), native.Axis(2, 1, 2, 3, 11), native.Axis(2, 1, 1, 2, 12))
+    down = native.Kernel((1.0, 2.0), (0.3, 0.2), native.Axis(1, 2, 0, 2, 5), native.Axis(1, 2, 0, 2, 6))
+    return (*up.arguments(), *down.arguments(), 0.2, 1.5, keep), up, down
+
+
+LAYOUTS = [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mT.contiguous().mT,
+           lambda x: x.repeat_interleave(2, 3)[..., ::2]]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")     # opcheck's own.
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels-last", "transposed", "strided"])
+def test_opcheck(layout):
+    def images(seed):
+        return layout(randn(2, 3, 5, 5, seed=seed, dtype=torch.float32)).requires_grad_()
+    arguments, up, down = layer_arguments(True)
+    b = randn(3, seed=1, dtype=torch.float32).requires_grad_()
+    codes = library.filtered_lrelu(images(0), b, *arguments)[1]
+    torch.library.opcheck(library.resample, (images(0), *up.arguments()))
+    torch.library.opcheck(library.filtered_lrelu, (images(0), b, *arguments))
+    torch.library.opcheck(library.filtered_lrelu_slopes, (images(0), codes, *arguments[:7]))
+    for act in (2, 8):
+        torch.library.opcheck(library.bias_act, (images(0), b, 1, act, 0.2, 1.5, 1.0))
+        torch.library.opcheck(library.bias_act_derivative, (images(0), b, images(1), 1, act, 0.2, 1.5, 1.0, 1))
+
+
+def test_codes_are_kept_for_gradients_only():
+    x, (arguments, _, _) = randn(1, 3, 5, 5).requires_grad_(), layer_arguments(False)
+    with torch.no_grad():
+        assert library.filtered_lrelu(x, None, *arguments)[1].numel() == 0
+    with pytest.raises(ValueError, match="keep=False has no gradient"):
+        library.filtered_lrelu(x, None, *arguments)
+
+
+def test_names_are_those_of_the_source():
+    assert list(library.ACTS) == list(activation_funcs)
+
+
+def test_too_large():
+    x = torch.zeros(1).expand(1 << 16, 1 << 15, 1, 1)
+    for call in (lambda: upfirdn2d(x, None, impl="cpu"), lambda: bias_act(x, act="lrelu", impl="cpu"),
+                 lambda: filtered_lrelu(x, up=2, padding=1, impl="cpu")):
+        with pytest.raises(ValueError, match=r"2,147,483,648 elements|take up to 2,147,483,647: use smaller batches"):
+            call()
+
+#----------------------------------------------------------------------------
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gpu_is_ref(dtype, layout):
+    assert native.load("cuda").functions is not None, native.load("cuda").reason
+    x = randn(2, 19, 75, 71, dtype=dtype).cuda().to(memory_format=layout).requires_grad_()
+    b, f = randn(19, seed=1, dtype=dtype).cuda().requires_grad_(), (torch.hann_window(14)[1:-1] / 6.5).cuda()
+    calls = [lambda x, b, impl: filtered_lrelu(x, f, f, b, up=2, down=2, padding=(9, 8, 7, 9), impl=impl),
+             lambda x, b, impl: upfirdn2d(x + b[:, None, None], f, up=2, padding=(4, 3), gain=4, impl=impl),
+             lambda x, b, impl: bias_act(x, b, act="lrelu", clamp=1, impl=impl)]
+    for call in calls:
+        found = []
+        for impl, inputs in (("cuda", (x, b)), ("ref", (x.detach().double().requires_grad_(),
+                                                        b.detach().double().requires_grad_()))):
+            y = call(*inputs, impl)
+            found.append([y, *torch.autograd.grad(y, inputs, randn(*y.shape, seed=5, dtype=dtype).to(y))])
+        for a, want in zip(*found, strict=True):
+            assert rel_error(a.double(), want) < max(4 * torch.finfo(dtype).eps, 1e-12)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the native operations: `python -m torch_utils.ops.build [cpu|cuda ...]`, or by themselves at first use.
+
+A library is stored as `<kind>-<key>-<compiler>/library.so` in $STYLESAN_OPS_CACHE (`ops` in the cache folder), where
+the key covers the sources, the flags, PyTorch and the processor or GPU. It is made in a folder of its own and renamed,
+so that one is either whole or absent. Processes that need the same library wait for a lock which the operating system
+frees when its holder ends, however it ends.
+"""
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+
+from dnnlib import cli
+from dnnlib.download import cache_dir
+
+try:
+    import fcntl
+except ImportError:     # Not on Windows: there processes may compile side by side; the first one's result is kept.
+    fcntl = None
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+KINDS = ("cpu", "cuda")
+COMPILE_SECONDS = 600       # A compiler that takes longer is stopped.
+WAIT_SECONDS = 900          # For another process that compiles the same; then this one does it, too.
+FAILURE_SECONDS = 120       # Other processes of a run do not repeat a failure that is younger.
+CPU_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+CUDA_FLAGS = ("-O3", "-std=c++17", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-cudart=none")
+
+
+class BuildError(Exception):
+    """Why there is no library, in one line."""
+
+
+def ops_cache() -> Path:
+    """The folder of compiled libraries."""
+    return Path(os.environ.get("STYLESAN_OPS_CACHE") or cache_dir() / "ops")
+
+#----------------------------------------------------------------------------
+# What is compiled with what.
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One library of one kind for one machine."""
+
+    kind: str
+    compiler: str | None        # Path; None where there is none.
+    flags: tuple[str, ...]
+    sources: tuple[str, ...]
+    link: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The part of the folder's name that does not depend on the compiler."""
+        content = hashlib.sha256()
+        for path in sorted(SOURCES.iterdir()):
+            content.update(path.name.encode() + b"\0" + path.read_bytes())
+        machine = _processor() if self.kind == "cpu" else ""
+        content.update(repr((self.kind, self.flags, self.sources, torch.__version__, sys.platform, machine)).encode())
+        return f"{self.kind}-{content.hexdigest()[:16]}"
+
+    def folder(self) -> Path:
+        """Where the library is. Without a compiler one that was made by any."""
+        root = ops_cache()
+        if self.compiler is None:
+            return next((path for path in sorted(root.glob(f"{self.name}-*")) if (path / LIBRARY).is_file()),
+                        root / f"{self.name}-none")
+        return root / f"{self.name}-{_compiler_version(self.compiler)}"
+
+
+LIBRARY = "library.so"
+
+
+@functools.cache
+def _processor() -> str:
+    """The machine and the instructions it has: a folder may be shared by different ones."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return f"{platform.machine()} {' '.join(sorted(line.split(':', 1)[1].split()))}"
+    return f"{platform.machine()} {platform.processor()}"
+
+
+@functools.cache
+def _compiler_version(compiler: str) -> str:
+    """A short hash of what the compiler says about itself."""
+    try:
+        text = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{compiler} --version failed: {error}") from None
+    return hashlib.sha256(compiler.encode() + text).hexdigest()[:8]
+
+
+def _find_program(names: tuple[str, ...], places: tuple[Path, ...] = ()) -> str | None:
+    for place in places:
+        if os.access(place, os.X_OK):
+            return str(place)
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def cpu_target() -> Target:
+    """C++ for this machine's processor. $CXX names another compiler."""
+    torch_root = Path(torch.__file__).parent
+    flags = (*CPU_FLAGS, "-march=native", f"-I{torch_root}/include")
+    # No OpenMP library is named: that of PyTorch is taken, so that there is one set of threads.
+    link = (f"-L{torch_root}/lib", "-ltorch_cpu", "-lc10")
+    compiler = _find_program((os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++"))
+    return Target("cpu", compiler, flags, ("cpu.cpp", "threads.cpp"), link)
+
+
+def cuda_target(archs: str | None = None) -> Target:
+    """CUDA for this machine's GPU, or for `archs` ('80,90'). The compiler: $CUDA_HOME's, on PATH, or pip's."""
+    if archs is None:
+        major, minor = torch.cuda.get_device_capability()
+        archs = f"{major}{minor}"
+    places = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
+    compiler = _find_program(("nvcc",), tuple(places)) or _find_program((), _pip_compilers())
+    flags = (*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split(",")))
+    return Target("cuda", compiler, flags, ("cuda.cu",), tuple(map(str, _cuda_runtimes(compiler)[:1])))
+
+
+def _pip_compilers() -> tuple[Path, ...]:
+    """nvcc from the packages nvidia-cuda-nvcc, -crt and nvidia-nvvm."""
+    return tuple(Path(torch.__file__).parents[1].glob("nvidia/*/bin/nvcc"))
+
+
+def _cuda_runtimes(compiler: str | None) -> list[Path]:
+    """libcudart under its versioned name, which is all that pip installs; PyTorch's own comes first."""
+    folders = list(Path(torch.__file__).parents[1].glob("nvidia/*/lib"))
+    if compiler:
+        root = Path(compiler).resolve().parents[1]
+        folders += [root / "lib64", root / "lib"]
+    return [path for folder in folders for path in sorted(folder.glob("libcudart.so.[0-9]*"))]
+
+#----------------------------------------------------------------------------
+# Compile, one process at a time.
+
+def library(target: Target, retry: bool = False) -> Path:
+    """Path of the shared library, compiled if it is not there.
+
+    Args:
+        retry: Compile although another process failed a moment ago.
+
+    Raises:
+        BuildError: it is not there and cannot be made.
+    """
+    folder = target.folder()
+    if (folder / LIBRARY).is_file():
+        return folder / LIBRARY
+    if target.compiler is None:
+        raise BuildError("no C++ compiler on PATH" if target.kind == "cpu" else "no nvcc on PATH")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            if not (folder / LIBRARY).is_file():
+                failure = folder.with_suffix(".failed")
+                if not retry and failure.is_file() and time.time() - failure.stat().st_mtime < FAILURE_SECONDS:
+                    raise BuildError(failure.read_text())
+                _compile(target, folder, failure)
+    except OSError as error:
+        raise BuildError(f"cannot write to {folder.parent}: {error.strerror or error}") from None
+    return folder / LIBRARY
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process. After WAIT_SECONDS, or where locks do not work, go on without."""
+    with open(path, "w") as file:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while fcntl is not None and time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:
+                break
+        yield
+
+
+def _compile(target: Target, folder: Path, failure: Path) -> None:
+    """Compile in a temporary folder and rename it to `folder`."""
+    for left_over in folder.parent.glob(f"tmp-{folder.name}-*"):    # Of processes that were killed.
+        shutil.rmtree(left_over, ignore_errors=True)
+    print(f"Compiling the native {target.kind} ops (once, less than a minute) ...", file=sys.stderr, flush=True)
+    temp = Path(tempfile.mkdtemp(prefix=f"tmp-{folder.name}-", dir=folder.parent))
+    try:
+        (temp / "build.ninja").write_text(_ninja_file(target))
+        _run_ninja(temp)
+        for path in [*temp.glob("*.o"), *temp.glob(".ninja*")]:
+            path.unlink()
+        with contextlib.suppress(OSError):      # Another process without locks may have been first.
+            temp.rename(folder)
+        failure.unlink(missing_ok=True)
+    except BuildError as error:
+        failure.write_text(str(error))
+        raise
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _ninja_file(target: Target) -> str:
+    def quoted(words: tuple[str, ...]) -> str:
+        return " ".join(f"'{word}'".replace("$", "$$") for word in words)
+    def path(name: Path | str) -> str:
+        return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    objects = [f"{Path(source).stem}.o" for source in target.sources]
+    edges = [f"build {name}: compile {path(SOURCES / source)}"
+             for name, source in zip(objects, target.sources, strict=True)]
+    return "\n".join([
+        f"rule compile\n  command = {quoted((target.compiler,))} {quoted(target.flags)} -c $in -o $out",
+        f"rule link\n  command = {quoted((target.compiler,))} -shared $in -o $out {quoted(target.link)}",
+        *edges, f"build {LIBRARY}: link {' '.join(objects)}", ""])
+
+
+def _run_ninja(folder: Path) -> None:
+    """Raises BuildError with the first line that looks like a message of the compiler."""
+    ninja = shutil.which("ninja")
+    command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+    try:
+        done = subprocess.run([*command, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, errors="replace", timeout=COMPILE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"the compiler took more than {COMPILE_SECONDS} s") from None
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        told = [line for line in lines if "error" in line.lower() or "not found" in line or "No module" in line]
+        raise BuildError(f"compilation failed: {(told or lines or ['no message'])[0][:300]}")
+
+#----------------------------------------------------------------------------
+
+@click.command(cls=cli.Command)
+@click.argument("kinds", nargs=-1, type=click.Choice(KINDS))
+@click.option("--arch", metavar="LIST", default=None, help="Compile CUDA for these compute capabilities: 80,90")
+def main(kinds: tuple[str, ...], arch: str | None) -> None:
+    """Compile the native operations ahead of time: KINDS are cpu and cuda; what the machine has by default."""
+    kinds = kinds or ("cpu", *(["cuda"] if torch.cuda.is_available() or arch else []))
+    for kind in kinds:
+        start = time.perf_counter()
+        try:
+            path = library(cpu_target() if kind == "cpu" else cuda_target(arch), retry=True)
+        except BuildError as error:
+            raise click.ClickException(f"{kind}: {error}") from None
+        click.echo(f"{kind}: {path} ({time.perf_counter() - start:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()
