@@ -6,8 +6,8 @@
 
 Makes an archive of 1.3 million images of 16 pixels and two small ones of 64 pixels in a temporary folder. The plain
 way is what readers of StyleGAN's data sets commonly do: every process opens the archive with zipfile, makes a set of
-its names and a dict of its labels, and hands each member to Pillow as a file object. All is measured in fresh processes
-with the archives in the page cache. The last line is JSON.
+its names and a dict of its labels, and hands each member to Pillow as a file object. Times are those of one core, in
+fresh processes with the archives in the page cache. The last line is JSON.
 """
 import concurrent.futures
 import io
@@ -138,11 +138,12 @@ DATASETS = {"plain": PlainDataset, "ours": our_dataset}
 # Measurements, each for a process of its own.
 
 def first_batch(who: str, path: Path) -> float:
-    """Seconds until the first batch is there, with no loader processes."""
+    """Seconds of one core until the first batch is there, with no loader processes."""
     PIL.Image.init()
-    start = time.perf_counter()
+    torch.set_num_threads(1)
+    start = time.process_time()
     images, labels = next(BATCHES[who](path, 0))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert images.shape[0] == labels.shape[0] == BATCH
     return seconds
 
@@ -163,6 +164,8 @@ def seconds_per_image(who: str, path: Path, count: int) -> float:
 
 def worker_bytes(who: str, path: Path, workers: int) -> int | None:
     """Memory of the loader processes together, pages that several share counted in parts; None if unknown."""
+    if "fork" in multiprocessing.get_all_start_methods():       # As in training; this process was made otherwise.
+        multiprocessing.set_start_method("fork", force=True)
     batches = BATCHES[who](path, workers)
     for _ in range(8 * workers):
         next(batches)
@@ -187,7 +190,9 @@ def apart(function: Callable, *args: Any) -> Any:
     """The function's result in a new process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
-        return executor.submit(function, *args).result()
+        result = executor.submit(function, *args).result()
+    click.echo(f"{function.__name__} {' '.join(map(str, args))}: {result}", err=True)
+    return result
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:
@@ -233,7 +238,7 @@ def report(found: dict[str, Any]) -> str:
         return f"{1 / found[name]:,.0f} images/s"
 
     rows = [
-        ("first batch, big archive", f"{found['first_plain']:.2f} s", f"{found['first_kept']:.2f} s",
+        ("first batch, big archive, one core", f"{found['first_plain']:.2f} s", f"{found['first_kept']:.2f} s",
          ratios["first_batch"]),
         ("the same, the very first time (the index is made)", f"{found['first_plain']:.2f} s",
          f"{found['first_made']:.2f} s", ratios["first_batch_ever"]),
