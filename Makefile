@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SEED ?= 0
 SAN ?= 1
+JOBS ?= 2
 
 .PHONY: demo test test-fast test-gpu lint clean
 
@@ -22,10 +23,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(PY) -m ruff check .
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)

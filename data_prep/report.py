@@ -5,6 +5,7 @@ import dataclasses
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import PIL
 import PIL.features

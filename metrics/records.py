@@ -78,7 +78,7 @@ def result(job: Job, values: dict[str, float], settings: dict[str, Any], detecto
         "truncation_psi": made.get("truncation_psi"),
         "settings": {key: value for key, value in settings.items() if key not in own},
         "generated": {**made, "fingerprint": source.fingerprint},
-        **_of_reference(job, reference),
+        **_of_reference(job, detector, reference),
         "version": code_version(),
         **more,
     }
@@ -95,11 +95,11 @@ def _of_detector(detector: Detector | None, settings: dict[str, Any]) -> dict[st
     return found if is_verified else {**found, "detector_unverified": True}
 
 
-def _of_reference(job: Job, reference: Reference | None) -> dict[str, Any]:
+def _of_reference(job: Job, detector: Detector | None, reference: Reference | None) -> dict[str, Any]:
     """What the metric compared with: the stored statistics it used, or the images."""
-    if reference is None or not job.has_real_side:
+    if reference is None or detector is None or not job.has_real_side:
         return {"reference": None, "reference_fingerprint": None}
-    stored = next((x for output in job.outputs if (x := reference.statistics_for(job.detector, output))), None)
+    stored = next((x for output in job.outputs if (x := reference.statistics_for(detector.name, output))), None)
     fingerprint = reference.source.fingerprint if stored is None else stored.fingerprint
     return {"reference": reference.describe(stored), "reference_fingerprint": fingerprint}
 

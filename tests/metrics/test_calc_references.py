@@ -6,10 +6,12 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 
 from metrics.references import load_statistics
 from tests.metrics.helpers import random_images, write_folder
 from tests.metrics.test_calc_metrics import call, refused, run
+from torch_utils.local_network import LocalNet, local_config, save_local_network
 
 NUM = 40
 INCEPTION = "inception-2015-12-05"
@@ -66,6 +68,18 @@ def test_our_file(data, fid):
         assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(file.files)
         assert file["arr_0"].shape == (50, 16, 16, 3)
         assert INCEPTION in json.loads(str(file["metadata"]))["resize"]
+
+
+def test_statistics_of_a_judge_named_by_its_path(data, tmp_path):
+    """The file says 'local:judge.safetensors', the flag where it lies."""
+    torch.manual_seed(0)
+    save_local_network(tmp_path / "judge.safetensors", LocalNet(local_config(3, 16, (8, 12))))
+    judge = f"--detector={tmp_path}/judge.safetensors"
+    assert call("--device=cpu", f"--data={data}/real", judge, f"--save-ref={tmp_path}/own.npz").exit_code == 0
+    record = run(f"--images={data}/gen", judge, "--metrics=fid", f"--num={NUM}", f"--ref={tmp_path}/own.npz")[0]
+    want = run(f"--images={data}/gen", judge, "--metrics=fid", f"--num={NUM}", f"--data={data}/real")[0]
+    assert record["results"]["fid"] == pytest.approx(want["results"]["fid"], rel=1e-6)
+    assert record["reference"]["used"] == "statistics"
 
 
 def test_foreign_files(data, fid):
