@@ -10,7 +10,7 @@ import pytest
 
 def pytest_configure(config):
     """Native operations are compiled once, not by every test that starts a script."""
-    if "STYLESAN_OPS_CACHE" not in os.environ:
+    if "STYLESAN_OPS_CACHE" not in os.environ and getattr(config, "cache", None) is not None:
         os.environ["STYLESAN_OPS_CACHE"] = str(config.cache.mkdir("ops"))
 
 

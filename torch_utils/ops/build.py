@@ -68,7 +68,7 @@ class Target:
         for path in sorted(SOURCES.iterdir()):
             content.update(path.name.encode() + b"\0" + path.read_bytes())
         machine = _processor() if self.kind == "cpu" else ""
-        content.update(repr((self.kind, self.flags, self.sources, torch.__version__, sys.platform, machine)).encode())
+        content.update(repr((self.kind, self.flags, self.sources, self.link, torch.__version__, sys.platform, machine)).encode())
         return f"{self.kind}-{content.hexdigest()[:16]}"
 
     def folder(self) -> Path:
@@ -128,7 +128,8 @@ def cuda_target(archs: str | None = None) -> Target:
     places = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
     compiler = _find_program(("nvcc",), tuple(places)) or _find_program((), _pip_compilers())
     flags = (*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split(",")))
-    return Target("cuda", compiler, flags, ("cuda.cu",), tuple(map(str, _cuda_runtimes(compiler)[:1])))
+    runtime = tuple(f"-Xlinker={path}" for path in _cuda_runtimes(compiler)[:1])
+    return Target("cuda", compiler, flags, ("cuda.cu",), ("-cudart=none", "-Xlinker=--no-as-needed", *runtime))
 
 
 def _pip_compilers() -> tuple[Path, ...]:
@@ -236,7 +237,9 @@ def _run_ninja(folder: Path) -> None:
         raise BuildError(f"the compiler took more than {COMPILE_SECONDS} s") from None
     if done.returncode:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        told = [line for line in lines if "error" in line.lower() or "not found" in line or "No module" in line]
+        lines = [line for line in lines if not line.startswith(("ninja: Entering", "[", "FAILED:"))] or lines
+        words = "error", "fatal", "not found", "no module"
+        told = [line for line in lines if any(word in line.lower() for word in words)]
         raise BuildError(f"compilation failed: {(told or lines or ['no message'])[0][:300]}")
 
 #----------------------------------------------------------------------------
