@@ -68,8 +68,8 @@ class Target:
         for path in sorted(SOURCES.iterdir()):
             content.update(path.name.encode() + b"\0" + path.read_bytes())
         machine = _processor() if self.kind == "cpu" else ""
-        setup = self.kind, self.flags, self.sources, self.link, torch.__version__, sys.platform, machine
-        content.update(repr(setup).encode())
+        told = self.kind, self.flags, self.sources, self.link, torch.__version__, sys.platform, machine
+        content.update(repr(told).encode())
         return f"{self.kind}-{content.hexdigest()[:16]}"
 
     def folder(self) -> Path:
