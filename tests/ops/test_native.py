@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Native code against the definitions: the library for processors, and the GPU's programs run on a processor."""
+import ctypes
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from tests.ops.cases import filters, needs_native, randn, random_options
 from tests.ops.test_filtered_lrelu import OPTIONS, grads, settings
 from tests.parity import rel_error
-from torch_utils.ops import build, library, native
+from torch_utils.ops import build, library, native, self_check
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
@@ -201,6 +202,44 @@ def test_too_large():
                  lambda: filtered_lrelu(x, up=2, padding=1, impl="cpu")):
         with pytest.raises(ValueError, match=r"2,147,483,648 elements|take up to 2,147,483,647: use smaller batches"):
             call()
+
+#----------------------------------------------------------------------------
+# Before it is trusted.
+
+def test_self_check(code):
+    assert self_check.find_fault("cpu") is None
+    with torch.inference_mode():
+        assert self_check.find_fault("cpu") is None
+
+
+@pytest.mark.parametrize("name", ["resample", "filtered_lrelu", "bias_act"])
+def test_wrong_code_is_not_used(name, monkeypatch):
+    functions = native.load("cpu").functions
+    def spoilt(*args):      # Runs, but one number is wrong.
+        code = functions[name](*args)
+        memory = ctypes.cast(_result_of(name, args), ctypes.POINTER(ctypes.c_float))
+        memory[0] += 10.0
+        return code
+    broken = native.Loaded({**functions, name: spoilt})
+    monkeypatch.setattr(native, "_loaded", {"cpu": broken})
+    op = {"resample": "upfirdn2d"}.get(name, name)
+    assert native._checked("cpu", broken).reason.startswith(f"self-check failed: {op}, float32: result differs")
+
+
+def _result_of(name, args):
+    """Address of the first value of the result, from the arguments of a call."""
+    if name == "bias_act":
+        return args[1]._obj.out
+    return args[{"resample": 2, "filtered_lrelu": 3}[name]]._obj.data
+
+
+def test_failing_code_is_not_used(monkeypatch):
+    functions = {name: lambda *args: -3 for name in native.load("cpu").functions}
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "_load", lambda kind: native.Loaded(functions))
+    monkeypatch.setenv("STYLESAN_OPS", "auto")
+    assert native.describe("cpu").startswith("ops: reference (self-check failed: filtered_lrelu for torch.float32 on")
+    assert upfirdn2d(randn(1, 1, 8, 8), None, up=2, padding=1).shape == (1, 1, 18, 18)
 
 #----------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ class Loaded:
 
 
 _loaded: dict[str, Loaded] = {}     # Kind -> what came of loading it; filled at first use.
-_lock = threading.Lock()
+_lock = threading.RLock()           # The self-check runs operations, which ask for the library again.
 
 
 def choice() -> str:
@@ -56,6 +56,7 @@ def load(kind: str) -> Loaded:
     with _lock:
         if kind not in _loaded:
             _loaded[kind] = _load(kind)
+            _loaded[kind] = _checked(kind, _loaded[kind])
     loaded = _loaded[kind]
     if loaded.functions is None and choice() == "native":
         raise UserError(f"STYLESAN_OPS=native: no {kind} ops: {loaded.reason}: mend that, or unset STYLESAN_OPS")
@@ -70,6 +71,18 @@ def _load(kind: str) -> Loaded:
         return Loaded(None, str(error))
     except (OSError, AttributeError) as error:
         return Loaded(None, f"the library does not load: {str(error).splitlines()[0]}")
+
+
+def _checked(kind: str, loaded: Loaded) -> Loaded:
+    """The library if it computes what the definitions do on this machine, else why not."""
+    if loaded.functions is None:
+        return loaded
+    from torch_utils.ops import self_check  # It uses the operations, which use this module.
+    try:
+        fault = self_check.find_fault(kind)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[0]
+    return loaded if fault is None else Loaded(None, f"self-check failed: {fault}")
 
 
 def bind(path: str | os.PathLike, with_stream: bool) -> dict[str, Callable[..., int]]:

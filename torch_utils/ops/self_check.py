@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native code against the definitions, on the machine where it will run: once per process, before it is trusted."""
+import torch
+
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.filtered_lrelu import filtered_lrelu
+from torch_utils.ops.upfirdn2d import upfirdn2d
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}     # Of the largest value. A wrong index gives errors near 1.
+
+
+def find_fault(kind: str) -> str | None:
+    """Runs all operations with their gradients on small inputs: where native code goes wrong, or None.
+
+    Half precision is checked on GPUs only: processors compute in it nowhere by default.
+    """
+    for dtype in (torch.float32, torch.float16) if kind == "cuda" else (torch.float32,):
+        for name in _CALLS:
+            native, want = (_run(name, kind, dtype, impl) for impl in (kind, "ref"))
+            for what, a, b in zip(("result", "gradient of x", "gradient of b"), native, want, strict=True):
+                error = float((a.double().cpu() - b).abs().max() / b.abs().max())
+                if not error <= TOLERANCE[dtype]:
+                    return f"{name}, {str(dtype).removeprefix('torch.')}: {what} differs by {error:.1e}"
+    return None
+
+
+def _layer(x: torch.Tensor, b: torch.Tensor, impl: str) -> torch.Tensor:
+    taps = torch.hann_window(14, periodic=False, dtype=torch.float32, device=x.device)[1:-1]
+    return filtered_lrelu(x, taps / taps.sum(), taps / taps.sum(), b, up=2, down=2, padding=(9, 8, 7, 9), clamp=0.9,
+                          impl=impl)
+
+
+def _resample(x: torch.Tensor, b: torch.Tensor, impl: str) -> torch.Tensor:
+    taps = torch.arange(1, 6, dtype=torch.float32, device=x.device) / 15
+    return upfirdn2d(x + b[:, None, None], taps, up=2, down=3, padding=(4, 3, 2, 5), gain=4, impl=impl)
+
+
+def _activate(x: torch.Tensor, b: torch.Tensor, impl: str) -> torch.Tensor:
+    return bias_act(x, b, act="lrelu", clamp=0.9, impl=impl)
+
+
+_CALLS = {"filtered_lrelu": _layer, "upfirdn2d": _resample, "bias_act": _activate}
+
+
+def _run(name: str, kind: str, dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+    """[result, gradient of x, gradient of b]; the definition runs in float64 on the processor."""
+    with torch.inference_mode(False), torch.enable_grad():      # Whatever the caller is in the middle of.
+        return _gradients(name, kind, dtype, impl)
+
+
+def _gradients(name: str, kind: str, dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in ([2, 19, 21, 23], [19])]
+    place = {"device": "cpu", "dtype": torch.float64} if impl == "ref" else {"device": kind, "dtype": dtype}
+    x, b = (t.to(**place).requires_grad_() for t in inputs)
+    y = _CALLS[name](x, b, impl)
+    weights = torch.randn(y.shape, generator=generator).to(dtype).to(**place)
+    return [y.detach(), *torch.autograd.grad(y, [x, b], weights)]
