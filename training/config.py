@@ -31,7 +31,7 @@ class LayerSpec:
     out_half_width: float
     is_torgb: bool
     is_critically_sampled: bool
-    use_fp16: bool                  # On CUDA devices; elsewhere everything is float32.
+    use_fp16: bool                  # On CUDA devices; elsewhere everything is float32 unless another type is asked for.
     conv_kernel: int = 3            # 3 for config T, 1 for config R and ToRGB. A stage may mix both kinds.
     use_radial_filters: bool = False    # Config R: radial downsampling, but not at critically sampled layers.
 

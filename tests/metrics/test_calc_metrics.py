@@ -209,6 +209,8 @@ class TestMistakes:
         refused("--data and --ref: both", gen, real, f"--ref={data}/real")
         refused("--save-ref=x.npz: name the images", "--save-ref=x.npz")
         refused("--trunc=0.5: has no effect without --network", gen, real, "--trunc=0.5", "--metrics=fid", *TINY)
+        refused("--precision=bf16: has no effect without --network", gen, real, "--precision=bf16", "--metrics=fid",
+                *TINY)
         refused("fid50k_full is defined with inception-2015-12-05", gen, real, "--detector=tiny")
         refused("unknown metric 'fid51k'", gen, real, "--metrics=fid51k")
         refused("unknown detector: choose from dinov2-vitl14, inception-2015-12-05", gen, real, "--metrics=fid",
