@@ -195,11 +195,12 @@ def main(quick: bool, threads: int | None, batch: int | None, device: str) -> No
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     where = torch.cuda.get_device_name(target) if target.type == "cuda" else \
         f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} processors"
+    turns = len(found["reference"]["times"])
     notes = "" if target.type == "cuda" or has_bf16() else "\nThis processor has no bfloat16: not measured.\n"
     head = (f"# Generating images\n\n`python benchmarks/bench_inference.py`, {now}, {where}, "
             f"torch {torch.__version__}, {dispatch.describe(target)}. {config.img_resolution} pixels, "
-            f"{len(config.layers)} layers, {misc.count_parameters(G):,} parameters, batches of {batch}, {len(found['reference']['times'])} turns. "
-            f"Peak memory of all forms: {memory / 2**30:.1f} GiB. Target: {TARGET:g} times.\n{notes}")
+            f"{len(config.layers)} layers, {misc.count_parameters(G):,} parameters, batches of {batch}, "
+            f"{turns} turns. Peak memory of all forms: {memory / 2**30:.1f} GiB. Target: {TARGET:g} times.\n{notes}")
     if not quick:
         atomic_write_text(RESULT, f"{head}\n{text}\n")
     click.echo(f"{head}\n{text}")
