@@ -62,6 +62,8 @@ def check_options(opts: EasyDict, given: set[str]) -> None:
         for name in SUPERRES_ONLY:
             if name in given:
                 raise UserError(f"--{name} has an effect only with --superres: add --superres or leave it out")
+    if opts.fp32 and opts.feature_precision != "fp32":
+        raise UserError(f"--fp32=1 and --feature-precision={opts.feature_precision} exclude each other: leave one out")
     if opts.freezed:
         raise UserError(f"--freezed={opts.freezed} has no effect: the features of a projected discriminator are always "
                         "frozen and its heads are trained: leave it out")
@@ -203,7 +205,7 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
         batch=opts.batch, batch_gpu=split_batch(opts.batch, opts.batch_gpu, gpus), total_kimg=opts.kimg,
         kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, metrics=tuple(opts.metrics), embedding=opts.embedding,
         path_stem=opts.path_stem, resume=opts.resume, init_from=opts.init_from, seed=opts.seed, fp32=opts.fp32,
-        cudnn_benchmark=not opts.nobench,
+        feature_precision=opts.feature_precision, cudnn_benchmark=not opts.nobench,
         restart_every=opts.restart_every, on_collapse=opts.on_collapse, wandb=opts.wandb,
         saving=SavingConfig(opts.keep, opts.keep_every, opts.snap_state, opts.save_in_background, opts.best_metric,
                             opts.stop_patience))
@@ -436,6 +438,8 @@ def option(names: str, help: str, **settings: Any):
 @option("--snap", "How often to save snapshots", metavar="TICKS", default=50, type=click.IntRange(min=1))
 @option("--seed", "Random seed", metavar="INT", default=0, type=click.IntRange(min=0))
 @option("--fp32", "Disable mixed precision", metavar="BOOL", type=bool, default=False)
+@option("--feature-precision", "Of the frozen feature networks of D; bf16 is faster where the hardware has it "
+        "(docs/performance.md)", type=click.Choice(["fp32", "bf16"]), default="fp32")
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool, default=False)
 @option("--workers", "Loader processes", metavar="INT", default=3, type=click.IntRange(min=0))
 @option("--stage-to", "Copy --data to this folder of a local disk first, once per node, and read it there",
