@@ -10,10 +10,10 @@ SHAPES = [(1, 5, 7, 4, 4, 0), (2, 16, 8, 13, 10, 2), (3, 8, 8, 6, 21, 1), (1, 3,
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("chunk", [1, 20_000, winograd.CHUNK_BYTES])
+@pytest.mark.parametrize("chunk", [1, 11, winograd.CHUNK_TILES])
 def test_equal_to_the_convolution(shape, chunk, monkeypatch):
     """Also where an image is worked on in parts, and where several go together."""
-    monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(winograd, "CHUNK_TILES", chunk)
     n, i, o, h, w, padding = shape
     torch.manual_seed(0)
     x, weight = torch.randn(n, i, h, w), torch.randn(o, i, 3, 3)
