@@ -76,7 +76,8 @@ def network_source(opts: EasyDict, network: Any, reference: Reference | None) ->
     probs = label_probs(opts, G.c_dim, reference)
 
     def make(num: int) -> ImageSource:
-        source = GeneratorSource(G, num, opts.seed, opts.labels, probs, opts.trunc, fingerprint=network.sha256)
+        source = GeneratorSource(G, num, opts.seed, opts.labels, probs, opts.trunc, fingerprint=network.sha256,
+                                 precision=opts.precision)
         source.description.update(path=str(network.path), num_images=num, resolution=G.img_resolution,
                                   class_names=network.class_names)
         return source
@@ -130,6 +131,8 @@ def check_options(opts: EasyDict) -> None:
         raise UserError(f"--save-ref={opts.save_ref}: name the images to take statistics of by --data or --ref")
     if opts.network is None and opts.trunc != 1:
         raise UserError(f"--trunc={opts.trunc}: has no effect without --network: leave it out")
+    if opts.network is None and opts.precision != "auto":
+        raise UserError(f"--precision={opts.precision}: has no effect without --network: leave it out")
     launched = distributed.launched_world_size()
     if launched is not None and opts.gpus not in (1, launched):
         raise UserError(f"--gpus={opts.gpus}: torchrun started {launched} processes: leave --gpus out")
@@ -252,6 +255,7 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
               help="Processes to start on this machine (torchrun works too)")
 @click.option("--workers", metavar="INT", type=click.IntRange(min=0),
               help="Processes that decode real images  [default: 3 with a GPU, else 0]")
+@dnnlib.cli.precision_option()
 @dnnlib.cli.device_option()
 @click.option("--weights", metavar="DIR", help="Folder with files of detector weights")
 @click.option("--offline", is_flag=True, help="Never download")

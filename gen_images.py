@@ -111,10 +111,11 @@ def make_sheet(network: Any, seeds: list[int], classes: list[int], batch_size: i
               type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
 @click.option("--outdir", help="Where to save the images", metavar="DIR")
 @click.option("--sheet", help="Write one sheet instead: a row per class, a column per seed", metavar="PNG")
+@cli.precision_option()
 @cli.device_option()
 def main(network: str, seeds: list[int], class_name: str | None, trunc: float, batch_sz: int,
          centroids_path: str | None, translate: tuple[float, float], rotate: float, noise_mode: str,
-         outdir: str | None, sheet: str | None, device: str) -> None:
+         outdir: str | None, sheet: str | None, precision: str, device: str) -> None:
     """Generate images from a trained network.
 
     \b
@@ -140,7 +141,8 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
     centroids = None
     if centroids_path is not None:
         centroids = load_centroids(centroids_path, G.w_dim).to(G.synthesis.input.transform.device)
-    settings = {"batch_size": batch_sz, "truncation_psi": trunc, "centroids": centroids}
+    settings = {"batch_size": batch_sz, "truncation_psi": trunc, "centroids": centroids,
+                "precision": precision}
     try:
         if sheet is not None:
             classes = [class_idx] if class_idx is not None else list(range(min(max(G.c_dim, 1), SHEET_CLASSES)))

@@ -43,6 +43,8 @@ def check_options(opts: EasyDict, given: set[str]) -> None:
     """
     if opts.cfg is None:
         raise UserError("--cfg is missing: choose stylegan3-t or stylegan3-r")
+    if opts.bench and opts.dry_run:
+        raise UserError("--bench and --dry-run exclude each other: --dry-run computes nothing: leave one out")
     if opts.stages:
         raise UserError("--stages has an effect only with --recipe: add --recipe or leave it out")
     if opts.init_from and opts.resume:
@@ -60,6 +62,8 @@ def check_options(opts: EasyDict, given: set[str]) -> None:
         for name in SUPERRES_ONLY:
             if name in given:
                 raise UserError(f"--{name} has an effect only with --superres: add --superres or leave it out")
+    if opts.fp32 and opts.feature_precision != "fp32":
+        raise UserError(f"--fp32=1 and --feature-precision={opts.feature_precision} exclude each other: leave one out")
     if opts.freezed:
         raise UserError(f"--freezed={opts.freezed} has no effect: the features of a projected discriminator are always "
                         "frozen and its heads are trained: leave it out")
@@ -201,7 +205,7 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
         batch=opts.batch, batch_gpu=split_batch(opts.batch, opts.batch_gpu, gpus), total_kimg=opts.kimg,
         kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, metrics=tuple(opts.metrics), embedding=opts.embedding,
         path_stem=opts.path_stem, resume=opts.resume, init_from=opts.init_from, seed=opts.seed, fp32=opts.fp32,
-        cudnn_benchmark=not opts.nobench,
+        feature_precision=opts.feature_precision, cudnn_benchmark=not opts.nobench,
         restart_every=opts.restart_every, on_collapse=opts.on_collapse, wandb=opts.wandb,
         saving=SavingConfig(opts.keep, opts.keep_every, opts.snap_state, opts.save_in_background, opts.best_metric,
                             opts.stop_patience))
@@ -292,6 +296,29 @@ def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: A
     return code
 
 
+def bench(opts: EasyDict, given: set[str], gpus: int, device: Any) -> int:
+    """How long the stage, or those of the recipe, will take, from a few iterations of each. Nothing is written."""
+    from dnnlib.util import format_time
+    from training.bench import time_stage
+    from training.preflight import check_processes
+    from training.stages import planned_stages
+
+    def resolve(options: EasyDict, names: set[str], stem: dict[str, Any] | None = None) -> EasyDict:
+        return resolve_run(options, names, gpus, stem)
+
+    stages = []
+    for setup in planned_stages(opts, given, default_options(), resolve) if opts.recipe else [resolve(opts, given)]:
+        if opts.batch_gpu == "auto":
+            choose_batch_gpu(setup, gpus, device)
+        check_processes(setup.config, setup.dataset, setup.info)
+        stages.append(time_stage(setup.config, stage_dataset(opts, setup.dataset), device))
+        distributed.print0(*stages[-1].lines(), sep="\n")
+    total = sum(stage.total_seconds for stage in stages)
+    distributed.print0(f"\nExpected time: {format_time(total)}, without the start, snapshots, states and metrics")
+    distributed.print0(json.dumps({"stages": [stage.as_dict() for stage in stages], "total_seconds": total}))
+    return 0
+
+
 def default_options() -> dict[str, Any]:
     """What every option is when it is not typed."""
     return dict(main.make_context("train.py", [], resilient_parsing=True).params)
@@ -329,6 +356,8 @@ def run(opts: EasyDict, given: set[str]) -> int:
         return distributed.run_local_processes(gpus, sys.argv, opts.max_restarts)
 
     def train(device: Any) -> int:
+        if opts.bench:
+            return bench(opts, given, gpus, device)
         with StopRequests(opts.restart_every) as stop:      # One for all stages: the time is that of this process.
             if opts.recipe:
                 return train_recipe(opts, given, gpus, device, stop)
@@ -409,6 +438,8 @@ def option(names: str, help: str, **settings: Any):
 @option("--snap", "How often to save snapshots", metavar="TICKS", default=50, type=click.IntRange(min=1))
 @option("--seed", "Random seed", metavar="INT", default=0, type=click.IntRange(min=0))
 @option("--fp32", "Disable mixed precision", metavar="BOOL", type=bool, default=False)
+@option("--feature-precision", "Of the frozen feature networks of D; bf16 is faster where the hardware has it "
+        "(docs/performance.md)", type=click.Choice(["fp32", "bf16"]), default="fp32")
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool, default=False)
 @option("--workers", "Loader processes", metavar="INT", default=3, type=click.IntRange(min=0))
 @option("--stage-to", "Copy --data to this folder of a local disk first, once per node, and read it there",
@@ -431,6 +462,7 @@ def option(names: str, help: str, **settings: Any):
 @option("--on-collapse", "After a verdict of collapse: go on, or save and exit with code 5",
         type=click.Choice(["warn", "stop"]), default="warn")
 @option("--wandb", "Also log to this project of Weights & Biases (pip install wandb)", metavar="PROJECT", type=str)
+@option("--bench", "Run a few iterations, print the time that the run will take, and exit", is_flag=True)
 @option("-n --dry-run", "Print the settings and exit", is_flag=True)
 def main(**kwargs: Any) -> None:
     """Train StyleGAN-XL with SAN heads.

@@ -104,6 +104,13 @@ class Resolution(click.ParamType):
 
 #----------------------------------------------------------------------------
 
+def precision_option() -> Any:
+    """The `--precision` option of scripts that generate images: keys of `inference.sampling.PRECISIONS`."""
+    return click.option("--precision", metavar="auto|fp32|bf16", type=click.Choice(["auto", "fp32", "bf16"]),
+                        default="auto", show_default=True, help="Of the generator; auto: fp16 on GPUs in the layers "
+                        "that are trained so, else fp32; bf16: in these layers, faster on processors that have it")
+
+
 def device_option() -> Any:
     """The `--device` option, the same for every script; resolve it with `torch_utils.misc.select_device`."""
     return click.option("--device", metavar="auto|cuda|cpu|mps", type=click.Choice(["auto", "cuda", "cpu", "mps"]),

@@ -45,9 +45,16 @@ def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int
     raise UserError(f"--class={value}: no class of this name: {known}")
 
 
+PRECISIONS: dict[str, dict[str, Any]] = {       # Name -> settings of the synthesis.
+    "auto": {},                                 # Half precision on CUDA devices in the layers that are marked for it.
+    "fp32": {"force_fp32": True},
+    "bf16": {"low_dtype": torch.bfloat16},      # In these layers, on any device.
+}
+
+
 @torch.no_grad()
 def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_psi: float = 1.0,
-               centroids: torch.Tensor | None = None) -> torch.Tensor:
+               centroids: torch.Tensor | None = None, precision: str = "auto") -> torch.Tensor:
     """Images [N, 3, R, R], about [-1, 1], of one batch of latents [N, z_dim] and classes [N]; see `generate`."""
     device = next(G.parameters()).device
     with evaluating(G):
@@ -58,7 +65,7 @@ def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_p
             ws = G.mapping(z.to(device), c)
             nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
             ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
-        return G.synthesis(ws)
+        return G.synthesis(ws, **PRECISIONS[precision])
 
 
 def require_finite(finite: torch.Tensor) -> None:
@@ -72,18 +79,19 @@ def require_finite(finite: torch.Tensor) -> None:
 
 
 def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: int, truncation_psi: float = 1.0,
-             centroids: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+             centroids: torch.Tensor | None = None, precision: str = "auto") -> Iterator[torch.Tensor]:
     """Batches of images [n, 3, R, R], about [-1, 1], for latents [N, z_dim] and classes [N].
 
     Args:
         centroids: [K, w_dim]; truncation pulls every w towards the nearest of them instead of the class's mean
             (multi-modal truncation, Mokady et al. 2022).
+        precision: A key of `PRECISIONS`.
 
     Raises:
         UserError: an image has non-finite values.
     """
     for z_part, label_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
-        images = synthesize(G, z_part, label_part, truncation_psi, centroids)
+        images = synthesize(G, z_part, label_part, truncation_psi, centroids, precision)
         require_finite(torch.isfinite(images).all())
         yield images
 
@@ -109,6 +117,7 @@ class GeneratorSource:
         label_probs: np.ndarray | None = None,      # [c_dim]: of the data; needed for 'dataset'.
         truncation_psi: float = 1.0,
         fingerprint: str = "",                      # Of the network's file.
+        precision: str = "auto",                    # A key of `PRECISIONS`.
     ):
         if label_policy not in LABEL_POLICIES:
             raise UserError(f"--labels={label_policy}: choose from {', '.join(LABEL_POLICIES)}")
@@ -121,10 +130,10 @@ class GeneratorSource:
         self.G, self.num_images, self.seed, self.psi = G, num_images, seed, truncation_psi
         self.label_policy = label_policy if G.c_dim > 0 else "none"
         self.probs = label_probs if label_policy == "dataset" else None
-        self.fingerprint = fingerprint
+        self.fingerprint, self.precision = fingerprint, precision
         self.rng = CounterRNG(seed)
         self.description: dict[str, Any] = {"kind": "network", "labels": self.label_policy, "seed": seed,
-                                            "truncation_psi": truncation_psi}
+                                            "truncation_psi": truncation_psi, "precision": precision}
 
     def latents(self, positions: np.ndarray, stream: str = "metric/z") -> torch.Tensor:
         """Latents float32 [N, z_dim] of the images at `positions`; another stream gives others."""
@@ -158,7 +167,7 @@ class GeneratorSource:
         for i in range(0, len(positions), batch_size):
             part = positions[i:i + batch_size]
             labels = self.labels(part)
-            images = synthesize(self.G, self.latents(part), labels, self.psi)
+            images = synthesize(self.G, self.latents(part), labels, self.psi, precision=self.precision)
             flags.append(torch.isfinite(images).all())
             is_last = i + batch_size >= len(positions)
             while len(flags) > (0 if is_last else 1):

@@ -165,6 +165,7 @@ class Trial:
         self.G = Generator(config.generator).train().requires_grad_(False).to(device)
         self.G_ema = copy.deepcopy(self.G)      # Takes its room.
         self.D = D.train().requires_grad_(False).to(device)
+        self.D.make_fast_(config.feature_precision)
         loss = StyleSanLoss(self.G, self.D, config.loss, device, None if classifier is None else classifier.to(device),
                             force_fp32=config.fp32, real_distance=1.0)
         loss.set_progress(0)

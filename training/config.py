@@ -31,7 +31,7 @@ class LayerSpec:
     out_half_width: float
     is_torgb: bool
     is_critically_sampled: bool
-    use_fp16: bool                  # On CUDA devices; elsewhere everything is float32.
+    use_fp16: bool                  # On CUDA devices; elsewhere everything is float32 unless another type is asked for.
     conv_kernel: int = 3            # 3 for config T, 1 for config R and ToRGB. A stage may mix both kinds.
     use_radial_filters: bool = False    # Config R: radial downsampling, but not at critically sampled layers.
 
@@ -169,6 +169,7 @@ class TrainConfig:
     init_from: str | None = None    # What fits of this snapshot's weights.
     seed: int = 0
     fp32: bool = False
+    feature_precision: str = "fp32"     # fp32 | bf16, inside the frozen feature networks of D.
     cudnn_benchmark: bool = True
     restart_every: int = 0          # Seconds after which the run saves and exits; 0 means never.
     on_collapse: str = "warn"       # warn | stop, with exit code 5.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch_utils.misc import assert_shape
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
+from torch_utils.ops.winograd import conv2d
 from training.config import GeneratorConfig, InputSpec, LayerSpec
 
 #----------------------------------------------------------------------------
@@ -194,16 +195,17 @@ def modulated_conv2d(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor
     if demodulate:
         # Pre-normalisation keeps half precision in range; demodulation takes it out again. Where the range is no
         # concern the weights stay as they are and their norm goes to the outputs, which are fewer.
-        norm = weight.square().mean(dim=[1, 2, 3]).rsqrt()                      # [O]
+        power = weight.square().sum(dim=[2, 3])                                 # [O, I]
+        norm = (power.sum(dim=1) / weight[0].numel()).rsqrt()                   # [O]
         styles = styles * styles.square().mean().rsqrt()
-        energy = styles.square() @ weight.square().sum(dim=[2, 3]).t() * norm.square()
+        energy = styles.square() @ power.t() * norm.square()
         demodulation = (energy + 1e-8).rsqrt()                                  # [N, O]
         if x.dtype == torch.float16:
             weight = weight * norm[:, None, None, None]
         else:
             demodulation = demodulation * norm
     scale = (styles * input_gain).to(x.dtype)
-    x = F.conv2d(x * scale[:, :, None, None], weight.to(x.dtype), padding=padding)
+    x = conv2d(x * scale[:, :, None, None], weight.to(x.dtype), padding)
     return x * demodulation.to(x.dtype)[:, :, None, None] if demodulate else x
 
 
@@ -239,7 +241,7 @@ class SynthesisLayer(torch.nn.Module):
         self.padding = [low, total - low] * 2
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, force_fp32: bool = False,
-                update_magnitude_ema: bool = False) -> torch.Tensor:
+                update_magnitude_ema: bool = False, low_dtype: torch.dtype | None = None) -> torch.Tensor:
         """[N, in_channels, in_size, in_size], w [N, w_dim] -> [N, out_channels, out_size, out_size]."""
         spec = self.spec
         assert_shape(x, [None, spec.in_channels, spec.in_size, spec.in_size])
@@ -249,9 +251,13 @@ class SynthesisLayer(torch.nn.Module):
         styles = self.affine(w)
         if spec.is_torgb:
             styles = styles / math.sqrt(spec.in_channels * self.conv_kernel ** 2)
-        half = spec.use_fp16 and not force_fp32 and x.device.type == "cuda"
-        x = modulated_conv2d(x.to(torch.float16 if half else self.weight.dtype), self.weight, styles,
-                             demodulate=not spec.is_torgb, padding=self.conv_kernel - 1,
+        if low_dtype is None and x.device.type == "cuda":
+            low_dtype = torch.float16
+        is_low = spec.use_fp16 and not force_fp32 and low_dtype is not None
+        x = x.to(low_dtype if is_low else self.weight.dtype)
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)     # As its convolutions want it.
+        x = modulated_conv2d(x, self.weight, styles, demodulate=not spec.is_torgb, padding=self.conv_kernel - 1,
                              input_gain=self.magnitude_ema.rsqrt())
         gain, slope = (1.0, 1.0) if spec.is_torgb else (math.sqrt(2), 0.2)
         return filtered_lrelu(x, fu=self.up_filter, fd=self.down_filter, b=self.bias.to(x.dtype), up=self.up,
@@ -275,18 +281,21 @@ class SynthesisNetwork(torch.nn.Module):
         for spec in config.layers:
             setattr(self, spec.name, SynthesisLayer(spec, config))
 
-    def forward(self, ws: torch.Tensor, force_fp32: bool = False, update_magnitude_ema: bool = False) -> torch.Tensor:
+    def forward(self, ws: torch.Tensor, force_fp32: bool = False, update_magnitude_ema: bool = False,
+                low_dtype: torch.dtype | None = None) -> torch.Tensor:
         """[N, num_ws, w_dim] -> images [N, 3, R, R], about [-1, 1].
 
         Args:
             force_fp32: No half precision, also in layers that are marked for it.
             update_magnitude_ema: Track the magnitudes of the layers' inputs. Nothing in training asks for it: with
                 projected discriminators it led to collapse (Sauer et al. 2022), so the gains stay at 1.
+            low_dtype: Type of the layers that are marked for half precision. None: float16 on CUDA devices, float32
+                elsewhere.
         """
         first, *rest = ws.to(self.input.weight.dtype).unbind(dim=1)
         x = self.input(first)
         for name, w in zip(self.layer_names, rest, strict=True):
-            x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema)
+            x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema, low_dtype)
         return x.to(self.input.weight.dtype) * self.output_scale
 
 #----------------------------------------------------------------------------

@@ -38,7 +38,8 @@ def lazy_adam(parameters: list[torch.nn.Parameter], lr: float, config: OptimConf
     The main phase and its regulariser share the moments, so lr and betas are scaled by k / (k + 1).
     """
     ratio = interval / (interval + 1)
-    return torch.optim.Adam(parameters, lr=lr * ratio, betas=tuple(b ** ratio for b in config.betas), eps=config.eps)
+    return torch.optim.Adam(parameters, lr=lr * ratio, betas=tuple(b ** ratio for b in config.betas), eps=config.eps,
+                            fused=True)
 
 
 def make_phases(G: Generator, D: ProjectedDiscriminator, loss: StyleSanLoss, config: OptimConfig) -> list[Phase]:

@@ -126,9 +126,9 @@ class TrainingState:
         self.D.load_own_state_dict(content["D"])
         for name, opt in self.optimizers().items():
             settings = [{key: value for key, value in group.items() if key != "params"} for group in opt.param_groups]
-            opt.load_state_dict(content["optimizers"][name])
-            for group, values in zip(opt.param_groups, settings, strict=True):
-                group.update(values)
+            saved = content["optimizers"][name]
+            groups = [old | new for old, new in zip(saved["param_groups"], settings, strict=True)]
+            opt.load_state_dict(saved | {"param_groups": groups})
         self.loss.pl_mean.copy_(content["pl_mean"])
         for name, value in content["counters"].items():
             setattr(self, name, value)

@@ -17,7 +17,7 @@ from dnnlib import EasyDict, UserError
 from dnnlib.util import atomic_write_text
 from torch_utils import distributed
 from training.config import to_dict
-from training.recipes import RECIPES, Stage, StageRun, command_line, plan_stages, stage_dir
+from training.recipes import RECIPES, Stage, StageRun, command_line, plan_stages, select_stages, stage_dir
 
 FINISHED_FILE = "finished.json"     # In the run folder of a stage that ended.
 
@@ -87,6 +87,16 @@ def resolved_stages(opts: EasyDict, runs: list[StageRun], resolve: Resolve) -> I
         planned = {"generator_config": to_dict(setup.config.generator)}
         stem = setup.run.folder
         yield run, setup
+
+
+def planned_stages(opts: EasyDict, given: set[str], defaults: dict[str, Any],
+                   resolve: Resolve) -> Iterator[EasyDict]:
+    """Settings of the stages that `opts` asks for. Those below are resolved, too, and need not be trained."""
+    wanted = select_stages(opts.recipe, opts.stages)
+    runs = plan_stages(EasyDict(opts | {"stages": None}), given - {"stages"}, defaults)
+    for run, setup in resolved_stages(EasyDict(opts | {"stages": None}), runs, resolve):
+        if run.stage in wanted:
+            yield setup
 
 
 def check_recipe(opts: EasyDict, given: set[str], defaults: dict[str, Any], resolve: Resolve) -> None:

@@ -62,6 +62,7 @@ def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, An
                 G.mapping.embed.weight.copy_(table)
     G, D = G.train().requires_grad_(False).to(device), D.train().requires_grad_(False).to(device)
     D.project_()
+    D.make_fast_(config.feature_precision)
     for tensor in [*G.parameters(), *G.buffers(), *D.own_state_dict().values()]:
         distributed.broadcast(tensor.data)
     return G, D

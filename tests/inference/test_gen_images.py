@@ -17,6 +17,7 @@ from legacy import load_network
 from tests.parity import PARITY, load_npz, needs_parity
 from torch_utils import checkpoint
 from torch_utils.images import to_uint8_metric, to_uint8_sample
+from training import networks_stylegan3
 from training.config import to_dict
 from training.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
@@ -151,7 +152,7 @@ def test_broken_images_do_not_pass_the_metric_source(network, monkeypatch, broke
     """Whether a batch is finite is looked at one batch later, the last one's at once."""
     made = []
 
-    def synthesize(G, z, labels, psi):
+    def synthesize(G, z, labels, psi, precision):
         made.append(torch.full([len(z), 3, 16, 16], torch.nan if len(made) == broken else 0.0))
         return made[-1]
 
@@ -160,6 +161,37 @@ def test_broken_images_do_not_pass_the_metric_source(network, monkeypatch, broke
     with pytest.raises(UserError, match="non-finite"):
         list(source.batches(2))
     assert len(made) == min(broken + 2, 3)
+
+
+def test_precision(network, tmp_path, monkeypatch):
+    """bf16 in the marked layers only, and images that look the same; fp32 is what auto is on a CPU."""
+    seen = []
+    convolve = networks_stylegan3.modulated_conv2d
+    monkeypatch.setattr(networks_stylegan3, "modulated_conv2d",
+                        lambda x, *args, **kwargs: seen.append(x.dtype) or convolve(x, *args, **kwargs))
+    found = {}
+    for precision in ("auto", "fp32", "bf16"):
+        seen.clear()
+        out = tmp_path / precision
+        result = invoke(f"--network={network}", "--seeds=0-3", f"--precision={precision}", f"--outdir={out}")
+        assert result.exit_code == 0, result.output
+        marked = [layer.use_fp16 for layer in load_network(network).G_ema.config.layers]
+        wanted = [torch.bfloat16 if low and precision == "bf16" else torch.float32 for low in marked]
+        assert seen == wanted * 4
+        found[precision] = np.stack(list(images(out).values())).astype(int)
+    assert any(marked)
+    assert np.array_equal(found["auto"], found["fp32"])
+    assert 0 < np.abs(found["bf16"] - found["fp32"]).max() <= 12
+    assert np.abs(found["bf16"] - found["fp32"]).mean() < 1
+
+
+def test_precision_reaches_the_source_of_metrics(network):
+    G = load_network(network).G_ema
+    sources = [GeneratorSource(G, 4, label_policy="uniform", precision=p) for p in ("auto", "fp32", "bf16")]
+    auto, fp32, bf16 = (next(iter(source.batches(4)))[0] for source in sources)
+    assert torch.equal(auto, fp32)
+    assert not torch.equal(auto, bf16)
+    assert sources[2].description["precision"] == "bf16"
 
 
 def test_labels_follow_the_data(network):

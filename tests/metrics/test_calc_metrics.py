@@ -34,7 +34,7 @@ def refused(match, *args):
     result = call("--device=cpu", "--verbose=0", *args)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("Warning", "Reading", "ops: "))]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("Warning", "Reading", "ops:"))]
     assert len(lines) == 1, result.stderr
     assert match in lines[0]
 
@@ -209,6 +209,8 @@ class TestMistakes:
         refused("--data and --ref: both", gen, real, f"--ref={data}/real")
         refused("--save-ref=x.npz: name the images", "--save-ref=x.npz")
         refused("--trunc=0.5: has no effect without --network", gen, real, "--trunc=0.5", "--metrics=fid", *TINY)
+        refused("--precision=bf16: has no effect without --network", gen, real, "--precision=bf16", "--metrics=fid",
+                *TINY)
         refused("fid50k_full is defined with inception-2015-12-05", gen, real, "--detector=tiny")
         refused("unknown metric 'fid51k'", gen, real, "--metrics=fid51k")
         refused("unknown detector: choose from dinov2-vitl14, inception-2015-12-05", gen, real, "--metrics=fid",

@@ -26,6 +26,7 @@ class Backbone(torch.nn.Module):
         sha256: Of the weights file; None where there is none (random weights).
         source: Where the weights came from.
         bn_warmed_up: Whether `warm_up_batch_norm` has been here; it acts once.
+        reduced_dtype: Type of the large products, see `training.feature_networks.fast`; None: float32.
     """
 
     def __init__(self, name: str, net: torch.nn.Module, input_size: int, always_resize: bool,
@@ -37,6 +38,7 @@ class Backbone(torch.nn.Module):
         self.always_resize = always_resize
         self.isotropic = False
         self.bn_warmed_up = False
+        self.reduced_dtype: torch.dtype | None = None
         self.sha256: str | None = None
         self.source = "given"
         self.channels: list[int] = []
@@ -68,8 +70,12 @@ class Backbone(torch.nn.Module):
         return x
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps [N, channels[i], h_i, w_i] of preprocessed images, shallowest first."""
-        maps = self._maps(x)
+        """Feature maps [N, channels[i], h_i, w_i], float32, of preprocessed images, shallowest first."""
+        if self.reduced_dtype is None:
+            maps = self._maps(x)
+        else:
+            with torch.autocast(x.device.type, self.reduced_dtype):
+                maps = [y.to(x.dtype) for y in self._maps(x)]
         shapes = [(y.shape[1], y.shape[2] if x.shape[2] == self.input_size else None) for y in maps]
         expected = [(c, s if x.shape[2] == self.input_size else None)
                     for c, s in zip(self.channels, self.map_sizes, strict=True)]
@@ -97,6 +103,7 @@ class TimmBackbone(Backbone):
         super().__init__(name, net, input_size=cfg["input_size"][-1], mean=cfg["mean"], std=cfg["std"],
                          always_resize=isotropic or bool(cfg.get("fixed_input_size")))
         self.isotropic = isotropic
+        self._attentions = [m for m in net.modules() if getattr(m, "fused_attn", False)]
         depth = len(reductions)
         if isotropic and depth < NUM_MAPS:
             raise UserError(f"backbone {name}: has {depth} blocks, {NUM_MAPS} needed: choose another model")
@@ -107,6 +114,10 @@ class TimmBackbone(Backbone):
         self.probe()
 
     def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        # On a CPU the backward pass of fused attention is slower than that of its products one by one.
+        fused = x.device.type != "cpu" or not (torch.is_grad_enabled() and x.requires_grad)
+        for attention in self._attentions:
+            attention.fused_attn = fused
         return self.net.forward_intermediates(x, indices=self.indices, intermediates_only=True, output_fmt="NCHW")
 
 

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training iteration, of the generator and of the discriminator: ours against the official structure.
+
+    python benchmarks/bench_training.py [--quick] [--threads=N]
+
+On a CPU: a 32-pixel generator of 128 channels and 7 layers, the real discriminator (DeiT-base and EfficientNet-lite0,
+with random weights), 1000 classes, a batch of 4. On a GPU: the 128 -> 256 stage of the ImageNet recipe with
+micro-batches of 8 and 32. The official structure is in official_step.py. All start from the same weights and see the
+same numbers; their gradients are compared first, then iterations are timed in turn. The tables give medians and
+quartiles. Writes benchmarks/results/training.md; the last line on stdout is JSON.
+"""
+import copy
+import dataclasses
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from official_step import OfficialStep  # noqa: E402
+
+from dnnlib import cli  # noqa: E402
+from dnnlib.util import atomic_write_text  # noqa: E402
+from torch_utils.misc import one_hot, requires_grad  # noqa: E402
+from torch_utils.ops import dispatch  # noqa: E402
+from torch_utils.training_stats import Collector  # noqa: E402
+from training.classifier import Classifier, load_classifier  # noqa: E402
+from training.config import DiscriminatorConfig, GeneratorConfig, LossConfig, OptimConfig  # noqa: E402
+from training.diffaug import NUM_UNIFORMS  # noqa: E402
+from training.discriminators.projected import Features, ProjectedDiscriminator  # noqa: E402
+from training.ema import update_ema  # noqa: E402
+from training.gradients import FlatGradients  # noqa: E402
+from training.health import GradientGuard  # noqa: E402
+from training.layer_schedule import stem_config, superres_config  # noqa: E402
+from training.loss import MicroBatch, StyleSanLoss  # noqa: E402
+from training.loss_math import discriminator_loss_fake, discriminator_loss_real  # noqa: E402
+from training.networks_stylegan3 import Generator  # noqa: E402
+from training.phases import make_phases, run_phase  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "training.md"
+BACKBONES = ("deit_base_distilled_patch16_224:random", "tf_efficientnet_lite0:random")
+CLASSES = 1000
+CUR_NIMG = 400_000          # Past the blur, before path lengths.
+PRECISIONS = ("fp32", "bf16")
+TARGETS = {"cpu": {"fp32": 2.0, "bf16": 3.5}, "cuda": {"fp32": 2.5, "bf16": 2.5}}
+ROUNDS, QUICK_ROUNDS = 9, 2
+
+#----------------------------------------------------------------------------
+# What is measured.
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A generator and a micro-batch."""
+
+    name: str
+    generator: GeneratorConfig
+    batch: int
+    cls_weight: float = 0.0
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """Of that kind of device. `quick`: a generator of 16 channels and a batch of 2, for a look at whether it runs."""
+    if device.type == "cpu":
+        width, batch = (16, 2) if quick else (128, 4)
+        return [Case("32 pixels", stem_config(32, 7, 32 * 1024, width, c_dim=CLASSES), batch)]
+    config = stem_config(16, 10, 65536, 1024, c_dim=CLASSES)
+    for _stage in (32, 64, 128, 256):
+        config = superres_config(config, up_factor=2, head_layers=7)
+    return [Case(f"128 -> 256, micro-batch {n}", config, n, cls_weight=8.0) for n in ((8,) if quick else (8, 32))]
+
+
+def random_batch(case: Case, num_backbones: int, device: torch.device, seed: int) -> MicroBatch:
+    """Latents, labels, images and augmentation numbers."""
+    g = torch.Generator().manual_seed(seed)
+    n, size = case.batch, case.generator.img_resolution
+    labels = [one_hot(torch.randint(CLASSES, [n], generator=g), CLASSES) for _ in range(2)]
+    augment = [torch.rand([num_backbones, n, NUM_UNIFORMS], generator=g) for _ in range(2)]
+    batch = MicroBatch(torch.randn([n, case.generator.z_dim], generator=g), labels[0],
+                       torch.rand([n, 3, size, size], generator=g) * 2 - 1, labels[1], *augment)
+    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return MicroBatch(**{name: x.to(device) for name, x in tensors.items() if x is not None})
+
+
+class OurStep:
+    """Copies of the networks and what training_loop does with them, without its data and reports."""
+
+    def __init__(self, G: Generator, D: ProjectedDiscriminator, precision: str, loss: LossConfig,
+                 classifier: Classifier | None):
+        self.G, self.D = copy.deepcopy((G, D))
+        self.D.make_fast_(precision)
+        self.G_ema = copy.deepcopy(G).eval()
+        self.config, self.guard = OptimConfig(), GradientGuard()
+        device = next(G.parameters()).device
+        self.loss = StyleSanLoss(self.G, self.D, loss, device, classifier, Collector().report)
+        self.loss.set_progress(CUR_NIMG)
+        self.phases = [p for p in make_phases(self.G, self.D, self.loss, self.config) if p.name in ("Gmain", "Dmain")]
+        self.optimizers = [phase.optimizer for phase in self.phases]
+        self.features = self.D.features
+
+    def generator_phase(self, batch: MicroBatch) -> None:
+        """Adds to the gradients of G."""
+        self.loss.generator_main(batch, 1)
+
+    def discriminator_phase(self, batch: MicroBatch) -> None:
+        """Adds to the gradients of D."""
+        self.loss.discriminator_main(batch, 1)
+
+    def features_of_both(self, fake: torch.Tensor, batch: MicroBatch) -> tuple[Features, Features]:
+        """Of generated and of real images, in one pass."""
+        augment = torch.cat([batch.augment_fake, batch.augment_real], dim=1)
+        return self.D.split_features(self.D.features(torch.cat([fake, batch.real_img]), augment), len(fake))
+
+    def heads(self, fake: Features, real: Features, batch: MicroBatch) -> None:
+        """The trainable part of the discriminator phase: adds to the gradients of D."""
+        discriminator_loss_fake(self.D.heads_san(fake, batch.gen_c)).sum().backward()
+        discriminator_loss_real(self.D.heads_san(real, batch.real_c)).sum().backward()
+
+    def step(self, optimizer: torch.optim.Adam) -> None:
+        """As `run_phase` ends."""
+        grads = [p.grad for p in optimizer.param_groups[0]["params"]]
+        flat = FlatGradients(optimizer.param_groups[0]["params"]).finish()
+        torch.cat([grad.flatten() for grad in grads], out=flat)
+        self.guard.sanitize_("", flat)
+        optimizer.step()
+
+    def average(self, cur_nimg: int, batch: int) -> None:
+        """The average of G."""
+        update_ema(self.G_ema, self.G, cur_nimg, batch, self.config)
+
+    def iteration(self, for_G: MicroBatch, for_D: MicroBatch, cur_nimg: int) -> None:
+        """Both phases and the average."""
+        for phase, batch in zip(self.phases, (for_G, for_D), strict=True):
+            run_phase(phase, [batch], len(batch.z), self.guard)
+        self.average(cur_nimg, len(for_G.z))
+
+
+Step = OfficialStep | OurStep
+
+
+def make_steps(case: Case, device: torch.device) -> dict[str, Step]:
+    """The official structure and ours, with equal weights."""
+    torch.manual_seed(0)
+    G = Generator(case.generator).train().requires_grad_(False).to(device)
+    D = ProjectedDiscriminator(DiscriminatorConfig(BACKBONES, case.generator.img_resolution, CLASSES))
+    D = D.train().requires_grad_(False).to(device)
+    D.project_()
+    loss = LossConfig(cls_weight=case.cls_weight)
+    classifier = load_classifier(f"{loss.cls_model}:random").to(device) if case.cls_weight else None
+    guidance = None if classifier is None else (classifier, loss.cls_weight)
+    steps: dict[str, Step] = {"official": OfficialStep(G, D, OptimConfig(), guidance)}
+    return steps | {precision: OurStep(G, D, precision, loss, classifier) for precision in PRECISIONS}
+
+#----------------------------------------------------------------------------
+# The same numbers?
+
+def gradients(step: Step, for_G: MicroBatch, for_D: MicroBatch) -> dict[str, torch.Tensor]:
+    """Flat gradients of G and of D."""
+    found = {}
+    for name, net, backward, batch in (("G", step.G, step.generator_phase, for_G),
+                                       ("D", step.D, step.discriminator_phase, for_D)):
+        parameters = net.trainable_parameters()
+        with requires_grad(net, parameters):
+            backward(batch)
+        found[name] = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                                 for p in parameters])
+        net.zero_grad(set_to_none=True)
+    if isinstance(step, OurStep):
+        step.loss.end_discriminator_main()
+    return found
+
+
+def compare(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch) -> dict[str, dict[str, float]]:
+    """Relative distance of the gradients of ours from the official structure's."""
+    all_grads = {name: gradients(step, for_G, for_D) for name, step in steps.items()}
+    base = all_grads.pop("official")
+    # Guidance is a mean over the samples there and a sum of weight / 8 here, which is the same at micro-batch 8.
+    return {name: {net: float((grads[net] - base[net]).norm() / base[net].norm()) for net in base}
+            for name, grads in all_grads.items()}
+
+#----------------------------------------------------------------------------
+# Time.
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until the device is done."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds per call of each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(-1, rounds):        # The first round warms up.
+        for name, call in calls.items():
+            took = seconds(call, device)
+            if number >= 0:
+                times[name].append(took)
+    return times
+
+
+def parts(step: Step, for_G: MicroBatch, for_D: MicroBatch) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The parts of an iteration, each by itself, in an order in which each has what it needs."""
+    G, D = step.G, step.D
+    G_parameters, D_parameters = G.trainable_parameters(), D.trainable_parameters()
+    with torch.no_grad():
+        images = G(for_D.z, for_D.gen_c)
+        fake, real = step.features_of_both(images, for_D)
+    grad = torch.randn_like(images)
+
+    def generator() -> None:
+        with requires_grad(G, G_parameters):
+            G(for_G.z, for_G.gen_c).backward(grad)
+
+    def generator_no_graph() -> None:
+        with torch.no_grad():
+            G(for_D.z, for_D.gen_c)
+
+    def frozen() -> None:
+        x = images.clone().requires_grad_(True)
+        maps = [y for scales in step.features(x, for_G.augment_fake).values() for y in scales]
+        torch.autograd.grad(maps, x, [torch.ones_like(y) for y in maps])
+
+    def frozen_no_graph() -> None:
+        with torch.no_grad():
+            step.features_of_both(images, for_D)
+
+    def heads_for_G() -> None:
+        maps = {key: [x.clone().requires_grad_(True) for x in scales] for key, scales in fake.items()}
+        logits = D.heads(maps, for_G.gen_c)
+        torch.autograd.grad(sum(x.sum() for x in logits), [x for scales in maps.values() for x in scales])
+
+    def heads_for_D() -> None:
+        with requires_grad(D, D_parameters):
+            step.heads(fake, real, for_D)
+
+    yield "generator, forward and backward", generator
+    yield "generator, forward only", generator_no_graph
+    yield "frozen features, forward and backward", frozen
+    yield "frozen features, forward of real and generated", frozen_no_graph
+    yield "heads, for G", heads_for_G
+    yield "heads, for D", heads_for_D
+    yield "optimisers", lambda: [step.step(optimizer) for optimizer in step.optimizers]
+    yield "average of G", lambda: step.average(CUR_NIMG, len(for_G.z))
+
+
+def part_medians(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch, rounds: int,
+                 device: torch.device) -> dict[str, dict[str, float]]:
+    """Part -> step -> median seconds."""
+    found: dict[str, dict[str, float]] = {}
+    for triple in zip(*(parts(step, for_G, for_D) for step in steps.values()), strict=True):
+        calls = {name: call for name, (_, call) in zip(steps, triple, strict=True)}
+        times = in_turn(calls, rounds, device)
+        found[triple[0][0]] = {name: statistics.median(values) for name, values in times.items()}
+    return found
+
+#----------------------------------------------------------------------------
+# Tables.
+
+def cell(times: list[float]) -> str:
+    low, middle, high = statistics.quantiles(times, n=4)
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
+
+
+def measure(case: Case, device: torch.device, rounds: int) -> tuple[str, dict[str, float]]:
+    """Markdown, and speedups by precision."""
+    steps = make_steps(case, device)
+    for_G, for_D = (random_batch(case, len(BACKBONES), device, seed) for seed in (1, 2))
+    errors = compare(steps, for_G, for_D)
+    times = in_turn({name: lambda step=step: step.iteration(for_G, for_D, CUR_NIMG) for name, step in steps.items()},
+                    rounds, device)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    speedups = {name: round(medians["official"] / medians[name], 2) for name in PRECISIONS}
+    rows = [f"## {case.name}\n", f"Batch {case.batch}. Gradients: relative distance from the official structure's.\n",
+            "| step | seconds | images/s | speedup | target | gradient of G | gradient of D |",
+            "|---|---|---|---|---|---|---|",
+            f"| official structure | {cell(times['official'])} | {case.batch / medians['official']:.3g} | | | | |"]
+    for name in PRECISIONS:
+        rows.append(f"| ours, features in {name} | {cell(times[name])} | {case.batch / medians[name]:.3g} | "
+                    f"{speedups[name]} | {TARGETS[device.type][name]} | {errors[name]['G']:.1e} | "
+                    f"{errors[name]['D']:.1e} |")
+    if device.type == "cuda":
+        rows += ["", *peak_rows(steps, for_G, for_D)]
+    shares = part_medians(steps, for_G, for_D, max(rounds // 2, 1), device)
+    rows += ["", "| part, by itself: seconds (share of the iteration) |" + "".join(f" {name} |" for name in steps),
+             "|---|" + "---|" * len(steps)]
+    for part, values in shares.items():
+        cells = "".join(f" {v:.3f} ({100 * v / medians[name]:.0f} %) |" for name, v in values.items())
+        rows.append(f"| {part} |{cells}")
+    return "\n".join([*rows, ""]), speedups
+
+
+def peak_rows(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch) -> list[str]:
+    """GPU memory that an iteration takes above what stands."""
+    rows = []
+    for name, step in steps.items():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step.iteration(for_G, for_D, CUR_NIMG)
+        rows.append(f"Peak memory, {name}: {(torch.cuda.max_memory_allocated() - before) / 2**30:.2f} GiB.")
+    return rows
+
+
+@click.command(cls=cli.Command)
+@click.option("--quick", is_flag=True, help="A small generator, two rounds, no file")
+@click.option("--threads", metavar="INT", type=click.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
+@click.option("--rounds", metavar="INT", type=click.IntRange(min=2), help="Timed iterations of each")
+def main(quick: bool, threads: int | None, rounds: int | None) -> None:
+    """Measure a training iteration against the official structure."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    text = (f"# The training step\n\n`python benchmarks/bench_training.py`, {today}, {platform.machine()}, {device}, "
+            f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, {dispatch.describe(device)}. Median "
+            f"(quartiles) of {rounds} iterations.\n")
+    speedup = {}
+    for case in cases(device, quick):
+        part, ratios = measure(case, device, rounds)
+        text += "\n" + part
+        speedup |= {f"{case.name}, features in {name}": ratio for name, ratio in ratios.items()}
+    if device.type == "cpu":
+        text += "\nThe 128 -> 256 stage on a GPU has not been measured: there was none.\n"
+    click.echo(text)
+    if not quick:
+        atomic_write_text(RESULT, text)
+    click.echo(json.dumps({"speedup": speedup}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Frozen networks prepared for a run: the same function, in reduced precision nearly so."""
+import copy
+
+import pytest
+import timm.layers
+import torch
+
+from tests.parity import l2_error
+from training.config import DiscriminatorConfig
+from training.discriminators.projected import ProjectedDiscriminator
+from training.feature_networks.backbones import Backbone, warm_up_batch_norm
+from training.feature_networks.fast import fold_batch_norm, make_fast
+from training.feature_networks.registry import load_backbone
+
+CPU = torch.device("cpu")
+TRANSFORMER = "vit_tiny_patch16_224:random"
+
+
+@torch.no_grad()
+def efficientnet(name: str = "test_efficientnet:random") -> Backbone:
+    """With statistics of some size, as trained networks have them."""
+    b = load_backbone(name)
+    torch.manual_seed(1)
+    for name, buffer in b.net.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    warm_up_batch_norm(b)
+    return b
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet:random", "tf_efficientnet_lite0:random"])
+def test_folded_batch_norm_is_the_same_function(name):
+    b = efficientnet(name)
+    folded = copy.deepcopy(b)
+    count = sum(isinstance(m, timm.layers.BatchNormAct2d) for m in b.net.modules())
+    assert fold_batch_norm(folded.net) == count > 10
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.net.modules())
+    assert not any(p.requires_grad for p in folded.net.parameters())
+    x = torch.randn(1, 3, 64, 64)
+    assert all(l2_error(a, c) < 1e-5 for a, c in zip(folded.maps(x), b.maps(x), strict=True))
+    assert fold_batch_norm(folded.net) == 0
+
+
+def test_other_networks_keep_their_batch_norm():
+    b = load_backbone("resnet18:random")
+    before = set(b.net.state_dict())
+    make_fast(b, "fp32", CPU)
+    assert set(b.net.state_dict()) == before
+
+
+def test_transformer_in_fp32_is_untouched():
+    b = load_backbone(TRANSFORMER)
+    x = torch.randn(1, 3, 224, 224)
+    expected = b.maps(x)
+    make_fast(b, "fp32", CPU)
+    assert all(torch.equal(a, c) for a, c in zip(b.maps(x), expected, strict=True))
+
+
+def test_reduced_precision():
+    b = load_backbone(TRANSFORMER)
+    x = torch.randn(2, 3, 224, 224)
+    results = []
+    for precision in ("fp32", "bf16"):
+        make_fast(b, precision, CPU)
+        y = x.clone().requires_grad_(True)
+        maps = b.maps(y)
+        assert all(m.dtype == torch.float32 for m in maps)
+        results.append([*maps, *torch.autograd.grad(sum(m.square().sum() for m in maps), y)])
+    assert b.net.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert b.net.blocks[0].norm1.weight.dtype == torch.float32
+    errors = [l2_error(reduced, full) for full, reduced in zip(*results, strict=True)]
+    assert all(1e-4 < error < 3e-2 for error in errors), errors
+
+
+def test_convolutions_stay_in_float32_on_a_cpu():
+    b = efficientnet()
+    full = copy.deepcopy(b)
+    make_fast(b, "bf16", CPU)
+    make_fast(full, "fp32", CPU)
+    x = torch.randn(1, 3, 64, 64)
+    assert all(torch.equal(a, c) for a, c in zip(b.maps(x), full.maps(x), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_discriminator(precision):
+    """What snapshots hold stays as it is; logits and the images' gradient move little; twice is as once."""
+    config = DiscriminatorConfig((TRANSFORMER, "test_efficientnet:random"), 16, 3, proj_channels=8, max_channels=32)
+    D = ProjectedDiscriminator(config).requires_grad_(False).eval()
+    state = {name: tensor.clone() for name, tensor in D.own_state_dict().items()}
+    x, c = torch.rand(2, 3, 16, 16) * 2 - 1, torch.eye(3)[:2]
+
+    def outputs() -> list[torch.Tensor]:
+        y = x.clone().requires_grad_(True)
+        logits = D(y, c)
+        return [*(t.detach() for t in logits), *torch.autograd.grad(sum(t.sum() for t in logits), y)]
+
+    before = outputs()
+    D.make_fast_(precision)
+    after = outputs()
+    assert all(l2_error(a, b) < (1e-5 if precision == "fp32" else 5e-2) for a, b in zip(after, before, strict=True))
+    D.make_fast_(precision)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(), after, strict=True))
+    assert {name: tensor.dtype for name, tensor in D.own_state_dict().items()} == {n: t.dtype for n, t in state.items()}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in D.own_state_dict().items())

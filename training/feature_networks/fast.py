@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen feature networks made ready for a long run: same function, less time (docs/performance.md has the numbers)."""
+import timm.layers
+import timm.models
+import torch
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from training.feature_networks.backbones import Backbone
+
+# --feature-precision -> type of the large products inside frozen networks; None: all in float32.
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+
+#----------------------------------------------------------------------------
+
+def fold_batch_norm(net: torch.nn.Module) -> int:
+    """Work each BatchNorm of timm's EfficientNets into the convolution before it; equal up to rounding.
+
+    In eval mode a BatchNorm is a factor and a shift per channel. There the order of modules is the order in which they
+    run, so a BatchNorm behind a convolution belongs to it; of other networks that is not known, and they stay.
+
+    Returns:
+        How many were folded.
+    """
+    if not isinstance(net, timm.models.EfficientNet):
+        return 0
+    count = 0
+    for parent in list(net.modules()):
+        children = list(parent.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(conv, torch.nn.Conv2d) and isinstance(norm, timm.layers.BatchNormAct2d):
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, torch.nn.Sequential(norm.drop, norm.act))
+                count += 1
+    return count
+
+
+def pays_off(backbone: Backbone, device: torch.device) -> bool:
+    """Whether reduced precision makes this network faster there.
+
+    On a CPU the convolutional networks spend their time in depthwise convolutions, whose backward pass is slower in
+    bfloat16 than in float32; transformers are matrix products.
+    """
+    return device.type != "cpu" or backbone.isotropic
+
+
+def make_fast(backbone: Backbone, precision: str, device: torch.device) -> None:
+    """Change a frozen backbone in place: BatchNorm folded, channels last, and with reduced precision the large weights
+    in that type. Statistics must have their final values (`warm_up_batch_norm`); tensors get other names.
+
+    Args:
+        backbone: On `device`.
+        precision: A key of PRECISIONS.
+        device: Where it will run.
+    """
+    fold_batch_norm(backbone.net)
+    if not backbone.isotropic:
+        backbone.net.to(memory_format=torch.channels_last)
+    dtype = PRECISIONS[precision] if pays_off(backbone, device) else None
+    if dtype is not None:
+        # Autocast would convert them anew in every pass. Norms and the activations between blocks stay float32.
+        for module in backbone.net.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.to(dtype)
+    backbone.reduced_dtype = dtype
