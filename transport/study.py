@@ -97,14 +97,18 @@ def study_command(name: str, config_class: type, run: Callable[[Any], Any], draw
     """The command `python -m transport.<name>`: an option per field of the settings, --quick and --outdir.
 
     It prints one JSON line on stdout, and with --outdir writes figures and result.json. `--device` is added where the
-    settings have a field `device`.
+    settings have a field `device`. A field `outdir: str | None` gets the folder: for studies that continue from it.
     """
+    names = {field.name for field in dataclasses.fields(config_class)}
+
     def body(quick: bool, outdir: str | None, **values: Any) -> None:
         config = config_class()
         config = config.quick() if quick else config
         given = {key: value for key, value in values.items() if value is not None}
         if "device" in given:
             given["device"] = misc.select_device(given["device"])
+        if "outdir" in names:
+            given["outdir"] = outdir
         config = dataclasses.replace(config, **given)
         check(config)
         result = run(config)
@@ -119,7 +123,7 @@ def study_command(name: str, config_class: type, run: Callable[[Any], Any], draw
         click.echo(json.dumps(line))
 
     options = [_option_of(field, typing.get_type_hints(config_class)[field.name])
-               for field in dataclasses.fields(config_class)]
+               for field in dataclasses.fields(config_class) if field.name != "outdir"]
     options += [click.Option(["--quick"], is_flag=True, help="Smaller settings: under two minutes on two cores"),
                 click.Option(["--outdir"], metavar="DIR", help="Where figures and result.json go; default: nowhere")]
     return Command(name=f"python -m transport.{name}", callback=body, params=options,
