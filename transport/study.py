@@ -74,7 +74,7 @@ def check(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value, rule, flag = getattr(config, field.name), field.metadata, _flag(field.name)
-        if rule.get("choices") and value not in rule["choices"]:
+        if rule.get("choices") and value is not None and value not in rule["choices"]:
             raise UserError(f"{flag}={value}: choose from {', '.join(rule['choices'])}")
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):
