@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from dnnlib import UserError
-from transport.walks import Walk, steps, threshold
+from transport.walks import Walk, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,3 @@ def optimal_curve(points: np.ndarray, walk: Walk, speed: float) -> Curve:
 def bound(walk: Walk, speed: float) -> float:
     """c / (4 K): W1 between the sample and the walk's optimal curve, for K at or above the threshold."""
     return walk.cost / (4 * speed)
-
-
-__all__ = ["Curve", "bound", "optimal_curve", "threshold"]

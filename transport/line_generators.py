@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generators with a one-dimensional latent that can be trained and never break their Lipschitz constant."""
+import copy
 import dataclasses
 import math
 
@@ -23,6 +24,7 @@ class Training:
     field: str = "table"            # Its velocity: free numbers, or a network of the time.
     loss: str = "transport"         # What is minimised: W1 by exact transport, or what a critic says.
     steps: int = 1500
+    slow: float = 0.6               # Share of the steps in which the speed allowed grows from 0 to K.
     cells: int = 256                # The curve is linear on each.
     lr: float = 0.02                # Of the generator, falling to 0 as a cosine.
     critic_lr: float = 1e-3
@@ -38,6 +40,7 @@ class LineGenerator(torch.nn.Module):
         super().__init__()
         cells, dims = training.cells, len(start)
         self.speed, self.cells = training.speed, cells
+        self.share = 1.0        # Of the speed: training starts slowly.
         self.start = torch.nn.Parameter(torch.as_tensor(start, dtype=torch.float32))
         phases = 2 * math.pi * torch.arange(1, 17) * (torch.arange(cells)[:, None] + 0.5) / cells
         self.register_buffer("features", torch.cat([phases.sin(), phases.cos()], dim=1))
@@ -58,7 +61,7 @@ class LineGenerator(torch.nn.Module):
 
     def knots(self) -> torch.Tensor:
         """Places [cells + 1, d] at times 0, 1 / cells, ..., 1."""
-        way = self.velocities().cumsum(dim=0) * (self.speed / self.cells)
+        way = self.velocities().cumsum(dim=0) * (self.share * self.speed / self.cells)
         return torch.cat([self.start[None], self.start + way])
 
     def middles(self) -> torch.Tensor:
@@ -81,8 +84,9 @@ class LineGenerator(torch.nn.Module):
 
     @torch.no_grad()
     def curve(self) -> Curve:
-        """What was learned, on the CPU."""
-        return Curve(times=np.linspace(0, 1, self.cells + 1), places=self.knots().double().cpu().numpy())
+        """What was learned, in double precision: rounding must not make it faster than K."""
+        exact = copy.deepcopy(self).cpu().double()
+        return Curve(times=np.linspace(0, 1, self.cells + 1), places=exact.knots().numpy())
 
 
 def randomise(module: torch.nn.Module, generator: torch.Generator) -> None:
@@ -117,7 +121,9 @@ def train(points: np.ndarray, training: Training, generator: torch.Generator, de
     adam = torch.optim.Adam(model.parameters(), lr=training.lr if training.field == "table" else training.lr / 10,
                             betas=(0.5, 0.95))
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(adam, training.steps)
-    for _ in range(training.steps):
+    growth = training.slow * training.steps
+    for step in range(training.steps):
+        model.share = min((step + 1) / growth, 1) if growth else 1.0
         adam.zero_grad(set_to_none=True)
         loss(model).backward()
         adam.step()

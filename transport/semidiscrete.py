@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the image of a uniform latent is from a finite sample, W1 with the Euclidean distance: exactly, three ways."""
+"""How far the image of a uniform latent is from a finite sample, in W1 with the Euclidean distance: exactly."""
 import dataclasses
 
 import numpy as np
@@ -20,10 +20,25 @@ class Transport:
     potentials: np.ndarray      # v [n]: place j belongs to the point with the least distance - v.
 
 
+def distances(places: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Euclidean distances [M, n].
+
+    Raises:
+        UserError: places [M, d] and points [n, d] of different d.
+    """
+    if places.shape[1] != points.shape[1]:
+        raise UserError(f"places of {places.shape[1]} dimensions and points of {points.shape[1]}: give them the same")
+    return cdist(places, points)
+
+
 def transport(places: np.ndarray, points: np.ndarray) -> Transport:
-    """W1 of `places` [M, d] and `points` [n, d] by the network simplex method of POT."""
+    """W1 of `places` [M, d] and `points` [n, d] by the network simplex method of POT.
+
+    Raises:
+        UserError: they have different dimensions.
+    """
     import ot
-    cost = cdist(places, points)
+    cost = distances(places, points)
     weights = [np.full(size, 1 / size) for size in cost.shape]
     plan, log = ot.emd(*weights, cost, numItermax=10 ** 7, log=True)
     if log["warning"] is not None:
@@ -51,7 +66,7 @@ def semi_dual(places: np.ndarray, points: np.ndarray, potentials: np.ndarray) ->
     Returns:
         (value, supergradient [n]): the gradient is 1 / n less the mass of the point's Laguerre cell.
     """
-    excess = cdist(places, points) - potentials
+    excess = distances(places, points) - potentials
     owner = excess.argmin(axis=1)
     mass = np.bincount(owner, minlength=len(points)) / len(places)
     return float(excess.min(axis=1).mean() + potentials.mean()), 1 / len(points) - mass

@@ -114,7 +114,8 @@ def solve(cost: np.ndarray, direct: np.ndarray, gap: float) -> tuple[list[int], 
         UserError: more than MAX_POINTS points.
     """
     if len(cost) > MAX_POINTS:
-        raise UserError(f"{len(cost)} points: the integer programme takes up to {MAX_POINTS}: use fewer, or the tree's walk")
+        raise UserError(f"{len(cost)} points: the integer programme takes up to {MAX_POINTS}: "
+                        f"use fewer, or the tree's walk")
     programme = _Programme(cost, direct)
     programme.add_clusters(cost)
     while programme.add_broken(programme.solve(integral=False, gap=0).x):
