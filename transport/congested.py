@@ -23,6 +23,7 @@ from transport.study import check, option, seeded, study_command
 PLANES: dict[str, Callable[[], pairs.Draw]] = {"blobs": pairs.blobs, "ring": pairs.ring}
 HALF_WIDTH = 3.0            # Of the square on which flows in the plane are drawn: holds all of blobs and ring.
 ARROW = 0.6                 # Length of the longest arrow on it.
+FAINT = 0.03                # Flows below this share of the largest get no arrow.
 MEMORY_DIMS = 3             # Fewest in which the exact solution for fixed points holds.
 FEW_X = ((0.0, 0, 0), (1, 0, 0), (0, 1, 0))       # Three points to three points, with a known solution.
 FEW_Y = ((2.0, 0, 1), (0, 2, 1), (1, 1, 3))
@@ -257,29 +258,30 @@ def _draw_slopes(result: Result, path: Path) -> Path:
     right.hist(np.abs(slopes.exact), bins=edges, weights=weight / (edges[1] - edges[0]), histtype="step", color="k",
                label="exact, for x in [-2, 4]")
     right.axvline(1, color="0.7", lw=0.8)
-    right.set(xlabel="|u'| on sigma", title="the constraint is not |u'| <= 1")
+    right.set(xlabel="|u'| on sigma", title="slope on the penalty's samples")
     right.legend(fontsize=7)
     return plotting.save(figure, path)
 
 
 def _draw_planes(result: Result, path: Path) -> Path:
-    figure, axes = plotting.panels(len(result.planes), 2, width=4.4)
+    figure, axes = plotting.panels(len(result.planes), 2, width=3.9, height=3.2)
     for (flow_axis, line_axis), (name, plane) in zip(axes, result.planes.items(), strict=True):
         field, extent = plane.field, [-HALF_WIDTH, HALF_WIDTH, -HALF_WIDTH, HALF_WIDTH]
         strength = np.linalg.norm(field.flow, axis=-1)
         image = flow_axis.imshow(strength.T, origin="lower", extent=extent, cmap="Greys")
         figure.colorbar(image, ax=flow_axis, shrink=0.8, label="|w|")
         for sample, color in ((plane.x, "C0"), (plane.y, "C1")):
-            plotting.draw_points(flow_axis, sample[:300], color=color)
+            plotting.draw_points(flow_axis, sample[:200], color=color)
         pick = slice(1, None, 3)
-        w = field.flow[pick, pick]
-        longest = max(float(strength.max()), 1e-12)         # An untrained critic has no flow.
-        flow_axis.quiver(field.centres[pick], field.centres[pick], w[..., 0].T, w[..., 1].T, color="C3", width=0.004,
+        longest = max(float(strength.max()), 1e-12)         # An untrained critic may have no flow.
+        first, second = np.meshgrid(field.centres[pick], field.centres[pick], indexing="ij")
+        w, seen = field.flow[pick, pick], strength[pick, pick] > FAINT * longest
+        flow_axis.quiver(first[seen], second[seen], w[seen, 0], w[seen, 1], color="C3", width=0.005,
                          angles="xy", scale_units="xy", scale=longest / ARROW)
         flow_axis.set(title=f"{name}: flow from blue to orange", xlim=extent[:2], ylim=extent[2:])
         line_axis.plot(field.centres, field.needed, "k-", lw=2.5, alpha=0.35, label="has to be moved")
         line_axis.plot(field.centres, field.crossing, "C3-", lw=1, label="flow of the critic")
-        line_axis.set(xlabel="c", title="mass through the line {first coordinate = c}")
+        line_axis.set(xlabel="c", title="mass through {first coordinate = c}")
         line_axis.legend(fontsize=7)
     return plotting.save(figure, path)
 
