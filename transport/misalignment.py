@@ -62,6 +62,7 @@ def sgd_direction(net: torch.nn.Module, critic: Critic, z1: torch.Tensor, z2: to
     """
     parameters, buffers = state_of(net)
     uphill = torch.func.grad(lambda p: critic(images_of(net, (p, buffers), z2)).mean())(parameters)
+    uphill = {name: value.detach() for name, value in uphill.items()}       # From the critic's parameters.
     return torch.func.jvp(lambda p: images_of(net, (p, buffers), z1), (parameters,), (uphill,))[1]
 
 

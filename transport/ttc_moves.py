@@ -22,6 +22,7 @@ from transport.ttc_settings import Config
 
 W1_POINTS = 500                 # For the exact W1 between samples.
 SHOWN, SHEET_ROWS = 10, 8       # Samples and steps in the sheet.
+REGULARISED = 200               # Images for adversarial regularisation: it takes 200 gradients of each.
 PROBE = 32                      # Samples that stand for the data when a run continues.
 FREE = ("task", "size", "schedule", "images", "num", "detector", "device", "outdir")   # What critics don't depend on.
 
@@ -207,10 +208,11 @@ def _regularised(source: Degraded, bench: Bench, first: Stage, config: Config) -
     """PSNR of adversarial regularisation with the first critic, and of one step of the noise's mean length."""
     clean, dirty = source.pair(config.num, seeded(config.seed, "noise"))
     length = (dirty - clean).flatten(1).norm(dim=1).mean().item()
-    restored = [regularise(first.critic, part, 2 * length) for part in bench.start.split(64)]
-    one_step = move(first.critic, bench.start, length)
-    return {"psnr_regularised": psnr(torch.cat(restored), bench.clean).mean().item(),
-            "psnr_one_step": psnr(one_step, bench.clean).mean().item()}
+    start, clean = bench.start[:REGULARISED], bench.clean[:REGULARISED]
+    restored = torch.cat([regularise(first.critic, part, 2 * length) for part in start.split(50)])
+    one_step = move(first.critic, start, length)
+    return {"psnr_regularised": psnr(restored, clean).mean().item(),
+            "psnr_one_step": psnr(one_step, clean).mean().item()}
 
 #----------------------------------------------------------------------------
 # Figures.
@@ -228,6 +230,7 @@ def _draw_path(moves: Moves, file: Path) -> Path:
         return plotting.save(figure, file)
     shown = np.concatenate([*(moves.path[step][:SHOWN] for step in steps), moves.target[:SHOWN]])
     images = to_uint8_metric(torch.from_numpy(shown)).numpy().transpose(0, 2, 3, 1)
+    images = np.pad(images, [(0, 0), (0, 1), (0, 1), (0, 0)], constant_values=255)     # A line between neighbours.
     figure, axes = plotting.panels(1, 1, width=5, height=5 * (len(steps) + 1) / SHOWN + 0.4)
     plotting.draw_images(axes[0, 0], images[..., 0] if images.shape[3] == 1 else images, SHOWN)
     axes[0, 0].set_title(f"after step {', '.join(map(str, steps))}; last row: the target", fontsize=9)

@@ -54,18 +54,18 @@ class Config:
 
 #----------------------------------------------------------------------------
 
+# Of the papers' critics the deep ones come to life only after thousands of iterations; denoising takes a shallow one.
 _COMMON: dict[str, Any] = {"lam": 1000.0, "lr": 1e-3, "sigma": 0.2, "resolution": 16, "pool": 2000, "batch": 50,
                            "width": 16, "theta": 0.9, "schedule": "8x1"}
 _TASK: dict[str, dict[str, Any]] = {
     "generation": {"source": "noise", "data": "digits", "critic": "infogan", "resolution": 8},
-    "denoising": {"source": "noisy", "data": "photos", "critic": "arconvnet", "width": 32, "batch": 16, "pool": 0,
-                  "theta": 0.7},
+    "denoising": {"source": "noisy", "data": "photos", "critic": "infogan", "batch": 16, "theta": 0.7},
     "translation": {"source": "photos:china", "data": "photos:flower", "critic": "sndcgan", "width": 8, "batch": 16},
     "refinement": {"critic": "infogan"},
     "misalignment": {"data": "digits", "critic": "infogan", "resolution": 8, "lam": 10.0, "batch": 128},
 }
 _QUICK: dict[str, dict[str, Any]] = {
-    "generation": {"iterations": 300}, "denoising": {"iterations": 150, "schedule": "4x1"},
+    "generation": {"iterations": 300}, "denoising": {"iterations": 300, "schedule": "5x1"},
     "translation": {"iterations": 150, "schedule": "5x1"}, "refinement": {"iterations": 100, "schedule": "3x1"},
     "misalignment": {"iterations": 100},
 }
@@ -79,8 +79,10 @@ _PAPER: dict[str, Any] = {"width": 64, "lr": 1e-4, "pool": 0, "schedule": "20x1"
 _PAPER_TASK: dict[tuple[str, int], dict[str, Any]] = {
     ("generation", 1): {"iterations": 5000, "batch": 50, "theta": 0.9, "resolution": 32},
     ("generation", 2): {"iterations": 1000, "batch": 128, "schedule": "10x2,20x1", "resolution": 32},
-    ("denoising", 1): {"iterations": 5000, "batch": 16, "theta": 0.7, "sigma": 0.3, "resolution": 128},
-    ("denoising", 2): {"iterations": 2500, "batch": 32, "sigma": 0.2, "resolution": 128},
+    ("denoising", 1): {"iterations": 5000, "batch": 16, "theta": 0.7, "sigma": 0.3, "resolution": 128,
+                       "critic": "arconvnet"},
+    ("denoising", 2): {"iterations": 2500, "batch": 32, "sigma": 0.2, "resolution": 128,
+                       "critic": "arconvnet"},
     ("translation", 1): {"iterations": 5000, "batch": 16, "theta": 0.9, "schedule": "30x1", "resolution": 128},
     ("translation", 2): {"iterations": 2500, "batch": 32, "resolution": 128},
     ("refinement", 1): {"iterations": 5000, "batch": 50, "theta": 0.9},
