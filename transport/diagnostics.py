@@ -227,8 +227,8 @@ def collect(G: Generator, D: ProjectedDiscriminator, dataset: ImageDataset, sett
 #----------------------------------------------------------------------------
 # Directions and slices.
 
-def _flat(h: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Positions of these images as samples: [n * K, D], at most MAX_PATCHES spread over them."""
+def _spread_out(h: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Positions of these images as samples for a search: [n * K, D], at most MAX_PATCHES spread over them."""
     x = h[rows].flatten(0, 1)
     return x[:: -(-len(x) // MAX_PATCHES)]
 
@@ -264,9 +264,9 @@ def slices_of(samples: Samples, rows: torch.Tensor, omega: torch.Tensor,
     found = {"w1_learned": 0.0, "w1_optimal": 0.0, "w1_max": 0.0, "w1_floor": 0.0}
     halves = rows[0::2], rows[1::2]
     for fit, held in (halves, halves[::-1]):
-        real, fake = (_flat(h, held) for h in samples.kept)
+        real, fake = (h[held].flatten(0, 1) for h in samples.kept)
         optimal = measures.optimal_direction(*(mean[fit] for mean in samples.mean))
-        searched = searched_direction(*(_flat(h, fit) for h in samples.kept), omega, generator)
+        searched = searched_direction(*(_spread_out(h, fit) for h in samples.kept), omega, generator)
         w1 = [measures.slice_along(w, real, fake).w1 for w in (omega, optimal, searched)]
         both = torch.cat([h[held] for h in samples.kept])[torch.randperm(2 * len(held), generator=generator)]
         mixed = [x.flatten(0, 1) for x in both.split(len(held))]
