@@ -3,7 +3,7 @@
 
 For images G(z1) three directions are compared (Milne, Bilocq and Nachman 2021, arXiv 2111.15099; protocol as in their
 code): the critic's gradient, along which Trust the Critics moves them; the direction in which a step of SGD on an
-independent batch z2 moves them, by forward-mode differentiation; and the way that the generator's own next step of Adam
+independent batch z2 moves them, to first order; and the way that the generator's own next step of Adam
 really moves them. The critic is large on generated images, and the generator descends.
 """
 import dataclasses
@@ -61,9 +61,14 @@ def sgd_direction(net: torch.nn.Module, critic: Critic, z1: torch.Tensor, z2: to
     It is the derivative of theta -> G_theta(z1) along the gradient of E u(G_theta(z2)).
     """
     parameters, buffers = state_of(net)
-    uphill = torch.func.grad(lambda p: critic(images_of(net, (p, buffers), z2)).mean())(parameters)
-    uphill = {name: value.detach() for name, value in uphill.items()}       # From the critic's parameters.
-    return torch.func.jvp(lambda p: images_of(net, (p, buffers), z1), (parameters,), (uphill,))[1]
+    point = tuple(value.requires_grad_() for value in parameters.values())
+
+    def images(*values: torch.Tensor, z: torch.Tensor = z1) -> torch.Tensor:
+        return images_of(net, (dict(zip(parameters, values, strict=True)), buffers), z)
+
+    uphill = torch.autograd.grad(critic(images(*point, z=z2)).mean(), point)
+    # By two passes backwards: forward-mode differentiation loads parts of PyTorch that warn of their own age.
+    return torch.autograd.functional.jvp(images, point, uphill)[1]
 
 
 def way_of_update(net: torch.nn.Module, update: Callable[[], None], z: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,7 @@ class Moves:
     floor: dict[str, float]             # The measures between samples of the target itself.
     regularised: dict[str, float]       # PSNR of adversarial regularisation with the first critic; else empty.
     path: list[np.ndarray]              # Some samples after each step [SHOWN or more, ...], float.
-    target: np.ndarray                  # Some of the target's.
+    goal: np.ndarray                    # Some of the target's; of degraded samples, what they were before.
     seconds: float                      # Of this run; critics that were there took theirs before.
 
     def headline(self) -> dict[str, Any]:
@@ -148,13 +148,23 @@ def run_moves(config: Config) -> Moves:
     stages = _train(config, schedule, training, sources["train"], targets["train"], device)
     bench = make_bench(sources["test"], targets["test"], config, device)
     rows, path = _follow(stages, bench, training.lam)
-    seen = distinct(targets["train"], config.num, seeded(config.seed, "floor")).to(device)
-    floor = {"w1": distance(seen, bench.target)} | ({} if bench.frechet is None else {"frechet": bench.frechet(seen)})
+    floor = _floor(targets, bench, config, device)
     regularised = {}
     if isinstance(sources["train"], Degraded):
         regularised = _regularised(sources["train"], bench, stages[0], config)
-    return Moves(config, rows, floor, regularised, path, bench.target[:max(SHOWN, W1_POINTS)].cpu().numpy(),
-                 time.monotonic() - started)
+    goal = bench.target if bench.clean is None else bench.clean
+    return Moves(config, rows, floor, regularised, path, goal[:W1_POINTS].cpu().numpy(), time.monotonic() - started)
+
+
+def _floor(targets: dict[str, Source], bench: Bench, config: Config, device: torch.device) -> dict[str, float]:
+    """Measures between two samples of the target: what is left of them at the goal.
+
+    Of a finite set the second is the half that critics see. The halves of a photograph show different things, so there
+    both are of the half 'test'.
+    """
+    law = targets["train"] if isinstance(targets["train"], Table) else targets["test"]
+    other = distinct(law, config.num, seeded(config.seed, "floor")).to(device)
+    return {"w1": distance(other, bench.target)} | ({} if bench.frechet is None else {"frechet": bench.frechet(other)})
 
 
 def _train(config: Config, schedule: tuple[int, ...], training: Training, source: Source, target: Source,
@@ -220,20 +230,21 @@ def _regularised(source: Degraded, bench: Bench, first: Stage, config: Config) -
 def _draw_path(moves: Moves, file: Path) -> Path:
     """Samples along the steps: a row of images per step, or a panel of points; last the target's."""
     steps = np.unique(np.linspace(0, len(moves.path) - 1, SHEET_ROWS).round().astype(int)).tolist()
-    if moves.target.ndim == 2:
+    if moves.goal.ndim == 2:
         steps = steps[:: max(len(steps) // 3, 1)][:3] + [len(moves.path) - 1]
         figure, axes = plotting.panels(1, len(steps))
         for axis, step in zip(axes[0], steps, strict=True):
-            plotting.draw_points(axis, moves.target, color="lightgrey")
+            plotting.draw_points(axis, moves.goal, color="lightgrey")
             plotting.draw_points(axis, moves.path[step])
             axis.set_title(f"after step {step}")
         return plotting.save(figure, file)
-    shown = np.concatenate([*(moves.path[step][:SHOWN] for step in steps), moves.target[:SHOWN]])
+    shown = np.concatenate([*(moves.path[step][:SHOWN] for step in steps), moves.goal[:SHOWN]])
     images = to_uint8_metric(torch.from_numpy(shown)).numpy().transpose(0, 2, 3, 1)
     images = np.pad(images, [(0, 0), (0, 1), (0, 1), (0, 0)], constant_values=255)     # A line between neighbours.
+    last = "what they were" if moves.regularised else "the target"
     figure, axes = plotting.panels(1, 1, width=5, height=5 * (len(steps) + 1) / SHOWN + 0.4)
     plotting.draw_images(axes[0, 0], images[..., 0] if images.shape[3] == 1 else images, SHOWN)
-    axes[0, 0].set_title(f"after step {', '.join(map(str, steps))}; last row: the target", fontsize=9)
+    axes[0, 0].set_title(f"after step {', '.join(map(str, steps))}; last row: {last}", fontsize=9)
     return plotting.save(figure, file)
 
 
@@ -249,7 +260,7 @@ def _draw_measures(moves: Moves, file: Path) -> Path:
             axis.plot(steps[:-1], [row["estimate"] for row in moves.rows[1:]], "s--", markersize=3,
                       label="the critic's estimate")
         if name in moves.floor:
-            axis.axhline(moves.floor[name], color="grey", linestyle=":", label="the target's two halves")
+            axis.axhline(moves.floor[name], color="grey", linestyle=":", label="two samples of the target")
         if name == "psnr":
             axis.axhline(moves.regularised["psnr_regularised"], color="C3", linestyle=":",
                          label="adversarial regularisation")

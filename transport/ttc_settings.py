@@ -65,12 +65,12 @@ _TASK: dict[str, dict[str, Any]] = {
     "misalignment": {"data": "digits", "critic": "infogan", "resolution": 8, "lam": 10.0, "batch": 128},
 }
 _QUICK: dict[str, dict[str, Any]] = {
-    "generation": {"iterations": 300}, "denoising": {"iterations": 300, "schedule": "5x1"},
+    "generation": {"iterations": 300}, "denoising": {"iterations": 300},
     "translation": {"iterations": 150, "schedule": "5x1"}, "refinement": {"iterations": 100, "schedule": "3x1"},
-    "misalignment": {"iterations": 100},
+    "misalignment": {"iterations": 300},
 }
 _SMALL: dict[str, dict[str, Any]] = {
-    "generation": {"iterations": 1000, "schedule": "20x1"}, "denoising": {"iterations": 600, "schedule": "8x1"},
+    "generation": {"iterations": 1000, "schedule": "20x1"}, "denoising": {"iterations": 1000, "schedule": "20x1"},
     "translation": {"iterations": 500, "schedule": "12x1"}, "refinement": {"iterations": 300, "schedule": "6x1"},
     "misalignment": {"iterations": 1000},
 }

@@ -16,12 +16,14 @@ from click.testing import CliRunner
 from dnnlib import UserError
 from tests.metrics.generators import stem
 from torch_utils import checkpoint
+from torch_utils.local_network import LocalNet, local_config, save_local_network
 from training.config import to_dict
 from training.snapshots import NETWORK_FORMAT, VERSION
 from transport import misalignment, ttc_moves
 from transport.critic_sequence import move, push
 from transport.critic_store import load_stages, save_stage, stage_path
 from transport.image_critics import make_critic, make_generator
+from transport.sources import open_data
 from transport.study import seeded
 from transport.trust_the_critics import Config, draw, main, run, settled
 from transport.ttc_settings import TASKS, defaults
@@ -196,6 +198,19 @@ def test_tasks(tmp_path, task, keys):
         assert [row["update"] for row in line["moments"]] == [0, 2]
     else:
         assert len(line["estimates"]) == line["steps"] == 2
+
+
+def test_frechet_distance(tmp_path):
+    """In the features of a user's own judge; grey images count as colour images with equal channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_local_network(tmp_path / "judge.safetensors", LocalNet(local_config(2, 8, (4,))))
+    line = run(Config(detector=str(tmp_path / "judge.safetensors"), schedule="1x1", resolution=8,
+                      **{**TINY, "num": 100})).headline()
+    assert line["frechet_before"] > line["frechet_floor"] > 0
+    digits = open_data("digits", 8, "test").samples[:50]
+    frechet = ttc_moves.Frechet(str(tmp_path / "judge.safetensors"), digits, torch.device("cpu"))
+    assert frechet(digits.expand(-1, 3, -1, -1)) == pytest.approx(0, abs=1e-6)
 
 
 def test_deblurring():
