@@ -16,6 +16,7 @@ from torch_utils import distributed, misc
 from training.recipes import RECIPES
 
 OFFICIAL_BACKBONES = ["deit_base_distilled_patch16_224", "tf_efficientnet_lite0"]
+DIAGNOSIS_IMAGES = 1024     # Per side, of --diagnose without a number.
 SMALL_DATA = 50_000         # Images below which --preset=small is worth a thought.
 
 #----------------------------------------------------------------------------
@@ -207,6 +208,7 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
         path_stem=opts.path_stem, resume=opts.resume, init_from=opts.init_from, seed=opts.seed, fp32=opts.fp32,
         feature_precision=opts.feature_precision, cudnn_benchmark=not opts.nobench,
         restart_every=opts.restart_every, on_collapse=opts.on_collapse, wandb=opts.wandb,
+        diagnose=opts.diagnose,
         saving=SavingConfig(opts.keep, opts.keep_every, opts.snap_state, opts.save_in_background, opts.best_metric,
                             opts.stop_patience))
     check_diversity(opts.diversity, config.batch_gpu)
@@ -229,6 +231,14 @@ def make_evaluator(opts: EasyDict, dataset: Any, device: Any):
         return None
     from inference.evaluation import network_evaluator
     return network_evaluator(opts.metrics, dataset, opts.detector, opts.num, device, seed=opts.seed)
+
+
+def make_diagnosis(config: Any, dataset: Any):
+    """The diagnosis of D for the loop; None without `--diagnose`."""
+    if not config.diagnose:
+        return None
+    from transport.diagnostics import training_diagnosis
+    return training_diagnosis(dataset, config.diagnose, config.batch_gpu, config.seed)
 
 
 def print_setup(setup: EasyDict, gpus: int) -> None:
@@ -290,7 +300,8 @@ def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: A
     distributed.barrier()
     from training.training_loop import training_loop
     evaluate = make_evaluator(opts, setup.dataset, device)
-    code = training_loop(setup.config, setup.run.folder, device, setup.dataset, setup.stem, setup.start, evaluate, stop)
+    code = training_loop(setup.config, setup.run.folder, device, setup.dataset, setup.stem, setup.start, evaluate, stop,
+                         make_diagnosis(setup.config, setup.dataset))
     if code == 0 and distributed.rank() == 0:
         mark_finished(setup.run.folder, setup.config.total_kimg)
     return code
@@ -463,6 +474,9 @@ def option(names: str, help: str, **settings: Any):
         type=click.Choice(["warn", "stop"]), default="warn")
 @option("--wandb", "Also log to this project of Weights & Biases (pip install wandb)", metavar="PROJECT", type=str)
 @option("--bench", "Run a few iterations, print the time that the run will take, and exit", is_flag=True)
+@option("--diagnose", f"At snapshots measure what D's last layers know, on so many images per side (0: off; without a "
+        f"number {DIAGNOSIS_IMAGES})", metavar="[INT]", type=click.IntRange(min=0), default=0,
+        is_flag=False, flag_value=str(DIAGNOSIS_IMAGES))
 @option("-n --dry-run", "Print the settings and exit", is_flag=True)
 def main(**kwargs: Any) -> None:
     """Train StyleGAN-XL with SAN heads.

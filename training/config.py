@@ -174,6 +174,7 @@ class TrainConfig:
     restart_every: int = 0          # Seconds after which the run saves and exits; 0 means never.
     on_collapse: str = "warn"       # warn | stop, with exit code 5.
     wandb: str | None = None        # Project of Weights & Biases.
+    diagnose: int = 0               # Images per side in the diagnosis of D at snapshots; 0: none. Moves no result.
     saving: SavingConfig = SavingConfig()
 
 #----------------------------------------------------------------------------

@@ -8,22 +8,24 @@ from collections.abc import Sequence
 
 import torch
 
-from training.discriminators.san import SanOutput
+from training.discriminators.san import GAN_LOSSES, SanOutput
+
+HINGE = GAN_LOSSES["hinge"]
 
 
 def generator_loss(logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """-D(G(z, c), c): logits [N, L] per backbone -> [N]."""
-    return sum(-x.mean(dim=1) for x in logits)
+    return sum(HINGE.generator(x).mean(dim=1) for x in logits)
 
 
 def discriminator_loss_fake(outputs: Sequence[SanOutput]) -> torch.Tensor:
     """Hinge on `fun`, Wasserstein on `dir` (Takida et al. 2024, equation 14 with the hinge GAN): -> [N]."""
-    return sum((torch.relu(1 + fun) + dir).mean(dim=1) for fun, dir in outputs)
+    return sum((HINGE.fake(fun) + dir).mean(dim=1) for fun, dir in outputs)
 
 
 def discriminator_loss_real(outputs: Sequence[SanOutput]) -> torch.Tensor:
     """The same on real images: -> [N]."""
-    return sum((torch.relu(1 - fun) - dir).mean(dim=1) for fun, dir in outputs)
+    return sum((HINGE.real(fun) - dir).mean(dim=1) for fun, dir in outputs)
 
 
 def path_lengths(images: torch.Tensor, ws: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -134,13 +135,15 @@ class Reporter:
             with open(self.folder / "log.txt", "a") as f:
                 f.write(text + "\n")
 
-    def tick(self, stats: dict[str, Stat], cur_nimg: int, total_nimg: int, progress: dict[str, float | None]) -> None:
+    def tick(self, stats: dict[str, Stat], cur_nimg: int, total_nimg: int, progress: dict[str, float | None],
+             diagnosis: Mapping[str, float] = MappingProxyType({})) -> None:
         """Report one interval. The names of the numbers are explained in docs/watching.md.
 
         Args:
             stats: From the collector.
             progress: tick, elapsed, sec_per_tick, sec_per_kimg, data_wait, maintenance (seconds before this interval),
                 nonfinite, and what else is known; None if it is not.
+            diagnosis: Of D, by the names of the curves; at snapshots, with --diagnose.
         """
         if distributed.rank() != 0:
             return
@@ -152,7 +155,7 @@ class Reporter:
             "img_per_sec": 1e3 / progress["sec_per_kimg"], "eta_sec": left,
             "maintenance_share": progress["maintenance"] / max(seconds, 1e-9)} | memory_gb()
         self.say(status_line(stats, cur_nimg, progress))
-        numbers = {f"Progress/{k}": v for k, v in progress.items() if v is not None}
+        numbers = {f"Progress/{k}": v for k, v in progress.items() if v is not None} | dict(diagnosis)
         line = {name: stat.as_dict() for name, stat in stats.items()}
         self._write("stats.jsonl", cur_nimg, line | numbers)
         means = {name: stat.mean for name, stat in stats.items()}

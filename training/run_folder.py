@@ -25,7 +25,7 @@ RUN_INFO = "run"                # Key in the options file: what is known of the 
 
 # Settings that may differ between two starts of one run: reporting, saving, length, how the work is cut.
 FREE = ("total_kimg", "kimg_per_tick", "snapshot_ticks", "metrics", "restart_every", "cudnn_benchmark", "saving",
-        "batch_gpu", "data.workers", "data.path", "on_collapse", "wandb")
+        "batch_gpu", "data.workers", "data.path", "on_collapse", "wandb", "diagnose")
 # Settings that change what is computed from here on, but not what there is: --continue-changed lets them.
 CHANGEABLE = ("batch", "fp32", "feature_precision", "loss", "optim")
 

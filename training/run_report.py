@@ -132,10 +132,30 @@ class Panel:
     scale: float = 1                    # Values are multiplied by it.
 
 
-def head_curves(names: Sequence[str], kind: str, color: str) -> tuple[Curve, ...]:
-    """A thin line per scale of each backbone."""
+def head_curves(names: Sequence[str], prefix: str, color: str) -> tuple[Curve, ...]:
+    """A thin line per scale of each backbone: names are <prefix>/<backbone>/<scale>."""
     return tuple(Curve(name, "", color, thin=True) for name in names
-                 if name.startswith(f"Loss/signs/{kind}/") and name.count("/") == 4)
+                 if name.startswith(f"{prefix}/") and name.count("/") == prefix.count("/") + 2)
+
+
+def diagnosis_panels(names: Sequence[str]) -> list[Panel]:
+    """What `--diagnose` measures of D at snapshots."""
+    return [
+        Panel("Directions of D", (*head_curves(names, "Diagnosis/inner_product", REAL),
+                                  Curve("Diagnosis/inner_product", "learned", REAL),
+                                  Curve("Diagnosis/floor", "an optimal one would read", OTHER)),
+              "Inner product with the optimal direction; thin: each head. 1: the last layer sees what there is to see.",
+              (None, 1.05), marks=(0, 1)),
+        Panel("Separability of D", (*head_curves(names, "Diagnosis/separability", REAL),
+                                    Curve("Diagnosis/separability", "", REAL)),
+              "Mean difference over W1 along the learned direction. 1: one law lies below the other.", (0, 1.05),
+              marks=(1,)),
+        Panel("Distances that D sees", (Curve("Diagnosis/w1_max", "max-ASW", OTHER),
+                                        Curve("Diagnosis/w1_optimal", "along the optimal direction", FAKE),
+                                        Curve("Diagnosis/w1_learned", "along the learned direction", REAL),
+                                        Curve("Diagnosis/w1_floor", "of equal laws", "#888888")),
+              "W1 of the slices, mean over heads, held-out images.", (0, None)),
+    ]
 
 
 def panels(names: Sequence[str]) -> list[Panel]:
@@ -145,9 +165,11 @@ def panels(names: Sequence[str]) -> list[Panel]:
               "Per sample. They need not fall: G and D pull against each other."),
         Panel("Scores of D", (Curve("Loss/scores/real", "real", REAL), Curve("Loss/scores/fake", "generated", FAKE)),
               "Mean logit over all heads."),
-        Panel("Sign rates of D", (*head_curves(names, "real", REAL), *head_curves(names, "fake", FAKE),
+        Panel("Sign rates of D", (*head_curves(names, "Loss/signs/real", REAL),
+                                  *head_curves(names, "Loss/signs/fake", FAKE),
                                   Curve("Loss/signs/real", "real", REAL), Curve("Loss/signs/fake", "generated", FAKE)),
               "Thick: all heads. Thin: each scale of each backbone. Pinned at +1 and -1: D has won.", (-1.05, 1.05)),
+        *diagnosis_panels(names),
         Panel("Diversity", (Curve("Progress/diversity", "", FAKE),),
               "Difference of generated images of one class over that of real ones. Below 0.05: collapse.",
               (0, None), marks=(0.05, 1)),

@@ -35,10 +35,12 @@ from training.reporting import Reporter, SampleSheets
 from training.resume import load_state
 from training.saving import Saver, pick_score, update_best
 from training.snapshots import TrainingState, generator_config, snapshot_name
-from training.stopping import EXIT_DONE, EXIT_RESTART, NOTHING, StopRequests
+from training.stopping import EXIT_DONE, EXIT_RESTART, NOTHING, Request, StopRequests
 from training.superres import load_stem_into, stage_table
 
 Evaluator = Callable[[Generator], list[dict[str, Any]]]     # G_ema -> metric results; every process calls it.
+# (G, D, blur sigma) -> numbers by the names of their curves. Only rank 0 calls it; it must leave both as they are.
+Diagnosis = Callable[[Generator, ProjectedDiscriminator, float], dict[str, float]]
 
 #----------------------------------------------------------------------------
 # Setting up.
@@ -90,6 +92,7 @@ def training_loop(
     start: dict[str, Any] | None = None,    # Snapshot whose weights a new run begins with.
     evaluate: Evaluator | None = None,      # Metrics of G_ema, run at snapshots.
     stop: StopRequests | None = None,       # Notices signals and other requests to stop.
+    diagnose: Diagnosis | None = None,      # Of D against G, at the ticks that end with a snapshot.
 ) -> int:
     """Train to the end of the stage and return EXIT_DONE, or EXIT_RESTART when asked to stop and be started again.
 
@@ -188,18 +191,21 @@ def training_loop(
         tick_end_time = time.time()
         stats = collector.update()
         numbers = health.numbers(G_ema)
+        state.snapshot_due |= end is not None or state.cur_tick % max(config.snapshot_ticks, 1) == 0
+        diagnosis = {}
+        if diagnose is not None and snapshot_now(state, end, request, guard):
+            diagnosis = diagnosis_of(state, diagnose, report)
         seconds = tick_end_time - tick_start_time
         report.tick(stats, state.cur_nimg, total_nimg, {
             "tick": state.cur_tick, "elapsed": state.elapsed, "sec_per_tick": seconds,
             "sec_per_kimg": seconds / (state.cur_nimg - measured_nimg) * 1e3,
-            "data_wait": batches.wait_seconds() / max(seconds, 1e-9), "maintenance": maintenance} | numbers)
+            "data_wait": batches.wait_seconds() / max(seconds, 1e-9), "maintenance": maintenance} | numbers, diagnosis)
         collapsed = health.judge(stats, numbers, state.cur_nimg, state.batch_idx, report.verdict)
         if collapsed:
             end = "stopped because of the verdict (--on-collapse=stop)"
         state.tick_start_nimg = state.cur_nimg
-        state.snapshot_due |= end is not None or state.cur_tick % max(config.snapshot_ticks, 1) == 0
-        # Asked to stop there may be no time for it: the next start does. After a non-finite step the next tick does.
-        if state.snapshot_due and request.restart is None and (end is not None or guard.is_clean()):
+        state.snapshot_due |= collapsed
+        if snapshot_now(state, end, request, guard):
             take_snapshot(config, saver, state, sheets, report, evaluate, device)
             end = end or stage_end(state, config)
         measured_nimg, tick_start_time = state.cur_nimg, time.time()
@@ -230,6 +236,26 @@ def stage_end(state: TrainingState, config: TrainConfig) -> str | None:
         return (f"done: {state.bad_evals} evaluations without a better {state.best_metric} than that at kimg "
                 f"{(state.best_nimg or 0) / 1e3:g} (--stop-patience={config.saving.stop_patience})")
     return None
+
+
+def snapshot_now(state: TrainingState, end: str | None, request: Request, guard: GradientGuard) -> bool:
+    """Whether a snapshot that is due is taken at this tick.
+
+    Asked to stop there may be no time for it: the next start does. After a non-finite step the next tick does.
+    """
+    return state.snapshot_due and request.restart is None and (end is not None or guard.is_clean())
+
+
+def diagnosis_of(state: TrainingState, diagnose: Diagnosis, report: Reporter) -> dict[str, float]:
+    """Numbers of `diagnose`, on rank 0; the others wait. Never raises: numbers are not worth a run."""
+    numbers: dict[str, float] = {}
+    if distributed.rank() == 0:
+        try:
+            numbers = diagnose(state.G, state.D, state.loss.blur_sigma)
+        except Exception as err:
+            report.say(f"NOTE: no diagnosis of D at this snapshot: {type(err).__name__}: {err}")
+    distributed.barrier()       # This may take long: collectives have a time limit, this has none.
+    return numbers
 
 
 def take_snapshot(config: TrainConfig, saver: Saver, state: TrainingState, sheets: SampleSheets, report: Reporter,

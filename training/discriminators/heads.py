@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from training.discriminators.blocks import DownBlock, SpectralConv2d
 from training.discriminators.san import PlainConv2d, PlainEmbedding, SanConv2d, SanEmbedding, SanOutput
@@ -71,6 +72,14 @@ class SingleDisc(torch.nn.Module):
         fun, along = self.last_layer.san(self.main(x))
         return SanOutput(fun[:, 0], along[:, 0])
 
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last layer takes inner products with: [N, positions, channels * k * k], the map under its kernel."""
+        return F.unfold(self.main(x), self.kernel).transpose(1, 2)
+
+    def directions(self) -> torch.Tensor:
+        """The last layer as unit vectors: [1, channels * k * k]."""
+        return F.normalize(self.last_layer.weight.flatten(1), dim=1)
+
 
 class SingleDiscCond(torch.nn.Module):
     """Conditional: features of width `cmap_dim`, inner product with the class's linear map, over sqrt(cmap_dim)."""
@@ -97,6 +106,14 @@ class SingleDiscCond(torch.nn.Module):
         h = self.cls(self.main(x))
         fun, along = self.embed.san(c.argmax(dim=1))
         return SanOutput(self._inner(h, fun), self._inner(h.detach(), along))
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """What the classes' directions take inner products with: [N, positions, cmap_dim]."""
+        return self.cls(self.main(x)).flatten(2).transpose(1, 2)
+
+    def directions(self) -> torch.Tensor:
+        """The classes' linear maps as unit vectors: [c_dim, cmap_dim]."""
+        return F.normalize(self.embed.weight, dim=1)
 
 #----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from training.diffaug import NUM_UNIFORMS, POLICIES, diff_augment
 from training.discriminators.blocks import begin_step, end_step, set_split_group
 from training.discriminators.heads import MultiScaleD
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded
-from training.discriminators.san import SanMixin, SanOutput
+from training.discriminators.san import SanOutput, project_directions
 from training.feature_networks.backbones import Backbone, warm_up_batch_norm
 from training.feature_networks.fast import make_fast
 from training.feature_networks.registry import load_backbone
@@ -172,9 +172,7 @@ class ProjectedDiscriminator(torch.nn.Module):
 
     def project_(self) -> None:
         """Bring the directions of all SAN layers back to unit norm: after every optimiser step."""
-        for module in self.modules():
-            if isinstance(module, SanMixin):
-                module.project_()
+        project_directions(self)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """Those of the heads."""

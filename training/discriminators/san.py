@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Last layers for slicing adversarial networks: SAN (Takida et al., ICLR 2024).
+"""Last layers and losses for slicing adversarial networks: SAN (Takida et al., ICLR 2024).
 
 A last linear map w is held as a direction w/|w| (unit norm per output row) and a trainable scale. The discriminator
 step asks for two outputs of equal value, `scale * <direction, h>`, that differ in what they train:
 
-* `fun = scale * <stop(direction), h>` trains features and scale; it goes with the base loss (here hinge);
-* `dir = stop(scale) * <direction, stop(h)>` trains the direction; it goes with the Wasserstein objective.
+* `fun = scale * <stop(direction), h>` trains features and scale; it goes with the base loss (hinge, say);
+* `dir = stop(scale) * <direction, stop(h)>` trains the direction; it goes with a loss of the Wasserstein kind.
 
-The plain layers at the end have the same interface and no direction objective: for training without SAN.
+Any GAN becomes a SAN in three lines: `SanLinear(d, 1)` as last layer, `discriminator_loss("hinge", last.san(h(real)),
+last.san(h(fake)))` as loss, and `project_directions(D)` after the step. docs/transport.md has an example.
+
+The plain layers have the same interface and no direction objective: for training without SAN.
 """
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from dnnlib import UserError
 
 NORM_EPS = 1e-12    # Keeps an all-zero row finite; any row of sensible size is untouched.
 
@@ -158,7 +164,27 @@ class SanEmbedding(SanMixin, torch.nn.Module):
         return SanOutput(direction.detach() * scale, direction * scale.detach())
 
 #----------------------------------------------------------------------------
-# The same interface without SAN.
+# The same without layers of our own, and the same interface without SAN.
+
+def split_linear(x: torch.Tensor, weight: torch.Tensor) -> SanOutput:
+    """Both outputs of an ordinary linear map [N, in] -> [N, out] with this `weight` [out, in], whose norm is the scale.
+
+    It keeps the parameters of a network as they are: `split_linear(h, self.last.weight)`. The gradients of fun + dir by
+    the weight are those of the ordinary layer. Nothing has to be projected; steps on `dir` alone make rows longer.
+    """
+    norms = weight.norm(dim=1)
+    direction = weight / norms.clamp_min(NORM_EPS)[:, None]
+    return SanOutput(F.linear(x, direction.detach()) * norms, F.linear(x.detach(), direction) * norms.detach())
+
+
+class PlainLinear(torch.nn.Linear):
+    """An ordinary linear layer. It has no direction objective: `san(x).dir` is zero."""
+
+    def san(self, x: torch.Tensor) -> SanOutput:
+        """Args: x [N, in_features]."""
+        y = self(x)
+        return SanOutput(y, torch.zeros_like(y))
+
 
 class PlainConv2d(torch.nn.Conv2d):
     """An ordinary convolution. It has no direction objective: `san(x).dir` is zero."""
@@ -176,3 +202,112 @@ class PlainEmbedding(torch.nn.Embedding):
         """Args: index int64 [N]."""
         row = self(index)
         return SanOutput(row, torch.zeros_like(row))
+
+#----------------------------------------------------------------------------
+# Losses. Whatever averages over samples is in `discriminator_loss` and `generator_loss`; below it is per output.
+
+class GanLoss(NamedTuple):
+    """A GAN's loss as functions of an output f, all to be minimised, and what they make of the direction's objective.
+
+    In the paper's words R1 = -real, R2 = -fake and R3 = generator.
+    """
+
+    real: Callable[[torch.Tensor], torch.Tensor]
+    fake: Callable[[torch.Tensor], torch.Tensor]
+    generator: Callable[[torch.Tensor], torch.Tensor]
+    weight: Callable[[torch.Tensor], torch.Tensor]      # r = -R3' > 0: how much the generator heeds a sample.
+    direction: str                                      # "means", "weighted means", "generator": `direction_objective`.
+
+
+def _square_softplus(x: torch.Tensor) -> torch.Tensor:
+    return F.softplus(x).square()
+
+
+GAN_LOSSES = {
+    "wasserstein": GanLoss(lambda f: -f, lambda f: f, lambda f: -f, torch.ones_like, "means"),
+    "hinge": GanLoss(lambda f: torch.relu(1 - f), lambda f: torch.relu(1 + f), lambda f: -f, torch.ones_like, "means"),
+    "saturating": GanLoss(lambda f: F.softplus(-f), F.softplus, lambda f: -F.softplus(f), torch.sigmoid,
+                          "weighted means"),
+    "non-saturating": GanLoss(lambda f: F.softplus(-f), F.softplus, lambda f: F.softplus(-f),
+                              lambda f: torch.sigmoid(-f), "weighted means"),
+    # Least squares are made monotone by softplus inside the squares (Shibuya et al. 2024, "BigVSAN"): (1 - f)^2
+    # would push away samples whose output is above 1.
+    "least-squares": GanLoss(lambda f: _square_softplus(1 - f), _square_softplus, lambda f: _square_softplus(1 - f),
+                             lambda f: 2 * F.softplus(1 - f) * torch.sigmoid(1 - f), "generator"),
+}
+
+
+def loss_named(name: str) -> GanLoss:
+    """The row of `GAN_LOSSES`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in GAN_LOSSES:
+        raise UserError(f"GAN loss {name}: choose from {', '.join(GAN_LOSSES)}")
+    return GAN_LOSSES[name]
+
+
+def direction_objective(name: str, real: SanOutput, fake: SanOutput, real_class: torch.Tensor | None = None,
+                        fake_class: torch.Tensor | None = None) -> torch.Tensor:
+    """L_omega, to be maximised: a scalar whose gradient reaches the direction only (Takida et al. 2024).
+
+    For the hinge and Wasserstein losses E_0 dir - E_theta dir. For the saturating and non-saturating ones the same with
+    means weighted by r(f), each normalised by its own sum: a vector added to all features then does not turn the
+    direction. For least squares E_theta R3(dir) - E_0 R3(dir), as published with BigVSAN.
+
+    Args:
+        real, fake: outputs of one shape each, [N], [N, 1] or [N, ...].
+        real_class, fake_class: int64 [N], for one direction per class: weights are normalised within each class. Both
+            sides should show every class equally often.
+    """
+    loss = loss_named(name)
+    if loss.direction == "generator":
+        return loss.generator(fake.dir).mean() - loss.generator(real.dir).mean()
+    if loss.direction == "means":
+        return real.dir.mean() - fake.dir.mean()
+    return _weighted_mean(real, loss, real_class) - _weighted_mean(fake, loss, fake_class)
+
+
+def _weighted_mean(output: SanOutput, loss: GanLoss, classes: torch.Tensor | None) -> torch.Tensor:
+    """sum r dir / sum r, or with classes that of each class, averaged over samples."""
+    weight = loss.weight(output.fun.detach())
+    if classes is None:
+        return (weight * output.dir).sum() / weight.sum()
+    weight = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
+    count = int(classes.max()) + 1
+    totals = weight.new_zeros(count).index_add(0, classes, weight.sum(dim=1))
+    members = weight.new_zeros(count).index_add(0, classes, weight.new_ones(len(classes)))
+    share = weight * (members / totals)[classes][:, None] / len(classes)
+    return (share * output.dir.reshape(weight.shape)).sum()
+
+
+def discriminator_loss(name: str, real: SanOutput, fake: SanOutput, real_class: torch.Tensor | None = None,
+                       fake_class: torch.Tensor | None = None) -> torch.Tensor:
+    """The whole loss of a discriminator step, a scalar to be minimised: the GAN's on `fun`, minus L_omega on `dir`.
+
+    With plain layers, whose `dir` is zero, it is the GAN's. Arguments as `direction_objective`; the generated images
+    come detached.
+
+    Raises:
+        UserError: no loss of that name.
+    """
+    loss = loss_named(name)
+    base = loss.real(real.fun).mean() + loss.fake(fake.fun).mean()
+    return base - direction_objective(name, real, fake, real_class, fake_class)
+
+
+def generator_loss(name: str, fake: torch.Tensor) -> torch.Tensor:
+    """The loss of a generator step, a scalar to be minimised: E R3(f) of the layer's plain output f = last(h(G(z))).
+
+    Raises:
+        UserError: no loss of that name.
+    """
+    return loss_named(name).generator(fake).mean()
+
+
+def project_directions(network: torch.nn.Module) -> None:
+    """Bring the directions of all SAN layers of a network back to unit norm: after every discriminator step."""
+    for module in network.modules():
+        if isinstance(module, SanMixin):
+            module.project_()
