@@ -14,6 +14,7 @@ import click
 from dnnlib import EasyDict, UserError, cli
 from torch_utils import distributed, misc
 from training.recipes import RECIPES
+from training.splitting import check_diversity, check_split_group, split_batch
 
 OFFICIAL_BACKBONES = ["deit_base_distilled_patch16_224", "tf_efficientnet_lite0"]
 DIAGNOSIS_IMAGES = 1024     # Per side, of --diagnose without a number.
@@ -80,31 +81,6 @@ def check_saving(opts: EasyDict) -> None:
     if opts.stop_patience > 0 and not opts.metrics:
         raise UserError(f"--stop-patience={opts.stop_patience} counts evaluations, and there are none with "
                         "--metrics=none: add a metric or leave it out")
-
-
-def split_batch(batch: int, batch_gpu: int | str | None, gpus: int) -> int:
-    """Images per micro-batch, checked against the batch and the number of processes. 'auto' begins with all."""
-    if batch % gpus:
-        raise UserError(f"--batch={batch} is not divisible by --gpus={gpus}: take a multiple of {gpus}")
-    batch_gpu = batch // gpus if batch_gpu in (None, "auto") else batch_gpu
-    if batch % (gpus * batch_gpu):
-        raise UserError(f"--batch={batch} is not divisible by --gpus={gpus} x --batch-gpu={batch_gpu}: take a multiple "
-                        f"of {gpus * batch_gpu}, or another --batch-gpu")
-    return batch_gpu
-
-
-def check_diversity(diversity: float, batch_gpu: int) -> None:
-    """The diversity term compares images two by two."""
-    if diversity > 0 and batch_gpu % 2:
-        raise UserError(f"--diversity={diversity:g} compares pairs of images, but a micro-batch has {batch_gpu}: take "
-                        "an even --batch-gpu")
-
-
-def check_split_group(group: int, batch_gpu: int) -> None:
-    """Groups lie within micro-batches."""
-    if group and (group < 2 or batch_gpu % group):
-        raise UserError(f"--split-group={group} must be at least 2 and divide the micro-batch of {batch_gpu}: take "
-                        "another one, or another --batch-gpu")
 
 #----------------------------------------------------------------------------
 # Options -> settings.
