@@ -1,6 +1,7 @@
 """Diagnosis of a discriminator: closed forms on heads made by hand, the command, and in training without a trace."""
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import train
 import transport.diagnostics
 from tests.conftest import write_dataset
 from tests.training.test_loop import SMALL, assert_equal_states, only_run
+from tests.training.test_processes import train as train_script
 from torch_utils import checkpoint
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from training.config import DiscriminatorConfig
@@ -326,3 +328,12 @@ def test_a_diagnosis_that_fails_does_not_stop_a_run(blobs, tmp_path, monkeypatch
     assert output.count("NOTE: no diagnosis of D at this snapshot: RuntimeError: no room") == 2
     assert json.loads((run / "training_options.json").read_text())["diagnose"] == 1024
     assert "Diagnosis" not in (run / "stats.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_wait_for_it(blobs, tmp_path):
+    """The first process measures, the other one waits, and both go on."""
+    _, run = train_script([sys.executable], tmp_path, blobs, "--kimg=0.008", "--gpus=2", "--diagnose=64")
+    (line,) = (json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines())
+    assert np.isfinite(line["Diagnosis/inner_product"])
+    assert (run / "network-snapshot-000000.008.pkl").is_file()
