@@ -42,7 +42,7 @@ from training.gradients import FlatGradients  # noqa: E402
 from training.health import GradientGuard  # noqa: E402
 from training.layer_schedule import stem_config, superres_config  # noqa: E402
 from training.loss import MicroBatch, StyleSanLoss  # noqa: E402
-from training.loss_math import discriminator_loss_fake, discriminator_loss_real  # noqa: E402
+from training.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
 from training.phases import make_phases, run_phase  # noqa: E402
 
@@ -162,9 +162,12 @@ def make_steps(case: Case, device: torch.device) -> dict[str, Step]:
 #----------------------------------------------------------------------------
 # The same numbers?
 
-def gradients(step: Step, for_G: MicroBatch, for_D: MicroBatch) -> dict[str, torch.Tensor]:
-    """Flat gradients of G and of D."""
-    found = {}
+def results(step: Step, for_G: MicroBatch, for_D: MicroBatch) -> dict[str, torch.Tensor]:
+    """Logits of real images and the gradient of G's loss with respect to them; flat gradients of G and of D."""
+    x = for_D.real_img.clone().requires_grad_(True)
+    logits = step.D.heads(step.features(x, for_D.augment_real), for_D.real_c)
+    (image_grad,) = torch.autograd.grad(generator_loss(logits).sum(), x)
+    found = {"logits": torch.cat([y.detach().flatten() for y in logits]), "images": image_grad.flatten()}
     for name, net, backward, batch in (("G", step.G, step.generator_phase, for_G),
                                        ("D", step.D, step.discriminator_phase, for_D)):
         parameters = net.trainable_parameters()
@@ -178,13 +181,19 @@ def gradients(step: Step, for_G: MicroBatch, for_D: MicroBatch) -> dict[str, tor
     return found
 
 
-def compare(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch) -> dict[str, dict[str, float]]:
-    """Relative distance of the gradients of ours from the official structure's."""
-    all_grads = {name: gradients(step, for_G, for_D) for name, step in steps.items()}
-    base = all_grads.pop("official")
-    # Guidance is a mean over the samples there and a sum of weight / 8 here, which is the same at micro-batch 8.
-    return {name: {net: float((grads[net] - base[net]).norm() / base[net].norm()) for net in base}
-            for name, grads in all_grads.items()}
+def compare(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch) -> dict[str, dict[str, str]]:
+    """Relative distance of ours from the official structure's, and the cosine: precision -> result -> text."""
+    # Guidance is a mean over the samples there and a sum of weight / 8 here: the same at micro-batch 8 only.
+    found = {name: results(step, for_G, for_D) for name, step in steps.items()}
+    base = found.pop("official")
+    table: dict[str, dict[str, str]] = {}
+    for name, values in found.items():
+        table[name] = {}
+        for what, value in values.items():
+            distance = float((value - base[what]).norm() / base[what].norm())
+            cosine = float(torch.nn.functional.cosine_similarity(value.double(), base[what].double(), dim=0))
+            table[name][what] = f"{distance:.1e} ({cosine:.5f})"
+    return table
 
 #----------------------------------------------------------------------------
 # Time.
@@ -281,14 +290,15 @@ def measure(case: Case, device: torch.device, rounds: int) -> tuple[str, dict[st
                     rounds, device)
     medians = {name: statistics.median(values) for name, values in times.items()}
     speedups = {name: round(medians["official"] / medians[name], 2) for name in PRECISIONS}
-    rows = [f"## {case.name}\n", f"Batch {case.batch}. Gradients: relative distance from the official structure's.\n",
-            "| step | seconds | images/s | speedup | target | gradient of G | gradient of D |",
-            "|---|---|---|---|---|---|---|",
-            f"| official structure | {cell(times['official'])} | {case.batch / medians['official']:.3g} | | | | |"]
+    rows = [f"## {case.name}, batch {case.batch}\n", "| step | seconds | images/s | speedup | target |",
+            "|---|---|---|---|---|",
+            f"| official structure | {cell(times['official'])} | {case.batch / medians['official']:.3g} | | |"]
     for name in PRECISIONS:
         rows.append(f"| ours, features in {name} | {cell(times[name])} | {case.batch / medians[name]:.3g} | "
-                    f"{speedups[name]} | {TARGETS[device.type][name]} | {errors[name]['G']:.1e} | "
-                    f"{errors[name]['D']:.1e} |")
+                    f"{speedups[name]} | {TARGETS[device.type][name]} |")
+    rows += ["", "| relative distance (cosine) from the official structure | logits | gradient of images | "
+             "gradient of G | gradient of D |", "|---|---|---|---|---|"]
+    rows += [f"| ours, features in {name} | {' | '.join(errors[name].values())} |" for name in PRECISIONS]
     if device.type == "cuda":
         rows += ["", *peak_rows(steps, for_G, for_D)]
     shares = part_medians(steps, for_G, for_D, max(rounds // 2, 1), device)

@@ -24,6 +24,7 @@ from training.feature_networks.backbones import Backbone, warm_up_batch_norm
 from training.feature_networks.fast import make_fast
 from training.feature_networks.registry import load_backbone
 
+LARGE_MAP = 56
 Features = dict[str, list[torch.Tensor]]    # Key of the backbone -> mixed maps, shallowest first.
 
 #----------------------------------------------------------------------------
@@ -62,7 +63,15 @@ class FeatureNetwork(torch.nn.Module):
         """[N, 3, R, R] in [-1, 1] -> mixed maps, shallowest first."""
         maps = self.backbone.maps(self.backbone.preprocess(images))
         mixed = self.scratch(self.pretrained(maps) if self.backbone.isotropic else maps)
-        return [x.contiguous() for x in mixed]      # The heads are no faster with channels last.
+        return [_as_heads_want(x) for x in mixed]
+
+
+
+def _as_heads_want(x: torch.Tensor) -> torch.Tensor:
+    """The same map, channels last on CPUs if it is large: there convolutions then take half the time. Small maps, whose
+    weights are larger than they, gain nothing."""
+    last = x.device.type == "cpu" and x.shape[2] >= LARGE_MAP
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 #----------------------------------------------------------------------------
 
