@@ -11,7 +11,7 @@ from transport.latent1d_cases import Case, Trained
 from transport.latent1d_rates import line_cost
 from transport.walks import Walk
 
-WALK, ONCE, TRAINED, KINDS = "#1f77b4", "#d62728", "#2ca02c", ("o", "s", "^", "v")
+WALK, ONCE, TRAINED = "#1f77b4", "#d62728", "#2ca02c"
 
 
 def draw(result: Any, folder: Path) -> list[Path]:
@@ -41,12 +41,12 @@ def draw_walks(axis: Any, case: Case, name: str) -> None:
         axis.plot(*plane(points[list(case.permutation.stops)]), "--", color=ONCE, lw=1,
                   label=f"every point once: {case.permutation.cost:.4g}")
     axis.plot(*plane(_side_by_side(points, case.walk, 0.012 * size)), color=WALK, lw=1.6,
-              label=f"walk: {case.walk.cost:.4g}, K* = {case.walk.threshold:.3g}")
+              label=f"walk: {case.walk.cost:.4g}; K* = {case.walk.threshold:.3g}")
     if points.shape[1] > 1:
         plotting.draw_points(axis, points, s=22, color="black", alpha=1, zorder=3)
     axis.set_title(f"{name}: sum of squared steps", fontsize=9)
     axis.margins(0.08)
-    axis.legend(fontsize=7, loc="upper left" if name != "star" else "upper right")
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
 
 
 def _side_by_side(points: np.ndarray, walk: Walk, shift: float) -> np.ndarray:
@@ -80,10 +80,10 @@ def draw_speeds(axis: Any, result: Any) -> None:
 
 def draw_trained(axis: Any, result: Any) -> None:
     """Ratio of every trained generator's W1 to the bound."""
-    kinds = sorted({(t.field, t.loss, t.start) for t in result.trained}, key=str)
+    kinds = list(dict.fromkeys((t.field, t.loss, t.start) for t in reversed(result.trained)))
     for column, kind in enumerate(kinds):
         ratios = [t.ratio for t in result.trained if (t.field, t.loss, t.start) == kind]
-        axis.plot(np.full(len(ratios), column), ratios, KINDS[column % len(KINDS)], ms=5, alpha=0.7)
+        axis.plot(np.full(len(ratios), column), ratios, "o", color=WALK, ms=5, alpha=0.7)
     axis.axhline(1, color="gray", lw=1)
     names = [f"{field},\n{loss}" if start == "random" else f"{field},\n{loss},\nfrom optimum"
              for field, loss, start in kinds]

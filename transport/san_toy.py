@@ -45,8 +45,8 @@ class Config:
     device: str = option("cpu", "Where to compute; networks this small are as fast on a CPU")
 
     def quick(self) -> "Config":
-        return dataclasses.replace(self, seeds=1, iterations=2500, width=64, batch=128, every=250,
-                                   samples=5000)
+        return dataclasses.replace(self, seeds=1, iterations=1500, width=64, batch=64, lr=3e-4,
+                                   every=150, samples=5000)
 
 #----------------------------------------------------------------------------
 
