@@ -219,30 +219,36 @@ COLOURS = {"gan": "tab:orange", "san": "tab:blue"}
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
-    """Samples of the first seed, and the direction's inner product over iterations."""
+    """Per loss: samples of each model's first seed, and the inner product over iterations, all seeds."""
     losses = list(dict.fromkeys(run.loss for run in result.runs))
     models = [model for model in MODELS if any(run.model == model for run in result.runs)]
-    figure, axes = plotting.panels(len(models), len(losses), 2.4, 2.4)
-    for row, model in enumerate(models):
-        for column, loss in enumerate(losses):
+    rows = len(models) + 1
+    if len(losses) == 1:                        # One loss side by side, several in columns.
+        figure, axes = plotting.panels(1, rows, 2.6, 2.6)
+        axes = axes.T
+    else:
+        figure, axes = plotting.panels(rows, len(losses), 2.2, 2.2)
+    for column, loss in enumerate(losses):
+        for row, model in enumerate(models):
             axis, first = axes[row, column], result.of(loss, model)[0]
-            plotting.draw_points(axis, first.points, s=2)
+            plotting.draw_points(axis, first.points, s=2, color=COLOURS[model])
             axis.plot(*centres().T.numpy(), "k+", markersize=5)
             axis.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xticks=[], yticks=[])
             axis.set_title(f"{loss} {model.upper()}: {first.history[-1].modes} modes", fontsize=8)
-    samples = plotting.save(figure, folder / "samples.png")
+            _draw_inner_products(axes[-1, column], model, result.of(loss, model))
+    axes[-1, 0].legend(fontsize=7, loc="lower left")
+    axes[-1, 0].set_ylabel("<w, optimal direction>", fontsize=8)
+    return [plotting.save(figure, folder / "eight_gaussians.png")]
 
-    figure, axes = plotting.panels(1, len(losses), 3.0, 2.6)
-    for axis, loss in zip(axes[0], losses, strict=True):
-        for model in models:
-            for number, one in enumerate(result.of(loss, model)):
-                axis.plot([m.iteration for m in one.history], [m.inner_product for m in one.history],
-                          color=COLOURS[model], alpha=0.8, linewidth=1.2, label=None if number else model.upper())
-        axis.set(title=loss, xlabel="iteration", ylim=(-0.2, 1.02))
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("<w, optimal direction>")
-    axes[0, 0].legend(fontsize=8, loc="lower right")
-    return [samples, plotting.save(figure, folder / "direction.png")]
+
+def _draw_inner_products(axis: Any, model: str, runs: list[Run]) -> None:
+    for number, one in enumerate(runs):
+        axis.plot([m.iteration for m in one.history], [m.inner_product for m in one.history],
+                  color=COLOURS[model], alpha=0.8, linewidth=1.2, label=None if number else model.upper())
+    axis.set_ylim(-0.2, 1.05)
+    axis.set_xlabel("iteration", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
 
 
 main = study_command("san_toy", Config, run, draw)

@@ -123,7 +123,7 @@ def test_command(tmp_path):
     line = json.loads(done.stdout)
     assert {f"{loss} {model}" for loss in GAN_LOSSES for model in san_toy.MODELS} <= set(line)
     assert len(line["hinge san"]["modes"]) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "direction.png", "result.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"eight_gaussians.png", "result.json"}
 
 
 def test_mistakes():
