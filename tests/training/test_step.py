@@ -120,6 +120,7 @@ def test_a_step_reads_nothing_from_the_device(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_does_not_wait_for_the_gpu():
     G, D = networks()
     G.cuda()

@@ -115,7 +115,7 @@ def test_rates():                                               # D.5: c* ~ n^(1
     sizes = [6, 12, 24]
     rows = [latent1d_rates.measure(n, 2, draws=10, gap=0.05, rng=rng) for n in sizes]
     assert latent1d_rates.slope(sizes, [row.cost for row in rows]) == pytest.approx(0, abs=0.3)
-    assert latent1d_rates.slope(sizes, [row.threshold for row in rows]) == pytest.approx(0.5, abs=0.3)
+    assert latent1d_rates.slope(sizes, [row.threshold for row in rows]) == pytest.approx(0.5, abs=0.4)
     line = latent1d_rates.measure(24, 1, draws=20, gap=0.01, rng=rng)
     assert abs(line.cost - latent1d_rates.line_cost(24)) < 4 * line.cost_error
     assert latent1d_rates.slope([10, 100], [3, 300]) == pytest.approx(2)
