@@ -54,20 +54,21 @@ class Config:
 
 #----------------------------------------------------------------------------
 
-# Of the papers' critics the deep ones come to life only after thousands of iterations; denoising takes a shallow one.
+# Of the critics of the papers the deep ones come to life only after thousands of iterations, so the small
+# sizes take a shallow one for all tasks.
 _COMMON: dict[str, Any] = {"lam": 1000.0, "lr": 1e-3, "sigma": 0.2, "resolution": 16, "pool": 2000, "batch": 50,
                            "width": 16, "theta": 0.9, "schedule": "8x1"}
 _TASK: dict[str, dict[str, Any]] = {
     "generation": {"source": "noise", "data": "digits", "critic": "infogan", "resolution": 8},
     "denoising": {"source": "noisy", "data": "photos", "critic": "infogan", "batch": 16, "theta": 0.7},
-    "translation": {"source": "photos:china", "data": "photos:flower", "critic": "sndcgan", "width": 8, "batch": 16},
+    "translation": {"source": "photos:china", "data": "photos:flower", "critic": "infogan", "batch": 16},
     "refinement": {"critic": "infogan"},
     "misalignment": {"data": "digits", "critic": "infogan", "resolution": 8, "lam": 10.0, "batch": 128},
 }
 _QUICK: dict[str, dict[str, Any]] = {
-    "generation": {"iterations": 300}, "denoising": {"iterations": 300},
-    "translation": {"iterations": 150, "schedule": "5x1"}, "refinement": {"iterations": 100, "schedule": "3x1"},
-    "misalignment": {"iterations": 300},
+    "generation": {"iterations": 300}, "denoising": {"iterations": 300, "schedule": "5x1"},
+    "translation": {"iterations": 200, "schedule": "5x1"}, "refinement": {"iterations": 100, "schedule": "3x1"},
+    "misalignment": {"iterations": 100},
 }
 _SMALL: dict[str, dict[str, Any]] = {
     "generation": {"iterations": 1000, "schedule": "20x1"}, "denoising": {"iterations": 1000, "schedule": "20x1"},
@@ -83,8 +84,9 @@ _PAPER_TASK: dict[tuple[str, int], dict[str, Any]] = {
                        "critic": "arconvnet"},
     ("denoising", 2): {"iterations": 2500, "batch": 32, "sigma": 0.2, "resolution": 128,
                        "critic": "arconvnet"},
-    ("translation", 1): {"iterations": 5000, "batch": 16, "theta": 0.9, "schedule": "30x1", "resolution": 128},
-    ("translation", 2): {"iterations": 2500, "batch": 32, "resolution": 128},
+    ("translation", 1): {"iterations": 5000, "batch": 16, "theta": 0.9, "schedule": "30x1", "resolution": 128,
+                         "critic": "sndcgan"},
+    ("translation", 2): {"iterations": 2500, "batch": 32, "resolution": 128, "critic": "sndcgan"},
     ("refinement", 1): {"iterations": 5000, "batch": 50, "theta": 0.9},
     ("refinement", 2): {"iterations": 1000, "batch": 128},
     ("misalignment", 1): {"iterations": 40_000, "resolution": 32},

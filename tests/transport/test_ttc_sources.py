@@ -2,6 +2,7 @@
 import math
 
 import pytest
+import sklearn.datasets
 import torch
 
 from dnnlib import UserError
@@ -30,8 +31,10 @@ def test_images(name):
     if name == "digits":
         assert [len(half.samples) for half in halves] == [899, 898]
     else:
-        assert all(p.shape[2] == 480 and q.shape[2] == 160
-                   for p, q in zip(halves[0].photos, halves[1].photos, strict=True))
+        assert all(photo.shape == (3, 427, 320) for half in halves for photo in half.photos)
+        whole = sklearn.datasets.load_sample_image("flower.jpg")
+        assert (torch.cat([half.photos[-1] for half in halves], dim=2).numpy() == whole.transpose(2, 0, 1)).all() \
+            == (name != "photos:china")
 
 
 @pytest.mark.parametrize(("name", "radius"), [("points:ring", 2), ("points:eight", 2), ("points:circle", 1)])
@@ -74,7 +77,7 @@ def test_psnr_of_a_known_error():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: open_data("nowhere.zip", 8, "train"), "nowhere.zip: no such data"),
     (lambda: open_data("photos:dog", 8, "train"), "photos:dog: no such photograph"),
-    (lambda: open_data("photos", 200, "test"), "--resolution=200: a photograph has only 427x160"),
+    (lambda: open_data("photos", 400, "test"), "--resolution=400: a photograph has only 427x320"),
     (lambda: open_source("digits", Normal((3, 8, 8)), "train", 0.3, 4, 0, 8),
      r"--source=digits: its samples have the shape \[1, 8, 8\], the target's \[3, 8, 8\]"),
     (lambda: open_source("blurred", Normal((2,)), "train", 0.3, 4, 0, 8), "--source=blurred: makes images"),
