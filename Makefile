@@ -21,6 +21,9 @@ $(VENV): $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(PY) demo.py --seed=$(SEED) --san=$(SAN) $(if $(QUICK),--quick)
 
+# One thread for each of the JOBS processes: more only get in each other's way (the suite then takes twice as long).
+test test-fast: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

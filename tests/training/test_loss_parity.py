@@ -123,8 +123,10 @@ def check_iteration(it, data, G, D, stats, lr):
             scale = 2 if name.endswith("/loss") else 1
             assert stats[phase][name].mean * scale == pytest.approx(float(value), rel=tolerance, abs=1e-6), key
     state = G.state_dict()
+    # The discriminator phase takes w from a mapping that Adam has moved, by a sign per element. Noise of one rounding
+    # (1e-7) on the feature maps turns signs of elements near 0: in six draws the error was 7e-5 to 1.6e-4.
     rows = data[f"it{it}/w_avg_rows"]
-    assert rel_error(state["mapping.w_avg"][rows], data[f"it{it}/G/mapping.w_avg"]) < (1e-4, 2e-3)[it]
+    assert rel_error(state["mapping.w_avg"][rows], data[f"it{it}/G/mapping.w_avg"]) < (3e-4, 2e-3)[it]
     if it == 0:
         for key, value in data.items():
             name = key.removeprefix("it0/G/")
