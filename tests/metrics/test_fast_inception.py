@@ -70,3 +70,17 @@ def test_folding_is_exact():
     with torch.no_grad():
         expected = bn(conv(x.double())).relu()
         assert relative(FoldedConv(layer)(x).double(), expected) < 1e-6
+
+
+def test_cut_sums():
+    conv, bn = torch.nn.Conv2d(70, 6, 3, stride=2, bias=False), torch.nn.BatchNorm2d(6)
+    layer = torch.nn.ModuleDict({"conv": conv, "bn": bn})
+    layer.conv, layer.bn = conv, bn
+    shake(layer)
+    layer.eval()
+    x = torch.randn(2, 70, 9, 9, generator=torch.Generator().manual_seed(0))
+    whole, parts = FoldedConv(layer), FoldedConv(layer)
+    parts.cut(300)
+    assert [w.shape[1] for w in parts.weights] == [24, 23, 23]
+    with torch.no_grad():
+        assert relative(parts(x).double(), whole(x).double()) < 1e-6
