@@ -64,8 +64,10 @@ def check_options(opts: EasyDict, given: set[str]) -> None:
         for name in SUPERRES_ONLY:
             if name in given:
                 raise UserError(f"--{name} has an effect only with --superres: add --superres or leave it out")
-    if opts.fp32 and opts.feature_precision != "fp32":
-        raise UserError(f"--fp32=1 and --feature-precision={opts.feature_precision} exclude each other: leave one out")
+    for name, value, neutral in (("precision", opts.precision, ("auto", "fp32")),
+                                 ("feature-precision", opts.feature_precision, ("fp32",))):
+        if opts.fp32 and value not in neutral:
+            raise UserError(f"--fp32=1 and --{name}={value} exclude each other: leave one out")
     if opts.freezed:
         raise UserError(f"--freezed={opts.freezed} has no effect: the features of a projected discriminator are always "
                         "frozen and its heads are trained: leave it out")
@@ -181,10 +183,10 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
         optim=OptimConfig(G_lr=opts.glr, D_lr=opts.dlr),
         batch=opts.batch, batch_gpu=split_batch(opts.batch, opts.batch_gpu, gpus), total_kimg=opts.kimg,
         kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, metrics=tuple(opts.metrics), embedding=opts.embedding,
-        path_stem=opts.path_stem, resume=opts.resume, init_from=opts.init_from, seed=opts.seed, fp32=opts.fp32,
-        feature_precision=opts.feature_precision, cudnn_benchmark=not opts.nobench,
-        restart_every=opts.restart_every, on_collapse=opts.on_collapse, wandb=opts.wandb,
-        diagnose=opts.diagnose,
+        path_stem=opts.path_stem, resume=opts.resume, init_from=opts.init_from, seed=opts.seed,
+        precision="fp32" if opts.fp32 else opts.precision, feature_precision=opts.feature_precision,
+        cudnn_benchmark=not opts.nobench, restart_every=opts.restart_every, on_collapse=opts.on_collapse,
+        wandb=opts.wandb, diagnose=opts.diagnose,
         saving=SavingConfig(opts.keep, opts.keep_every, opts.snap_state, opts.save_in_background, opts.best_metric,
                             opts.stop_patience))
     check_diversity(opts.diversity, config.batch_gpu)
@@ -424,7 +426,9 @@ def option(names: str, help: str, **settings: Any):
 @option("--tick", "How often to print progress", metavar="KIMG", default=4, type=click.FloatRange(min=0, min_open=True))
 @option("--snap", "How often to save snapshots", metavar="TICKS", default=50, type=click.IntRange(min=1))
 @option("--seed", "Random seed", metavar="INT", default=0, type=click.IntRange(min=0))
-@option("--fp32", "Disable mixed precision", metavar="BOOL", type=bool, default=False)
+@option("--fp32", "Disable mixed precision: the official name of --precision=fp32", metavar="BOOL", type=bool,
+        default=False)
+@cli.precision_option()
 @option("--feature-precision", "Of the frozen feature networks of D; bf16 is faster where the hardware has it "
         "(docs/performance.md)", type=click.Choice(["fp32", "bf16"]), default="fp32")
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool, default=False)

@@ -7,7 +7,8 @@ On a CPU: a 32-pixel generator of 128 channels and 7 layers, the real discrimina
 with random weights), 1000 classes, a batch of 4. On a GPU: the 128 -> 256 stage of the ImageNet recipe with
 micro-batches of 8 and 32. The official structure is in official_step.py. All start from the same weights and see the
 same numbers; their gradients are compared first, then iterations are timed in turn. The tables give medians and
-quartiles. Writes benchmarks/results/training.md; the last line on stdout is JSON.
+quartiles, and how much of an iteration PyTorch's profiler finds inside matrix products and convolutions: what is left
+if everything else were free. Writes benchmarks/results/training.md; the last line on stdout is JSON.
 """
 import copy
 import dataclasses
@@ -49,9 +50,12 @@ from training.phases import make_phases, run_phase  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "training.md"
 BACKBONES = ("deit_base_distilled_patch16_224:random", "tf_efficientnet_lite0:random")
 CLASSES = 1000
+BOTH = "bf16, and G"
+# Name -> --feature-precision, --precision.
+PRECISIONS = {"fp32": ("fp32", "auto"), "bf16": ("bf16", "auto"), BOTH: ("bf16", "bf16")}
 CUR_NIMG = 400_000          # Past the blur, before path lengths.
-PRECISIONS = ("fp32", "bf16")
-TARGETS = {"cpu": {"fp32": 2.0, "bf16": 3.5}, "cuda": {"fp32": 2.5, "bf16": 2.5}}
+TARGETS = {"cpu": {"fp32": 2.0, "bf16": 3.5, BOTH: 3.5}, "cuda": {"fp32": 2.5, "bf16": 2.5, BOTH: 2.5}}
+PRODUCTS = ("mm", "convolution", "conv2d", "scaled_dot_product")     # In the names of PyTorch's operations.
 ROUNDS, QUICK_ROUNDS = 9, 2
 
 #----------------------------------------------------------------------------
@@ -93,14 +97,14 @@ def random_batch(case: Case, num_backbones: int, device: torch.device, seed: int
 class OurStep:
     """Copies of the networks and what training_loop does with them, without its data and reports."""
 
-    def __init__(self, G: Generator, D: ProjectedDiscriminator, precision: str, loss: LossConfig,
+    def __init__(self, G: Generator, D: ProjectedDiscriminator, precisions: tuple[str, str], loss: LossConfig,
                  classifier: Classifier | None):
         self.G, self.D = copy.deepcopy((G, D))
-        self.D.make_fast_(precision)
+        self.D.make_fast_(precisions[0])
         self.G_ema = copy.deepcopy(G).eval()
         self.config, self.guard = OptimConfig(), GradientGuard()
         device = next(G.parameters()).device
-        self.loss = StyleSanLoss(self.G, self.D, loss, device, classifier, Collector().report)
+        self.loss = StyleSanLoss(self.G, self.D, loss, device, classifier, Collector().report, precisions[1])
         self.loss.set_progress(CUR_NIMG)
         self.phases = [p for p in make_phases(self.G, self.D, self.loss, self.config) if p.name in ("Gmain", "Dmain")]
         self.optimizers = [phase.optimizer for phase in self.phases]
@@ -157,7 +161,7 @@ def make_steps(case: Case, device: torch.device) -> dict[str, Step]:
     classifier = load_classifier(f"{loss.cls_model}:random").to(device) if case.cls_weight else None
     guidance = None if classifier is None else (classifier, loss.cls_weight)
     steps: dict[str, Step] = {"official": OfficialStep(G, D, OptimConfig(), guidance)}
-    return steps | {precision: OurStep(G, D, precision, loss, classifier) for precision in PRECISIONS}
+    return steps | {name: OurStep(G, D, precisions, loss, classifier) for name, precisions in PRECISIONS.items()}
 
 #----------------------------------------------------------------------------
 # The same numbers?
@@ -218,22 +222,32 @@ def in_turn(calls: dict[str, Callable[[], object]], rounds: int, device: torch.d
     return times
 
 
+def seconds_in_products(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call: the time inside the library's matrix products and convolutions."""
+    kind = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kind.CPU, *([kind.CUDA] if device.type == "cuda" else [])]) as profile:
+        seconds(call, device)
+    events = [e for e in profile.key_averages() if e.key.startswith("aten::") and any(p in e.key for p in PRODUCTS)]
+    return sum(e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total for e in events) / 1e6
+
+
 def parts(step: Step, for_G: MicroBatch, for_D: MicroBatch) -> Iterator[tuple[str, Callable[[], object]]]:
     """The parts of an iteration, each by itself, in an order in which each has what it needs."""
     G, D = step.G, step.D
+    form = step.loss.precision if isinstance(step, OurStep) else {}
     G_parameters, D_parameters = G.trainable_parameters(), D.trainable_parameters()
     with torch.no_grad():
-        images = G(for_D.z, for_D.gen_c)
+        images = G(for_D.z, for_D.gen_c, **form)
         fake, real = step.features_of_both(images, for_D)
     grad = torch.randn_like(images)
 
     def generator() -> None:
         with requires_grad(G, G_parameters):
-            G(for_G.z, for_G.gen_c).backward(grad)
+            G(for_G.z, for_G.gen_c, **form).backward(grad)
 
     def generator_no_graph() -> None:
         with torch.no_grad():
-            G(for_D.z, for_D.gen_c)
+            G(for_D.z, for_D.gen_c, **form)
 
     def frozen() -> None:
         x = images.clone().requires_grad_(True)
@@ -286,16 +300,20 @@ def measure(case: Case, device: torch.device, rounds: int) -> tuple[str, dict[st
     steps = make_steps(case, device)
     for_G, for_D = (random_batch(case, len(BACKBONES), device, seed) for seed in (1, 2))
     errors = compare(steps, for_G, for_D)
-    times = in_turn({name: lambda step=step: step.iteration(for_G, for_D, CUR_NIMG) for name, step in steps.items()},
-                    rounds, device)
+    calls = {name: lambda step=step: step.iteration(for_G, for_D, CUR_NIMG) for name, step in steps.items()}
+    times = in_turn(calls, rounds, device)
+    products = {name: min(seconds_in_products(call, device) for _ in range(3)) for name, call in calls.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
     speedups = {name: round(medians["official"] / medians[name], 2) for name in PRECISIONS}
-    rows = [f"## {case.name}, batch {case.batch}\n", "| step | seconds | images/s | speedup | target |",
-            "|---|---|---|---|---|",
-            f"| official structure | {cell(times['official'])} | {case.batch / medians['official']:.3g} | | |"]
+    rows = [f"## {case.name}, batch {case.batch}\n",
+            "| step | seconds | images/s | speedup | target | seconds in products and convolutions | speedup if these "
+            "were all |", "|---|---|---|---|---|---|---|",
+            f"| official structure | {cell(times['official'])} | {case.batch / medians['official']:.3g} | | | "
+            f"{products['official']:.3f} | |"]
     for name in PRECISIONS:
         rows.append(f"| ours, features in {name} | {cell(times[name])} | {case.batch / medians[name]:.3g} | "
-                    f"{speedups[name]} | {TARGETS[device.type][name]} |")
+                    f"{speedups[name]} | {TARGETS[device.type][name]} | {products[name]:.3f} | "
+                    f"{medians['official'] / products[name]:.2f} |")
     rows += ["", "| relative distance (cosine) from the official structure | logits | gradient of images | "
              "gradient of G | gradient of D |", "|---|---|---|---|---|"]
     rows += [f"| ours, features in {name} | {' | '.join(errors[name].values())} |" for name in PRECISIONS]

@@ -105,7 +105,7 @@ class Resolution(click.ParamType):
 #----------------------------------------------------------------------------
 
 def precision_option() -> Any:
-    """The `--precision` option of scripts that generate images: keys of `inference.sampling.PRECISIONS`."""
+    """The `--precision` option, the same for every script: keys of `training.networks_stylegan3.PRECISIONS`."""
     return click.option("--precision", metavar="auto|fp32|bf16", type=click.Choice(["auto", "fp32", "bf16"]),
                         default="auto", show_default=True, help="Of the generator; auto: fp16 on GPUs in the layers "
                         "that are trained so, else fp32; bf16: in these layers, faster on processors that have it")

@@ -10,7 +10,7 @@ from dnnlib import UserError
 from dnnlib.util import list_some
 from torch_utils.images import to_uint8_metric
 from torch_utils.misc import evaluating, one_hot
-from training.networks_stylegan3 import Generator
+from training.networks_stylegan3 import PRECISIONS, Generator
 from training.randomness import CounterRNG
 
 #----------------------------------------------------------------------------
@@ -43,13 +43,6 @@ def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int
         raise UserError(f"--class={value}: the network has {c_dim} classes, 0 to {c_dim - 1}")
     known = f"names are {list_some(names, 10)}" if names else f"use a number from 0 to {c_dim - 1}"
     raise UserError(f"--class={value}: no class of this name: {known}")
-
-
-PRECISIONS: dict[str, dict[str, Any]] = {       # Name -> settings of the synthesis.
-    "auto": {},                                 # Half precision on CUDA devices in the layers that are marked for it.
-    "fp32": {"force_fp32": True},
-    "bf16": {"low_dtype": torch.bfloat16},      # In these layers, on any device.
-}
 
 
 @torch.no_grad()

@@ -8,6 +8,14 @@ import PIL.Image
 import pytest
 
 
+# Files that take minutes: begun last, they would have one process work alone at the end.
+LONG_FILES = ("test_demo.py", "test_nodes.py", "test_resume.py", "test_processes.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 def pytest_configure(config):
     """Native operations are compiled once, not by every test that starts a script."""
     if "STYLESAN_OPS_CACHE" not in os.environ and getattr(config, "cache", None) is not None:

@@ -167,7 +167,7 @@ class Trial:
         self.D = D.train().requires_grad_(False).to(device)
         self.D.make_fast_(config.feature_precision)
         loss = StyleSanLoss(self.G, self.D, config.loss, device, None if classifier is None else classifier.to(device),
-                            force_fp32=config.fp32, real_distance=1.0)
+                            precision=config.precision, real_distance=1.0)
         loss.set_progress(0)
         self.phases = make_phases(self.G, self.D, loss, config.optim)
 

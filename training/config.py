@@ -168,7 +168,7 @@ class TrainConfig:
     resume: str | None = None       # Weights of this snapshot, all of which must fit.
     init_from: str | None = None    # What fits of this snapshot's weights.
     seed: int = 0
-    fp32: bool = False
+    precision: str = "auto"             # auto | fp32 | bf16, of G; auto: fp16 on GPUs, as officially, else fp32.
     feature_precision: str = "fp32"     # fp32 | bf16, inside the frozen feature networks of D.
     cudnn_benchmark: bool = True
     restart_every: int = 0          # Seconds after which the run saves and exits; 0 means never.

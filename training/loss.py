@@ -17,7 +17,7 @@ from training.config import LossConfig
 from training.discriminators.projected import Features, ProjectedDiscriminator
 from training.diversity import diversity_loss
 from training.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss, path_lengths
-from training.networks_stylegan3 import Generator
+from training.networks_stylegan3 import PRECISIONS, Generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,12 @@ class StyleSanLoss:
         device: torch.device,
         classifier: Callable[[torch.Tensor], torch.Tensor] | None = None,   # Images in [-1, 1] -> logits [N, c_dim].
         report: Callable[[str, torch.Tensor], None] = lambda name, value: None,
-        force_fp32: bool = False,
+        precision: str = "auto",                # Of G: a key of `training.networks_stylegan3.PRECISIONS`.
         real_distance: float = 0.0,             # `training.diversity.real_pair_distance`, for the diversity term.
     ):
         self.G, self.D, self.config, self.classifier = G, D, config, classifier
         self.report = report
-        self.force_fp32, self.real_distance = force_fp32, real_distance
+        self.precision, self.real_distance = PRECISIONS[precision], real_distance
         self.pl_mean = torch.zeros([], device=device)
         self.blur_sigma = 0.0
         self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []   # w and classes of this step, for the mean of w.
@@ -80,7 +80,7 @@ class StyleSanLoss:
     def generator_main(self, batch: MicroBatch, global_batch: int) -> None:
         """Maximise the score of generated images; with a classifier, its confidence in the class that was asked for;
         with the diversity term, the distance between two images of a class."""
-        images = self.G(batch.z, batch.gen_c, force_fp32=self.force_fp32)
+        images = self.G(batch.z, batch.gen_c, **self.precision)
         features = self.D.features(blur(images, self.blur_sigma), batch.augment_fake)
         logits = self.D.heads(features, batch.gen_c)
         self._report_scores("fake", logits, features)
@@ -108,7 +108,7 @@ class StyleSanLoss:
         count = max(group // self.config.pl_batch_shrink, 1)
         chosen = [k for k in range(len(batch.z)) if k % group < count]
         ws = self.G.mapping(batch.z[chosen], batch.gen_c[chosen])
-        images = self.G.synthesis(ws, force_fp32=self.force_fp32)
+        images = self.G.synthesis(ws, **self.precision)
         lengths = path_lengths(images, ws, batch.pl_noise[chosen])
         if self.D.config.split_group:
             self._lengths.append(lengths.detach())
@@ -144,7 +144,7 @@ class StyleSanLoss:
         with torch.no_grad():
             ws = self.G.mapping(batch.z, batch.gen_c)
             self._drawn.append((ws[:, 0], batch.gen_c))
-            fake = self.G.synthesis(ws, force_fp32=self.force_fp32)
+            fake = self.G.synthesis(ws, **self.precision)
             # The frozen part takes generated and real images in one batch; batch statistics exist only behind it.
             both = blur(torch.cat([fake, batch.real_img]), self.blur_sigma)
             augment = None

@@ -5,6 +5,7 @@ Parameter names are the official ones, so that official checkpoints fit. One cla
 stages: they differ only in their layer table (`training.config.GeneratorConfig`).
 """
 import math
+from typing import Any
 
 import numpy as np
 import scipy.signal
@@ -269,6 +270,13 @@ class SynthesisLayer(torch.nn.Module):
 
 #----------------------------------------------------------------------------
 
+PRECISIONS: dict[str, dict[str, Any]] = {       # --precision -> settings of the synthesis.
+    "auto": {},                                 # Half precision on CUDA devices in the layers that are marked for it.
+    "fp32": {"force_fp32": True},
+    "bf16": {"low_dtype": torch.bfloat16},      # In these layers, on any device.
+}
+
+
 class SynthesisNetwork(torch.nn.Module):
     """ws -> image: the input, then the layers of the table in turn."""
 
@@ -312,10 +320,11 @@ class Generator(torch.nn.Module):
         self.mapping = MappingNetwork(config)
 
     def forward(self, z: torch.Tensor, c: torch.Tensor | None, truncation_psi: float = 1.0,
-                truncation_cutoff: int | None = None, force_fp32: bool = False) -> torch.Tensor:
+                truncation_cutoff: int | None = None, force_fp32: bool = False,
+                low_dtype: torch.dtype | None = None) -> torch.Tensor:
         """z [N, z_dim], one-hot c [N, c_dim] -> images [N, 3, R, R], about [-1, 1]."""
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
-        return self.synthesis(ws, force_fp32=force_fp32)
+        return self.synthesis(ws, force_fp32=force_fp32, low_dtype=low_dtype)
 
     def frozen_prefixes(self) -> tuple[str, ...]:
         """Prefixes of the tensors that a super-resolution stage keeps from its stem: the mapping with its embedding and

@@ -27,7 +27,7 @@ RUN_INFO = "run"                # Key in the options file: what is known of the 
 FREE = ("total_kimg", "kimg_per_tick", "snapshot_ticks", "metrics", "restart_every", "cudnn_benchmark", "saving",
         "batch_gpu", "data.workers", "data.path", "on_collapse", "wandb", "diagnose")
 # Settings that change what is computed from here on, but not what there is: --continue-changed lets them.
-CHANGEABLE = ("batch", "fp32", "feature_precision", "loss", "optim")
+CHANGEABLE = ("batch", "precision", "feature_precision", "loss", "optim")
 
 #----------------------------------------------------------------------------
 # Comparing settings.

@@ -124,7 +124,7 @@ def training_loop(
     diverse = config.loss.diversity_weight > 0
     distance = distributed.broadcast_object(
         real_pair_distance(dataset, config.seed) if diverse and rank == 0 else 0.0)
-    loss = StyleSanLoss(G, D, config.loss, device, classifier, collector.report, config.fp32, distance)
+    loss = StyleSanLoss(G, D, config.loss, device, classifier, collector.report, config.precision, distance)
     phases = make_phases(G, D, loss, config.optim)
     state = TrainingState(G, G_ema, D, loss, phases)
     if rank == 0:

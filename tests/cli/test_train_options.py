@@ -132,10 +132,14 @@ def test_dry_run_writes_nothing_and_settings_survive_json(places):
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
     assert (config.total_kimg, config.kimg_per_tick) == (0.5, 0.1)
     assert "has class labels but --cond is off" in text
-    assert config.feature_precision == "fp32"
-    reduced, _ = dry_run("--outdir={out} --cfg=stylegan3-t --data={imagenet16} --batch=16 --feature-precision=bf16",
-                         **places)
-    assert reduced.feature_precision == "bf16"
+
+
+@pytest.mark.parametrize(("options", "precision", "features"), [
+    ("", "auto", "fp32"), ("--fp32=1", "fp32", "fp32"), ("--precision=fp32", "fp32", "fp32"),
+    ("--precision=bf16", "bf16", "fp32"), ("--feature-precision=bf16", "auto", "bf16")])
+def test_precision(options, precision, features, places):
+    config, _ = dry_run(BASE + options, **places)
+    assert (config.precision, config.feature_precision) == (precision, features)
 
 #----------------------------------------------------------------------------
 
@@ -156,6 +160,7 @@ BASE = "--outdir={out} --cfg=stylegan3-t --data={imagenet16} --batch=16 --metric
     ("--freezed=2", "--freezed=2 has no effect"),
     ("--feature-precision=fp16", "'fp16' is not one of 'fp32', 'bf16'"),
     ("--feature-precision=bf16 --fp32=1", "--fp32=1 and --feature-precision=bf16 exclude each other"),
+    ("--precision=bf16 --fp32=1", "--fp32=1 and --precision=bf16 exclude each other"),
     ("--batch=16 --gpus=3", "--batch=16 is not divisible by --gpus=3"),
     ("--batch=16 --batch-gpu=5", "--batch-gpu=5"),
     ("--superres --path_stem={stem16} --cond=1 --data={imagenet64}", "--up_factor=2 makes 32 pixels"),

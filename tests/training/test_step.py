@@ -72,6 +72,28 @@ def test_gradients_are_those_of_the_official_structure():
     assert torch.allclose(G.mapping.w_avg, official.G.mapping.w_avg, atol=1e-6)
 
 
+def gradient_of_G(precision: str, phase: str) -> torch.Tensor:
+    G, D = networks()
+    loss = StyleSanLoss(G, D, LossConfig(), torch.device("cpu"), precision=precision)
+    torch.manual_seed(7)
+    batch = random_batch()
+    parameters = G.trainable_parameters()
+    for p in parameters:
+        p.requires_grad_(True)
+    getattr(loss, phase)(batch, 1)
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("phase", ["generator_main", "generator_path_length"])
+def test_generator_in_bfloat16(phase):
+    """Also twice differentiated, as path lengths are: near the gradient in float32, and not equal to it."""
+    exact, low = (gradient_of_G(precision, phase) for precision in ("fp32", "bf16"))
+    assert exact.dtype == low.dtype == torch.float32
+    assert torch.equal(exact, gradient_of_G("auto", phase))             # On a processor.
+    distance = float((exact - low).norm() / exact.norm())
+    assert 1e-4 < distance < 0.1
+
+
 def test_optimiser_of_an_older_state_goes_on():
     """States that were written by the unfused Adam continue in the fused one."""
     torch.manual_seed(0)
