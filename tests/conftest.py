@@ -7,7 +7,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-
 # Files that take minutes: begun last, they would have one process work alone at the end.
 LONG_FILES = ("test_demo.py", "test_nodes.py", "test_resume.py", "test_processes.py")
 
