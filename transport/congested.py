@@ -239,6 +239,7 @@ def _draw_values(result: Result, path: Path) -> Path:
                       fmt="o", color="C0", label="critic: objective")
         axis.plot([0], [ladder.w1], "x", color="C3", label="W1 extrapolated")
         axis.set(xlabel="1 / Lam", title=title)
+    axes[0, 0].set_ylabel("on fresh samples")
     axes[0, 0].legend(fontsize=7)
     return plotting.save(figure, path)
 
@@ -258,7 +259,7 @@ def _draw_slopes(result: Result, path: Path) -> Path:
     right.hist(np.abs(slopes.exact), bins=edges, weights=weight / (edges[1] - edges[0]), histtype="step", color="k",
                label="exact, for x in [-2, 4]")
     right.axvline(1, color="0.7", lw=0.8)
-    right.set(xlabel="|u'| on sigma", title="slope on the penalty's samples")
+    right.set(xlabel="|u'| on sigma", ylabel="density", title="slope on the penalty's samples")
     right.legend(fontsize=7)
     return plotting.save(figure, path)
 

@@ -89,8 +89,7 @@ def draw_trained(axis: Any, result: Any) -> None:
              for field, loss, start in kinds]
     axis.set_xticks(range(len(kinds)), names, fontsize=6)
     axis.set(yscale="log", ylabel="W1 of trained generators / (c / 4K)")
-    axis.set_yticks([1, 1.5, 2, 3, 5], ["1", "1.5", "2", "3", "5"], minor=False)
-    axis.minorticks_off()
+    _plain_ticks(axis.yaxis, (1, 1.5, 2, 3, 5, 8))
     axis.set_title(f"K = {result.config.speed:g} K*, {result.config.steps} steps", fontsize=9)
 
 
@@ -111,6 +110,14 @@ def _draw_curve(axis: Any, trained: Trained, best: np.ndarray, points: np.ndarra
     if points.shape[1] > 1:
         plotting.draw_points(axis, points, s=18, color="black", alpha=1, zorder=3)
     axis.set_title(f"{trained.field}, {trained.loss}: {trained.ratio:.2f} x bound", fontsize=9)
+
+
+def _plain_ticks(axis: Any, values: tuple[float, ...]) -> None:
+    """Ticks of a logarithmic axis (x or y) at those of `values` that are on it, as plain numbers."""
+    low, high = sorted(axis.get_view_interval())
+    shown = [value for value in values if low <= value <= high]
+    axis.set_ticks(shown, [f"{value:g}" for value in shown])
+    axis.set_ticks([], minor=True)
 
 
 def draw_rates(axes: np.ndarray, result: Any) -> None:
@@ -137,7 +144,10 @@ def draw_rates(axes: np.ndarray, result: Any) -> None:
             n = np.array([rows[0].points, (trees or rows)[-1].points])
             axes[0].plot(n, rows[-1].cost * (n / rows[-1].points) ** (1 - 2 / dims), color=color, lw=0.8)
     titles = ("least sum of squared steps c*", "threshold K*", "W1 to the uniform law")
-    for axis, title in zip(axes, titles, strict=True):
+    heights = ((0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10), (2, 4, 8, 16, 32), (0.05, 0.1, 0.15, 0.2, 0.3))
+    for axis, title, ticks in zip(axes, titles, heights, strict=True):
         axis.set(xscale="log", yscale="log", xlabel="points n")
+        _plain_ticks(axis.xaxis, (8, 64, 512) if axis is axes[0] else (8, 16, 32, 64, 128))
+        _plain_ticks(axis.yaxis, ticks)
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=7)

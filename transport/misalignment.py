@@ -168,6 +168,7 @@ class Misalignment:
             top.legend(fontsize=8)
             images = to_uint8_metric(torch.from_numpy(moment.images)).numpy().transpose(0, 2, 3, 1)
             plotting.draw_images(bottom, images[..., 0] if images.shape[3] == 1 else images, 5)
+        axes[0, 0].set_ylabel("images per bin")
         return [plotting.save(figure, folder / "misalignment.png")]
 
 

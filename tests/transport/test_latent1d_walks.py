@@ -13,7 +13,7 @@ def reverse_or_same(stops, expected):
     return list(stops) in (expected, expected[::-1])
 
 
-# D-T4 to D-T7: configuration, c*, K* of the walk, best permutation.
+# D-T4, D-T5, D-T6, D-T7: configuration, c*, K* of the walk, best permutation.
 @pytest.mark.parametrize(("name", "cost", "threshold", "once"), [
     ("star", 4, 8, 5),
     ("triangle", 2, 3, 2),
