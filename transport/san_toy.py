@@ -184,7 +184,7 @@ class Training:
     def _measure_row(self, w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor) -> tuple[float, ...]:
         weight, (h, g) = GAN_LOSSES[self.loss].weight, (self.D.body(points) for points in (x, y))
         plain = weighted = measures.direction_optimality(w, h, g)
-        if GAN_LOSSES[self.loss].direction != "means":      # Else all weights are one.
+        if weight is not torch.ones_like:       # Else plain and weighted are the same.
             weighted = measures.direction_optimality(w, h, g, weight(self.D(x, c)), weight(self.D(y, c)))
         along = measures.slice_along(w, h, g)
         return plain.inner_product, weighted.inner_product, plain.floor, plain.gap, along.separability

@@ -22,7 +22,7 @@ from training.discriminators.san import (
 )
 from transport.study import seeded
 
-WEIGHTED = ("saturating", "non-saturating")
+WEIGHTED = ("saturating", "non-saturating", "least-squares")
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -113,10 +113,7 @@ def test_who_learns_from_what(name):
     real, fake = last.san(body(x)), last.san(body(y))
     (along,) = torch.autograd.grad(discriminator_loss(name, real, fake), last.weight, retain_graph=True)
     r_real, r_fake = (GAN_LOSSES[name].weight(out.fun.detach()) for out in (real, fake))
-    if name != "least-squares":
-        r_real, r_fake = r_real / r_real.sum(), r_fake / r_fake.sum()
-    else:
-        r_real, r_fake = r_real / 6, r_fake / 6
+    r_real, r_fake = r_real / r_real.sum(), r_fake / r_fake.sum()
     step = (r_real * body(x) - r_fake * body(y)).detach().sum(dim=0) * last.scale.detach()
     w = last.weight.detach()[0]
     torch.testing.assert_close(-along[0], step - (step @ w) * w, atol=1e-5, rtol=1e-4)  # What is tangential of r-means.

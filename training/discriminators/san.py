@@ -216,7 +216,6 @@ class GanLoss(NamedTuple):
     fake: Callable[[torch.Tensor], torch.Tensor]
     generator: Callable[[torch.Tensor], torch.Tensor]
     weight: Callable[[torch.Tensor], torch.Tensor]      # r = -R3' > 0: how much the generator heeds a sample.
-    direction: str                                      # "means", "weighted means", "generator": `direction_objective`.
 
 
 def _square_softplus(x: torch.Tensor) -> torch.Tensor:
@@ -224,16 +223,15 @@ def _square_softplus(x: torch.Tensor) -> torch.Tensor:
 
 
 GAN_LOSSES = {
-    "wasserstein": GanLoss(lambda f: -f, lambda f: f, lambda f: -f, torch.ones_like, "means"),
-    "hinge": GanLoss(lambda f: torch.relu(1 - f), lambda f: torch.relu(1 + f), lambda f: -f, torch.ones_like, "means"),
-    "saturating": GanLoss(lambda f: F.softplus(-f), F.softplus, lambda f: -F.softplus(f), torch.sigmoid,
-                          "weighted means"),
+    "wasserstein": GanLoss(lambda f: -f, lambda f: f, lambda f: -f, torch.ones_like),
+    "hinge": GanLoss(lambda f: torch.relu(1 - f), lambda f: torch.relu(1 + f), lambda f: -f, torch.ones_like),
+    "saturating": GanLoss(lambda f: F.softplus(-f), F.softplus, lambda f: -F.softplus(f), torch.sigmoid),
     "non-saturating": GanLoss(lambda f: F.softplus(-f), F.softplus, lambda f: F.softplus(-f),
-                              lambda f: torch.sigmoid(-f), "weighted means"),
+                              lambda f: torch.sigmoid(-f)),
     # Least squares are made monotone by softplus inside the squares (Shibuya et al. 2024, "BigVSAN"): (1 - f)^2
     # would push away samples whose output is above 1.
     "least-squares": GanLoss(lambda f: _square_softplus(1 - f), _square_softplus, lambda f: _square_softplus(1 - f),
-                             lambda f: 2 * F.softplus(1 - f) * torch.sigmoid(1 - f), "generator"),
+                             lambda f: 2 * F.softplus(1 - f) * torch.sigmoid(1 - f)),
 }
 
 
@@ -252,9 +250,10 @@ def direction_objective(name: str, real: SanOutput, fake: SanOutput, real_class:
                         fake_class: torch.Tensor | None = None) -> torch.Tensor:
     """L_omega, to be maximised: a scalar whose gradient reaches the direction only (Takida et al. 2024).
 
-    For the hinge and Wasserstein losses E_0 dir - E_theta dir. For the saturating and non-saturating ones the same with
-    means weighted by r(f), each normalised by its own sum: a vector added to all features then does not turn the
-    direction. For least squares E_theta R3(dir) - E_0 R3(dir), as published with BigVSAN.
+    E_0 dir - E_theta dir, means weighted by r(f), each normalised by its own sum: a vector added to all features then
+    does not turn the direction. For the hinge and Wasserstein losses all weights are one. BigVSAN publishes
+    E_theta R3(dir) - E_0 R3(dir) for least squares, whose weights are not normalised: on eight Gaussians that direction
+    was far from the optimal one (docs/transport.md).
 
     Args:
         real, fake: outputs of one shape each, [N], [N, 1] or [N, ...].
@@ -262,10 +261,6 @@ def direction_objective(name: str, real: SanOutput, fake: SanOutput, real_class:
             sides should show every class equally often.
     """
     loss = loss_named(name)
-    if loss.direction == "generator":
-        return loss.generator(fake.dir).mean() - loss.generator(real.dir).mean()
-    if loss.direction == "means":
-        return real.dir.mean() - fake.dir.mean()
     return _weighted_mean(real, loss, real_class) - _weighted_mean(fake, loss, fake_class)
 
 
