@@ -122,12 +122,12 @@ def cpu_target() -> Target:
 
 
 def cuda_target(archs: str | None = None) -> Target:
-    """CUDA for this machine's GPU, or for `archs` ('80,90'). The compiler: $CUDA_HOME's, on PATH, or pip's."""
+    """CUDA for this machine's GPU, or for `archs` ('80,90'). The compiler: $CUDA_HOME's, pip's, or on PATH."""
     if archs is None:
         major, minor = torch.cuda.get_device_capability()
         archs = f"{major}{minor}"
     places = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
-    compiler = _find_program(("nvcc",), tuple(places)) or _find_program((), _pip_compilers())
+    compiler = _find_program(("nvcc",), (*places, *_pip_compilers()))
     flags = (*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split(",")))
     runtime = tuple(f"-Xlinker={path}" for path in _cuda_runtimes(compiler)[:1])
     return Target("cuda", compiler, flags, ("cuda.cu",), ("-cudart=none", "-Xlinker=--no-as-needed", *runtime))
