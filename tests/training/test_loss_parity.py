@@ -12,7 +12,7 @@ from training.classifier import load_classifier
 from training.config import LossConfig, OptimConfig
 from training.ema import update_ema
 from training.health import GradientGuard
-from training.loss import StyleSanLoss
+from training.loss import MicroBatch, StyleSanLoss
 from training.phases import make_phases, run_phase
 
 pytestmark = [needs_parity, pytest.mark.slow]
@@ -83,9 +83,10 @@ def test_phase(case, phase):
         assert float(loss.pl_mean) == pytest.approx(float(data["Greg/pl_mean"]), rel=1e-4)
 
 
-def test_two_iterations():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_iterations(dtype):
     data = load_npz("iteration_stem16.npz")
-    G, D = networks(data, "G0/")
+    G, D = (net.to(dtype) for net in networks(data, "G0/"))
     optim = OptimConfig()
     D.project_()
     for it in range(2):
@@ -100,13 +101,17 @@ def test_two_iterations():
         for phase, z in zip(phases, ("z0", "z1", "z2"), strict=True):
             if it % phase.interval or not phase.is_active(4 * it):
                 continue
-            batches = micro_batches(data, f"it{it}/{z}", f"it{it}/", size=2)
+            batches = (in_type(b, dtype) for b in micro_batches(data, f"it{it}/{z}", f"it{it}/", size=2))
             # Statistics are those of the last micro-batch.
             run_phase(phase, last_only(batches, collector), 1, guard)
             stats[phase.name] = collector.update()
         update_ema(G, G, 4 * it, 4, optim)
         check_iteration(it, data, G, D, stats, lr=optim.G_lr * 4 / 5)
     assert guard.counts() == {"Gmain": 0, "Dmain": 0}
+
+
+def in_type(batch, dtype):
+    return MicroBatch(**{name: x if x is None else x.to(dtype) for name, x in vars(batch).items()})
 
 
 def last_only(batches, collector):
@@ -123,10 +128,12 @@ def check_iteration(it, data, G, D, stats, lr):
             scale = 2 if name.endswith("/loss") else 1
             assert stats[phase][name].mean * scale == pytest.approx(float(value), rel=tolerance, abs=1e-6), key
     state = G.state_dict()
-    # The discriminator phase takes w from a mapping that Adam has moved, by a sign per element. Noise of one rounding
-    # (1e-7) on the feature maps turns signs of elements near 0: in six draws the error was 7e-5 to 1.6e-4.
-    rows = data[f"it{it}/w_avg_rows"]
-    assert rel_error(state["mapping.w_avg"][rows], data[f"it{it}/G/mapping.w_avg"]) < (3e-4, 2e-3)[it]
+    # The discriminator phase takes w from a mapping that Adam has moved, by a sign per element. In float32 our own
+    # rounding turns signs of elements near 0: noise of 1e-7 on the feature maps gave errors of 7e-5 to 1.6e-4. In
+    # float64 only that of the recording is left (4e-5), so the first bound is held there.
+    if it == 1 or state["mapping.w_avg"].dtype == torch.float64:
+        rows = data[f"it{it}/w_avg_rows"]
+        assert rel_error(state["mapping.w_avg"][rows], data[f"it{it}/G/mapping.w_avg"]) < (1e-4, 2e-3)[it]
     if it == 0:
         for key, value in data.items():
             name = key.removeprefix("it0/G/")
