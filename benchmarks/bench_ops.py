@@ -10,7 +10,6 @@ stdout is JSON.
 """
 import datetime
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from torch_utils.ops.bias_act import bias_act  # noqa: E402
 from torch_utils.ops.filtered_lrelu import filtered_lrelu  # noqa: E402
 from torch_utils.ops.upfirdn2d import upfirdn2d  # noqa: E402
 
-SPECS = Path(os.environ.get("STYLESAN_PARITY") or ROOT.parent / "shared" / "parity") / "layer_specs.json"
+SPECS = ROOT / "tests" / "parity" / "data" / "layer_specs.json"     # Layer tables of the published recipes.
 RESULT = ROOT / "benchmarks" / "results" / "ops.md"
 NUM_LAYERS = 8
 VALUES = 1 << 20            # Per input, about: a layer gets as many channels as that allows, at most its own number.
@@ -45,8 +44,6 @@ MEMORY_TARGET = 3.0
 
 def real_layers() -> list[dict]:
     """Different shapes of the recipes, spread over their sizes."""
-    if not SPECS.is_file():
-        raise UserError(f"{SPECS}: not there: name the folder of the parity data in STYLESAN_PARITY")
     found = {}
     for spec in json.loads(SPECS.read_text()):
         for layer in spec["layers"]:

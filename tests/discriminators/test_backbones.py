@@ -7,7 +7,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import file_sha256
-from tests.parity import rel_error
+from tests.closeness import rel_error
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from training.config import DiscriminatorConfig
 from training.discriminators.projected import ProjectedDiscriminator

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parity import rel_error
+from tests.closeness import rel_error
 from training.discriminators.blocks import DownBlock, SpectralConv2d
 from training.discriminators.heads import MultiScaleD, channels_at, down_blocks, nominal_size
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded

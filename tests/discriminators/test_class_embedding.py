@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 import training.class_embedding
 from dnnlib import UserError
+from tests.closeness import rel_error
 from tests.data.samples import files, metadata, write_zip
 from tests.discriminators.digits import Digits
-from tests.parity import rel_error
 from training.class_embedding import class_embedding
 from training.dataset import ImageDataset
 from training.feature_networks.registry import load_backbone

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.parity import rel_error
+from tests.closeness import rel_error
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from training.classifier import load_classifier
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.parity import rel_error
+from tests.closeness import rel_error
 from training.diffaug import NUM_UNIFORMS, diff_augment
 
 ALL = ("color", "translation", "cutout")

@@ -5,7 +5,7 @@ import pytest
 import timm.layers
 import torch
 
-from tests.parity import l2_error
+from tests.closeness import l2_error
 from training.config import DiscriminatorConfig
 from training.discriminators.projected import ProjectedDiscriminator
 from training.feature_networks.backbones import Backbone, warm_up_batch_norm

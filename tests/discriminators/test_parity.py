@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import fill_by_rule, filled, l2_error, load_json, load_npz, needs_parity, rel_error
+from tests.closeness import l2_error, rel_error
+from tests.parity import fill_by_rule, filled, load_json, load_npz
 from training.config import DiscriminatorConfig
 from training.discriminators.projected import ProjectedDiscriminator
 from training.feature_networks.registry import load_backbone
@@ -19,8 +20,6 @@ CASES = [
     pytest.param("deit_cond16", marks=pytest.mark.slow),
     pytest.param("deit_lite0_uncond256", marks=pytest.mark.slow),
 ]
-
-pytestmark = needs_parity
 
 
 def filled_backbone(name: str):

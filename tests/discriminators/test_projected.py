@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.parity import rel_error
+from tests.closeness import rel_error
 from training.config import DiscriminatorConfig
 from training.diffaug import NUM_UNIFORMS
 from training.discriminators.projected import ProjectedDiscriminator, module_keys

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import load_npz, needs_parity, rel_error
+from tests.closeness import rel_error
+from tests.parity import load_npz
 from training.discriminators.heads import SingleDiscCond
 from training.discriminators.san import PlainConv2d, PlainEmbedding, SanConv1d, SanConv2d, SanEmbedding, SanLinear
 
@@ -31,7 +32,6 @@ def recorded(case: str):
     return layer, x.requires_grad_(x.is_floating_point()), data
 
 
-@needs_parity
 @pytest.mark.parametrize("case", MAKERS)
 def test_recorded_values(case):
     layer, x, data = recorded(case)
@@ -43,7 +43,6 @@ def test_recorded_values(case):
     assert rel_error(layer.weight, data["weight_normalized"]) < TOLERANCE
 
 
-@needs_parity
 @pytest.mark.parametrize("case", MAKERS)
 @pytest.mark.parametrize("output", ["fun", "dir", "both", "eval"])
 def test_recorded_gradients(case, output):
@@ -67,7 +66,6 @@ def test_recorded_gradients(case, output):
             assert rel_error(leaf.grad, expected) < TOLERANCE, name
 
 
-@needs_parity
 def test_recorded_construction():
     data = load_npz("san.npz")
     layer = SanConv2d(5, 3, 4, bias=False)

@@ -14,7 +14,7 @@ from dnnlib import UserError
 from inference import sampling
 from inference.sampling import GeneratorSource, find_class, generate, seed_label, seed_latent
 from legacy import load_network
-from tests.parity import PARITY, load_npz, needs_parity
+from tests.parity import DATA, load_npz
 from torch_utils import checkpoint
 from torch_utils.images import to_uint8_metric, to_uint8_sample
 from training import networks_stylegan3
@@ -65,11 +65,10 @@ def test_official_conventions(network, tmp_path):
         assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
-@needs_parity
 def test_official_pickle_gives_the_official_image():
     """The recorded image of the official generator, as the official script would have written it."""
     data = load_npz("generator_t_cond_stem16.npz")
-    G = load_network(PARITY / "snapshot_stem16_t_cond.pkl").G_ema
+    G = load_network(DATA / "snapshot_stem16_t_cond.pkl").G_ema
     state = G.state_dict()
     for name in state:
         state[name] = torch.as_tensor(data["state/" + name])

@@ -12,8 +12,9 @@ import torch
 
 import legacy
 from dnnlib import UserError
+from tests.closeness import rel_error
 from tests.legacy.official_files import Persistent, dump, module_state, modules, official_generator, stub
-from tests.parity import PARITY, load_json, load_npz, needs_parity, rel_error
+from tests.parity import DATA, load_json, load_npz
 from training.config import DiscriminatorConfig, GeneratorConfig, from_dict
 from training.discriminators.projected import ProjectedDiscriminator
 from training.feature_networks.registry import load_backbone
@@ -42,10 +43,9 @@ def recorded_config(name: str) -> GeneratorConfig:
                        embed_dim=args["embedding"][1] if case["c_dim"] else GeneratorConfig.embed_dim)
 
 
-@needs_parity
 @pytest.mark.parametrize("snapshot", RECORDED)
 def test_recorded_snapshots(snapshot):
-    path, data = PARITY / f"{snapshot}.pkl", load_npz(f"{RECORDED[snapshot]}.npz")
+    path, data = DATA / f"{snapshot}.pkl", load_npz(f"{RECORDED[snapshot]}.npz")
     network = legacy.load_network(path)
     assert network.generator_config == recorded_config(RECORDED[snapshot])
     state = network.G_ema.state_dict()
@@ -63,9 +63,8 @@ def test_recorded_snapshots(snapshot):
     assert network.path == path
 
 
-@needs_parity
 def test_recorded_contents():
-    stem = legacy.read_official_pickle(PARITY / "snapshot_stem16_t_cond.pkl")
+    stem = legacy.read_official_pickle(DATA / "snapshot_stem16_t_cond.pkl")
     assert (stem["format"], stem["version"], stem["source"]) == ("stylesan-xl-network", 1, "official pickle")
     assert stem["progress"] == {"cur_nimg": 123456, "cur_tick": 7, "batch_idx": 482, "best_fid": 12.5, "pl_mean": 0.25}
     assert stem["training_set_kwargs"]["use_labels"] is True
@@ -75,9 +74,9 @@ def test_recorded_contents():
     assert stem["D"] is None
     assert stem["discriminator_config"] is None
     assert "layer0_ccm.weight is [1]" in stem["notes"][0]
-    superres = legacy.read_official_pickle(PARITY / "snapshot_superres32_t_cond.pkl")
+    superres = legacy.read_official_pickle(DATA / "snapshot_superres32_t_cond.pkl")
     assert superres["generator_config"]["num_frozen_layers"] == 4
-    unconditional = legacy.read_official_pickle(PARITY / "snapshot_stem16_r_uncond.pkl")
+    unconditional = legacy.read_official_pickle(DATA / "snapshot_stem16_r_uncond.pkl")
     assert unconditional["notes"] == []
     assert set(unconditional["G"]) == set(unconditional["G_ema"])
 
@@ -257,7 +256,6 @@ def write_discriminator(path: Path, shapes: dict[str, list[int]], config: Genera
     return D.state_dict()
 
 
-@needs_parity
 def test_discriminator_goes_into_ours(tmp_path):
     shapes = load_json("discriminator_lite0_cond16.json")["state_shapes"]
     frozen = {f"feature_networks.{LITE0}.pretrained.layer{place}.weight": [4, 4, 1, 1] for place in ("0.0", "1.3")}
@@ -342,8 +340,8 @@ def small_data(tmp_path_factory) -> bytes:
 
 def test_truncated_files(tmp_path, small_data):
     whole = [small_data]
-    if PARITY.is_dir():
-        whole.append((PARITY / "snapshot_stem16_r_uncond.pkl").read_bytes())
+    if DATA.is_dir():
+        whole.append((DATA / "snapshot_stem16_r_uncond.pkl").read_bytes())
     for data in whole:
         assert outcome(tmp_path / "x.pkl", data) == "read"
         points = random.Random(0).sample(range(len(data)), 20) + [len(data) - 1, len(data) // 2]

@@ -14,7 +14,7 @@ from metrics.frechet import covariance_factor, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel_distance import kernel_distance, squared_mmd
 from metrics.precision_recall import Points, manifold_radii, precision_recall
-from tests.parity import load_json, load_npz, needs_parity
+from tests.parity import load_json, load_npz
 
 #----------------------------------------------------------------------------
 
@@ -33,7 +33,6 @@ def recorded():
     return load_npz("metrics.npz"), load_json("metrics.json")
 
 
-@needs_parity
 class TestParity:
     def test_fid(self, recorded):
         data, values = recorded

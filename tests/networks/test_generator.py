@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import PARITY, load_json, load_npz, needs_parity, rel_error
+from tests.closeness import rel_error
+from tests.parity import load_json, load_npz
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from training import networks_stylegan3
 from training.config import from_dict, to_dict
@@ -18,7 +19,7 @@ TOLERANCE = 1e-4
 
 
 def entries() -> dict[str, dict]:
-    return {e["name"]: e for e in load_json("generators.json")} if PARITY.is_dir() else {}
+    return {e["name"]: e for e in load_json("generators.json")}
 
 
 def config_of(name: str):
@@ -44,7 +45,6 @@ def recorded(request):
     return G, {k: torch.as_tensor(v) for k, v in data.items()}
 
 
-@needs_parity
 def test_latents(recorded):
     G, data = recorded
     z, c = data["z"], data["c"]
@@ -53,7 +53,6 @@ def test_latents(recorded):
     assert rel_error(G.mapping(z, c, truncation_psi=0.6, truncation_cutoff=3), data["ws_trunc_cutoff3"]) < TOLERANCE
 
 
-@needs_parity
 def test_images(recorded):
     G, data = recorded
     assert rel_error(G(data["z"], data["c"]), data["img"]) < TOLERANCE
@@ -75,7 +74,6 @@ def image_gradients(G, data, impl, monkeypatch) -> dict[str, torch.Tensor]:
     return dict(zip(["ws", *parameters], grads, strict=True))
 
 
-@needs_parity
 def test_gradients(recorded, monkeypatch):
     """In the form that was recorded: some leaky-ReLU inputs lie within rounding of zero, where another order of the
     same sums takes the other slope and moves a gradient by 3e-4."""
@@ -86,7 +84,6 @@ def test_gradients(recorded, monkeypatch):
         assert rel_error(grad, data["grad/" + name]) < TOLERANCE, name
 
 
-@needs_parity
 def test_gradients_do_not_depend_on_the_form_of_the_filters(recorded, monkeypatch):
     """In float64, where rounding crosses no kink, the form that training uses gives the same gradients."""
     G, data = recorded
@@ -98,7 +95,6 @@ def test_gradients_do_not_depend_on_the_form_of_the_filters(recorded, monkeypatc
         assert rel_error(ours[name], reference[name]) < 1e-9, name
 
 
-@needs_parity
 def test_transform_and_ema(recorded):
     G, data = recorded
     before = {k: v.clone() for k, v in G.state_dict().items()}

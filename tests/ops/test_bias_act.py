@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from tests.closeness import rel_error
 from tests.ops.cases import randn
-from tests.parity import rel_error
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772

@@ -8,8 +8,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_utils.ops.filtered_lrelu as module
+from tests.closeness import rel_error
 from tests.ops.cases import FORMS, filters, randn
-from tests.parity import rel_error
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from tests.closeness import rel_error
 from tests.ops.cases import filters, needs_native, randn, random_options
 from tests.ops.test_filtered_lrelu import OPTIONS, grads, settings
-from tests.parity import rel_error
 from torch_utils.ops import build, library, native, self_check
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu

@@ -6,8 +6,8 @@ import scipy.signal
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from tests.closeness import rel_error
 from tests.ops.cases import FORMS, filters, randn, random_options
-from tests.parity import rel_error
 from torch_utils.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 NUM_RANDOM = 60

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.parity import rel_error
+from tests.closeness import rel_error
 from torch_utils.ops import winograd
 
 SHAPES = [(1, 5, 7, 4, 4, 0), (2, 16, 8, 13, 10, 2), (3, 8, 8, 6, 21, 1), (1, 3, 2, 1, 1, 2), (5, 4, 6, 9, 9, 2)]

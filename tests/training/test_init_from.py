@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from dnnlib import UserError
 from legacy import open_snapshot
 from tests.conftest import write_dataset
-from tests.parity import PARITY, needs_parity
+from tests.parity import DATA
 from train import main
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig, to_dict
 from training.discriminators.projected import ProjectedDiscriminator
@@ -196,11 +196,10 @@ def test_resume_wants_all_of_it(snapshot):
     assert "(100.0 %)" in table
 
 
-@needs_parity
 @pytest.mark.parametrize(("name", "c_dim"), [("snapshot_stem16_t_cond.pkl", 5), ("snapshot_stem16_r_uncond.pkl", 3),
                                              ("snapshot_superres32_t_cond.pkl", 4)])
 def test_official_pickles(name, c_dim):
-    official = open_snapshot(PARITY / name)
+    official = open_snapshot(DATA / name)
     config = TrainConfig(**{**vars(settings(generator())), "generator": None})
     from training.snapshots import generator_config
     theirs = generator_config(official)

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.closeness import l2_error, rel_error
 from tests.discriminators.test_parity import is_before_batch_norm
-from tests.parity import fill_by_rule, l2_error, load_npz, needs_parity, rel_error
+from tests.parity import fill_by_rule, load_npz
 from tests.training.recorded import micro_batches, networks
 from torch_utils.misc import requires_grad
 from torch_utils.training_stats import Collector
@@ -15,7 +16,7 @@ from training.health import GradientGuard
 from training.loss import MicroBatch, StyleSanLoss
 from training.phases import make_phases, run_phase
 
-pytestmark = [needs_parity, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 CASES = {"stem16_blur": 0, "stem16_pl": 2_000_000, "superres32_cls": 150_000}      # Images shown before.
 
