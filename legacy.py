@@ -147,9 +147,10 @@ def read_official_pickle(path: str | os.PathLike) -> dict[str, Any]:
 
 def _layer(module: ModuleRecord, name: str) -> LayerSpec:
     """One synthesis layer from its own attributes: tables kept elsewhere are stale after super-resolution."""
-    values: dict[str, Any] = {"name": name}
+    # Layers that were made with --fp32=1 have no clamp; those that they were grown on may have one.
+    values: dict[str, Any] = {"name": name, "is_clamped": module.get("conv_clamp") is not None}
     for field in dataclasses.fields(LayerSpec):
-        if field.name == "name":
+        if field.name in values:
             continue
         value, what = module.get(field.name), f"{name}.{field.name}"
         if field.type is bool:
@@ -196,7 +197,10 @@ def _generator_config(G: ModuleRecord) -> GeneratorConfig:
         table = mapping.child("embed").group("_parameters").get("weight")
         if not isinstance(table, TensorRecord) or len(table.shape) != 2:
             raise Unfit("its class embedding is no table")
-    clamp = shared[0].get("conv_clamp")
+    clamps = {as_positive(m.get("conv_clamp"), "conv_clamp") for m, layer in zip(modules, layers, strict=True)
+              if layer.is_clamped}
+    if len(clamps) > 1:
+        raise Unfit(f"its layers differ in conv_clamp ({list_some(sorted(clamps))})")
     return GeneratorConfig(
         img_resolution=as_size(G.get("img_resolution"), "img_resolution"),
         input=InputSpec(as_size(first.get("channels"), "input.channels"), as_size(first.get("size"), "input.size"),
@@ -211,7 +215,7 @@ def _generator_config(G: ModuleRecord) -> GeneratorConfig:
         embed_dim=table.shape[1] if c_dim > 0 else GeneratorConfig.embed_dim,
         filter_size=_common(shared, "filter_size"),
         lrelu_upsampling=_common(shared, "lrelu_upsampling"),
-        conv_clamp=None if clamp is None else as_positive(clamp, "conv_clamp"),
+        conv_clamp=clamps.pop() if clamps else GeneratorConfig.conv_clamp,
         # Unused in training; kept layers have their stem's value and new ones the default.
         magnitude_ema_beta=as_positive(shared[-1].get("magnitude_ema_beta"), "magnitude_ema_beta"),
         output_scale=as_positive(synthesis.get("output_scale"), "output_scale"),

@@ -24,12 +24,12 @@ SMALL_DATA = 50_000         # Images below which --preset=small is worth a thoug
 # Presets fill options that were left out; `overrides` reach settings that have no option of their own.
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(cbase=32768, cmax=512, syn_layers=10, head_layers=7, margin=10, w_dim=512, diversity=0.0),
+    "paper": dict(cbase=32768, cmax=512, syn_layers=14, head_layers=7, margin=10, w_dim=512, diversity=0.0),
     "small": dict(cbase=16384, cmax=256, syn_layers=7,  head_layers=4, margin=10, w_dim=512, diversity=0.0),
     "demo":  dict(cbase=256,   cmax=16,  syn_layers=4,  head_layers=4, margin=2,  w_dim=128, diversity=4.0,
                   batch=32, overrides={
         "discriminator.diffaug": (), "discriminator.max_channels": 128,
-        "loss.blur_init_sigma": 0.0, "loss.pl_weight": 0.0, "optim.ema_kimg": 2.0}),
+        "loss.blur_init_sigma": 0.0, "loss.pl_weight": 0.0, "optim.ema_kimg": 2.0, "optim.eps": 1e-8}),
 }
 
 STEM_ONLY = ("cbase", "cmax", "map_depth", "embedding")
@@ -117,15 +117,17 @@ def generator_settings(opts: EasyDict, dataset: Any, stem: dict[str, Any] | None
     from training.layer_schedule import stem_config, superres_config
     from training.snapshots import generator_config
     rotation = opts.cfg == "stylegan3-r"
+    full_precision = opts.fp32 or opts.precision == "fp32"
     if stem is None:
         widen = 4 if rotation else 2        # Config T doubles the widths of the command line, R doubles them again.
         return stem_config(dataset.resolution, opts.syn_layers, opts.cbase * widen, opts.cmax * widen, opts.margin,
-                           rotation, c_dim=dataset.c_dim, w_dim=opts.w_dim, mapping_layers=opts.map_depth)
+                           rotation, full_precision, c_dim=dataset.c_dim, w_dim=opts.w_dim,
+                           mapping_layers=opts.map_depth)
     below = generator_config(stem)
     if below.c_dim != dataset.c_dim:
         raise UserError(f"--path_stem: the stem has {below.c_dim} classes, --data with --cond={int(opts.cond)} has "
                         f"{dataset.c_dim}: use the data set that the stem was trained on, at the new resolution")
-    config = superres_config(below, opts.up_factor, opts.head_layers, rotation)
+    config = superres_config(below, opts.up_factor, opts.head_layers, rotation, full_precision)
     if config.img_resolution != dataset.resolution:
         raise UserError(f"--up_factor={opts.up_factor} makes {config.img_resolution} pixels of the stem's "
                         f"{below.img_resolution}, but --data has {dataset.resolution}: convert the data with "
@@ -174,13 +176,16 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
     stem = stem or (open_snapshot(opts.path_stem, mmap=True) if opts.superres else None)
     start = open_snapshot(opts.init_from or opts.resume) if opts.init_from or opts.resume else None
     generator = generator_settings(opts, dataset, stem)
+    optim = OptimConfig.official(opts.batch, G_lr=opts.glr, D_lr=opts.dlr)
+    if opts.resume:     # Officially the average of a resumed network has its full half-life at once.
+        optim = dataclasses.replace(optim, ema_rampup=None)
     config = TrainConfig(
         data=DataConfig(str(opts.data), dataset.resolution, dataset.c_dim, opts.mirror, opts.workers),
         generator=generator,
         discriminator=DiscriminatorConfig(tuple(opts.backbones), dataset.resolution, dataset.c_dim, opts.san,
                                           split_group=opts.split_group),
         loss=LossConfig(cls_weight=opts.cls_weight, cls_model=opts.classifier, diversity_weight=opts.diversity),
-        optim=OptimConfig(G_lr=opts.glr, D_lr=opts.dlr),
+        optim=optim,
         batch=opts.batch, batch_gpu=split_batch(opts.batch, opts.batch_gpu, gpus), total_kimg=opts.kimg,
         kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, metrics=tuple(opts.metrics), embedding=opts.embedding,
         path_stem=opts.path_stem, resume=opts.resume, init_from=opts.init_from, seed=opts.seed,

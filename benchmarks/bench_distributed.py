@@ -89,7 +89,7 @@ def full_size_state() -> TrainingState:
     names = ("deit_base_distilled_patch16_224:random", "tf_efficientnet_lite0:random")
     D = ProjectedDiscriminator(DiscriminatorConfig(names, 256, 1000)).requires_grad_(False)
     loss = StyleSanLoss(G, D, LossConfig(), torch.device("cpu"))
-    phases = make_phases(G, D, loss, OptimConfig())
+    phases = make_phases(G, D, loss, OptimConfig.official(256))
     for phase in phases:
         for p in phase.parameters:
             p.grad = torch.zeros_like(p)

@@ -35,7 +35,13 @@ from torch_utils.misc import one_hot, requires_grad  # noqa: E402
 from torch_utils.ops import dispatch  # noqa: E402
 from torch_utils.training_stats import Collector  # noqa: E402
 from training.classifier import Classifier, load_classifier  # noqa: E402
-from training.config import DiscriminatorConfig, GeneratorConfig, LossConfig, OptimConfig  # noqa: E402
+from training.config import (  # noqa: E402
+    OFFICIAL_PROCESSES,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    LossConfig,
+    OptimConfig,
+)
 from training.diffaug import NUM_UNIFORMS  # noqa: E402
 from training.discriminators.projected import Features, ProjectedDiscriminator  # noqa: E402
 from training.ema import update_ema  # noqa: E402
@@ -98,11 +104,11 @@ class OurStep:
     """Copies of the networks and what training_loop does with them, without its data and reports."""
 
     def __init__(self, G: Generator, D: ProjectedDiscriminator, precisions: tuple[str, str], loss: LossConfig,
-                 classifier: Classifier | None):
+                 classifier: Classifier | None, batch: int):
         self.G, self.D = copy.deepcopy((G, D))
         self.D.make_fast_(precisions[0])
         self.G_ema = copy.deepcopy(G).eval()
-        self.config, self.guard = OptimConfig(), GradientGuard()
+        self.config, self.guard = OptimConfig.official(batch), GradientGuard(batch)
         device = next(G.parameters()).device
         self.loss = StyleSanLoss(self.G, self.D, loss, device, classifier, Collector().report, precisions[1])
         self.loss.set_progress(CUR_NIMG)
@@ -160,8 +166,9 @@ def make_steps(case: Case, device: torch.device) -> dict[str, Step]:
     loss = LossConfig(cls_weight=case.cls_weight)
     classifier = load_classifier(f"{loss.cls_model}:random").to(device) if case.cls_weight else None
     guidance = None if classifier is None else (classifier, loss.cls_weight)
-    steps: dict[str, Step] = {"official": OfficialStep(G, D, OptimConfig(), guidance)}
-    return steps | {name: OurStep(G, D, precisions, loss, classifier) for name, precisions in PRECISIONS.items()}
+    steps: dict[str, Step] = {"official": OfficialStep(G, D, OptimConfig.official(OFFICIAL_PROCESSES), guidance)}
+    return steps | {name: OurStep(G, D, precisions, loss, classifier, case.batch)
+                    for name, precisions in PRECISIONS.items()}
 
 #----------------------------------------------------------------------------
 # The same numbers?

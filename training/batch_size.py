@@ -189,7 +189,7 @@ class Trial:
         for phase in self.phases:
             try:
                 if phase.is_active(1 << 62):
-                    run_phase(phase, [self._micro_batch(size)], size, GradientGuard())
+                    run_phase(phase, [self._micro_batch(size)], size, GradientGuard(size))
             finally:
                 phase.optimizer.zero_grad(set_to_none=True)
 

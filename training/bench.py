@@ -123,7 +123,7 @@ class Rehearsal:
         self.stream = TrainingStream(dataset, EpochOrder(len(dataset), config.seed), distributed.rank(),
                                      distributed.world_size(), config.batch_gpu, 0, config.data.workers)
         self.probs = dataset.label_distribution() if self.G.c_dim > 0 else None
-        self.guard = GradientGuard()
+        self.guard = GradientGuard(config.batch)
 
     def source(self, micro_batches: int) -> BatchSource:
         """Batches of so many micro-batches, from the one stream of real images."""

@@ -34,6 +34,7 @@ class LayerSpec:
     use_fp16: bool                  # On CUDA devices; elsewhere everything is float32 unless another type is asked for.
     conv_kernel: int = 3            # 3 for config T, 1 for config R and ToRGB. A stage may mix both kinds.
     use_radial_filters: bool = False    # Config R: radial downsampling, but not at critically sampled layers.
+    is_clamped: bool = True         # To the generator's conv_clamp. Layers made with --fp32=1 are not, as officially.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,18 +114,43 @@ class LossConfig:
     diversity_weight: float = 0.0   # Not official; per sample. See training.diversity.
 
 
+OFFICIAL_PROCESSES = 8              # Of the published runs: their effective eps follows from it, see `gradient_scale`.
+
+
+def gradient_scale(batch: int) -> float:
+    """A gradient here over the gradient of the same loss in the published runs.
+
+    Official gradients are sums over the samples of a process, averaged over processes: batch / 8 times the mean over
+    the global batch that is used here. A number that gradients are compared with must shrink as they do.
+    """
+    return OFFICIAL_PROCESSES / batch
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Adam; the lazy-regularisation interval corrects lr and betas even where the regulariser is empty."""
+    """Adam; the lazy-regularisation interval corrects lr and betas even where the regulariser is empty.
 
+    `OptimConfig.official(batch)` has the official rules for what depends on the batch.
+    """
+
+    eps: float                      # Of Adam, for gradients that are means over the global batch.
+    ema_kimg: float                 # Half-life of G_ema.
     G_lr: float = 0.0025
     D_lr: float = 0.002
     betas: tuple[float, float] = (0.0, 0.99)
-    eps: float = 1e-8
     G_reg_interval: int = 4
     D_reg_interval: int = 16
-    ema_kimg: float = 10.0          # Half-life of G_ema.
-    ema_rampup: float | None = 0.05 # Half-life is at most this share of the images seen.
+    ema_rampup: float | None = 0.05 # Half-life is at most this share of the images seen; None: there is no ramp-up.
+
+    @classmethod
+    def official(cls, batch: int, **settings: Any) -> "OptimConfig":
+        """The official eps 1e-8 in the units of our gradients, and the official half-life of batch * 10 / 32 kimg.
+
+        Args:
+            batch: Global batch size.
+            settings: Further fields.
+        """
+        return cls(eps=1e-8 * gradient_scale(batch), ema_kimg=batch * 10 / 32, **settings)
 
 
 @dataclasses.dataclass(frozen=True)

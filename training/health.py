@@ -12,7 +12,7 @@ import torch
 from torch_utils import distributed
 from torch_utils.misc import evaluating, one_hot
 from torch_utils.training_stats import Stat
-from training.config import TrainConfig
+from training.config import TrainConfig, gradient_scale
 from training.dataset import ImageDataset
 from training.diversity import real_pair_distance
 from training.networks_stylegan3 import Generator
@@ -27,11 +27,16 @@ class GradientGuard:
 
     Officially they are replaced in silence (nan by 0, infinities by 1e5). Here they are replaced and counted, and the
     run stops once LIMIT steps of a phase in a row had any.
+
+    Args:
+        batch: Global batch size: our gradients are smaller than the official ones, and so is what infinities become.
+        report: Takes a name and a value.
     """
 
     LIMIT = 20
 
-    def __init__(self, report: Callable[[str, torch.Tensor], None] = lambda name, value: None):
+    def __init__(self, batch: int, report: Callable[[str, torch.Tensor], None] = lambda name, value: None):
+        self.bound = 1e5 * gradient_scale(batch)
         self.report = report
         self._in_a_row: dict[str, torch.Tensor] = {}
         self._total: dict[str, torch.Tensor] = {}
@@ -52,7 +57,7 @@ class GradientGuard:
         self._total[name] = self._total.get(name, zero) + bad
         self._in_a_row[name] = torch.where(bad > 0, self._in_a_row.get(name, zero) + 1, zero)
         self._first[name] = torch.where(bad > 0, is_bad.view(torch.uint8).argmax(), self._first.get(name, zero - 1))
-        gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
+        gradient.nan_to_num_(nan=0, posinf=self.bound, neginf=-self.bound)
         self.report(f"Gradients/{name}", gradient.norm())
 
     def counts(self) -> dict[str, int]:

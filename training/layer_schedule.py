@@ -53,7 +53,7 @@ def _bands(first_cutoff: float, first_stopband: float, num_layers: int, resoluti
 
 
 def _layers(bands: _Bands, num_layers: int, resolution: int, img_channels: int, first_index: int,
-            before: LayerSpec | None, rotation: bool) -> tuple[LayerSpec, ...]:
+            before: LayerSpec | None, rotation: bool, full_precision: bool) -> tuple[LayerSpec, ...]:
     """One LayerSpec per layer; `before` is the kept layer in front of the first one, if any."""
     layers = []
     for i in range(num_layers + 1):
@@ -74,16 +74,17 @@ def _layers(bands: _Bands, num_layers: int, resolution: int, img_channels: int, 
             out_half_width=float(bands.half_widths[i]),
             is_torgb=i == num_layers,
             is_critically_sampled=i >= num_layers - NUM_CRITICAL,
-            use_fp16=bool(bands.rates[i] * 2 ** NUM_FP16_RES > resolution),
+            use_fp16=bool(bands.rates[i] * 2 ** NUM_FP16_RES > resolution) and not full_precision,
             conv_kernel=1 if rotation or i == num_layers else 3,
             use_radial_filters=rotation,
+            is_clamped=not full_precision,
         ))
     return tuple(layers)
 
 #----------------------------------------------------------------------------
 
 def stem_config(img_resolution: int, num_layers: int, channel_base: int, channel_max: int, margin_size: int = 10,
-                rotation: bool = False, **settings) -> GeneratorConfig:
+                rotation: bool = False, full_precision: bool = False, **settings) -> GeneratorConfig:
     """Configuration of a first-stage generator.
 
     Args:
@@ -92,6 +93,7 @@ def stem_config(img_resolution: int, num_layers: int, channel_base: int, channel
         channel_base, channel_max: A layer has min(channel_base / 2 / cutoff, channel_max) channels.
         margin_size: Extra pixels on every side of the feature maps.
         rotation: Layers of config R (1x1 convolutions, radial filters) instead of T.
+        full_precision: No layer may run in half precision, and none is clamped: what --fp32=1 officially means.
         settings: Further fields of GeneratorConfig (c_dim, w_dim, ...).
     """
     if img_resolution < 8 or img_resolution & (img_resolution - 1):
@@ -99,7 +101,8 @@ def stem_config(img_resolution: int, num_layers: int, channel_base: int, channel
     if num_layers <= NUM_CRITICAL:
         raise UserError(f"--syn_layers={num_layers}: at least {NUM_CRITICAL + 1} layers are needed")
     bands = _bands(FIRST_CUTOFF, FIRST_STOPBAND, num_layers, img_resolution, channel_base, channel_max, margin_size)
-    layers = _layers(bands, num_layers, img_resolution, settings.get("img_channels", 3), 0, None, rotation)
+    layers = _layers(bands, num_layers, img_resolution, settings.get("img_channels", 3), 0, None, rotation,
+                     full_precision)
     first = InputSpec(int(bands.channels[0]), int(bands.sizes[0]), float(bands.rates[0]), float(bands.cutoffs[0]))
     return GeneratorConfig(img_resolution=img_resolution, input=first, layers=layers, margin_size=margin_size,
                            channel_base=channel_base, channel_max=channel_max, **settings)
@@ -116,7 +119,7 @@ def is_rotation(config: GeneratorConfig) -> bool:
 
 
 def superres_config(stem: GeneratorConfig, up_factor: int, head_layers: int,
-                    rotation: bool | None = None) -> GeneratorConfig:
+                    rotation: bool | None = None, full_precision: bool = False) -> GeneratorConfig:
     """Configuration of the super-resolution stage grown on `stem`.
 
     Args:
@@ -124,6 +127,7 @@ def superres_config(stem: GeneratorConfig, up_factor: int, head_layers: int,
         head_layers: Layers appended before ToRGB (`--head_layers`), at least 3.
         rotation: Head of config R (True) or T (False); None: like the stem. Widths follow the rule that R is twice as
             wide as T.
+        full_precision: For the head, as in `stem_config`; kept layers stay what they are.
     """
     if up_factor not in UP_FACTORS:
         raise UserError(f"--up_factor={up_factor}: choose from {', '.join(map(str, UP_FACTORS))}")
@@ -139,6 +143,7 @@ def superres_config(stem: GeneratorConfig, up_factor: int, head_layers: int,
     bands = _bands(last.out_cutoff, last.out_cutoff + last.out_half_width, head_layers, resolution, channel_base,
                    channel_max, stem.margin_size, last.out_sampling_rate, last.out_channels)
     # Names count on from len(kept) + 1: officially one index is skipped, once.
-    head = _layers(bands, head_layers, resolution, stem.img_channels, len(kept) + 1, last, rotation)
+    head = _layers(bands, head_layers, resolution, stem.img_channels, len(kept) + 1, last, rotation,
+                   full_precision)
     return dataclasses.replace(stem, img_resolution=resolution, layers=kept + head, num_frozen_layers=len(kept),
                                channel_base=channel_base, channel_max=channel_max)

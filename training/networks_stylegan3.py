@@ -217,7 +217,7 @@ class SynthesisLayer(torch.nn.Module):
         super().__init__()
         self.spec = spec
         self.conv_kernel = spec.conv_kernel
-        self.conv_clamp = config.conv_clamp
+        self.conv_clamp = config.conv_clamp if spec.is_clamped else None
         self.magnitude_ema_beta = config.magnitude_ema_beta
         self.affine = FullyConnectedLayer(config.w_dim, spec.in_channels, bias_init=1)
         kernel = self.conv_kernel

@@ -14,7 +14,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import atomic_write_text
 from torch_utils import distributed
-from training.config import TrainConfig, to_dict
+from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
 from training.dataset import ImageDataset
 
 OPTIONS_FILE = "training_options.json"
@@ -63,6 +63,7 @@ def _short(value: Any) -> str:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """All settings that differ. One that an older version did not write counts as its default."""
+    old, new = _layers_by_meaning(old), _layers_by_meaning(new)
     defaults = {f"{group}.{f.name}" if group else f.name: f.default
                 for group, kind in [("", TrainConfig), *((f.name, f.type) for f in dataclasses.fields(TrainConfig)
                                                          if dataclasses.is_dataclass(f.type))]
@@ -74,6 +75,18 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
             before[name] = json.loads(json.dumps(defaults[name]))
     names = [*after, *(name for name in before if name not in after)]
     return [Change(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+
+def _layers_by_meaning(options: dict[str, Any]) -> dict[str, Any]:
+    """What the precision of a run does to its layers, apart from the layers: it may change where precision may."""
+    try:
+        generator = to_dict(from_dict(GeneratorConfig, options["generator"]))
+    except (KeyError, TypeError, ValueError, UserError):    # What is no generator is compared as it is.
+        return options
+    names = ("use_fp16", "is_clamped")
+    layers = generator["layers"]
+    precision = [[layer[name] for name in names] for layer in layers]
+    generator["layers"] = [{k: v for k, v in layer.items() if k not in names} for layer in layers]
+    return options | {"generator": generator, "precision.layers": precision}
 
 #----------------------------------------------------------------------------
 # Finding a run.

@@ -129,7 +129,7 @@ def training_loop(
     state = TrainingState(G, G_ema, D, loss, phases)
     if rank == 0:
         check_disk(folder, state_bytes([G, G_ema, D], phases))
-    guard = GradientGuard(report=collector.report)
+    guard = GradientGuard(config.batch, collector.report)
     health = HealthCheck(config, dataset, device, guard)
     saved = load_state(folder, report.say)
     resumed = saved is not None

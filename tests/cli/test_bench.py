@@ -99,7 +99,7 @@ def config_for(data, **loss) -> TrainConfig:
     return TrainConfig(
         data=DataConfig(str(data), 16, 4, workers=0), generator=stem_config(16, 4, 64, 8, margin_size=2, c_dim=4),
         discriminator=DiscriminatorConfig(("local:random",), 16, 4, diffaug=()), loss=LossConfig(**loss),
-        optim=OptimConfig(), batch=16, batch_gpu=2, total_kimg=1.6, kimg_per_tick=4, snapshot_ticks=50)
+        optim=OptimConfig.official(16), batch=16, batch_gpu=2, total_kimg=1.6, kimg_per_tick=4, snapshot_ticks=50)
 
 
 @pytest.mark.parametrize(("start", "runs"), [(0.0, 25), (0.8, 12), (1.0, 9), (1.6, None), (1000.0, None)])

@@ -140,7 +140,7 @@ def _layer(layer: SynthesisLayer, spec: LayerSpec, G: Generator, linear: Any) ->
         in_sampling_rate=int(spec.in_sampling_rate), out_sampling_rate=int(spec.out_sampling_rate),
         in_cutoff=np.float64(spec.in_cutoff), out_cutoff=np.float64(spec.out_cutoff),
         in_half_width=np.float64(spec.in_half_width), out_half_width=np.float64(spec.out_half_width),
-        conv_kernel=spec.conv_kernel, use_radial_filters=spec.use_radial_filters, conv_clamp=G.config.conv_clamp,
+        conv_kernel=spec.conv_kernel, use_radial_filters=spec.use_radial_filters, conv_clamp=layer.conv_clamp,
         magnitude_ema_beta=G.config.magnitude_ema_beta, filter_size=G.config.filter_size,
         lrelu_upsampling=G.config.lrelu_upsampling, up_factor=layer.up, down_factor=layer.down,
         padding=list(layer.padding))

@@ -47,13 +47,13 @@ def main(device) -> int:
     config = TrainConfig(
         data=DataConfig(data, 16, dataset.c_dim), generator=stem_config(16, 4, 128, 16, 2, c_dim=4, w_dim=32),
         discriminator=DiscriminatorConfig(("local:random",), 16, dataset.c_dim, max_channels=32, split_group=group),
-        loss=LossConfig(pl_start_kimg=0), optim=OptimConfig(), batch=BATCH, batch_gpu=batch_gpu, total_kimg=1,
-        kimg_per_tick=1, snapshot_ticks=1)
+        loss=LossConfig(pl_start_kimg=0), optim=OptimConfig.official(BATCH), batch=BATCH, batch_gpu=batch_gpu,
+        total_kimg=1, kimg_per_tick=1, snapshot_ticks=1)
     G, D = (net.double() for net in make_networks(config, dataset, None, device))
     G_ema = copy.deepcopy(G)
     loss = StyleSanLoss(G, D, config.loss, device)
     loss.pl_mean = loss.pl_mean.double()
-    phases, guard = make_phases(G, D, loss, config.optim), GradientGuard()
+    phases, guard = make_phases(G, D, loss, config.optim), GradientGuard(BATCH)
     stream = TrainingStream(dataset, EpochOrder(len(dataset), 0), rank, size, batch_gpu, START_NIMG, 0)
     probs = dataset.label_distribution()
     source = BatchSource(G, CounterRNG(0), probs, stream, 1, BATCH, batch_gpu, rank, size, device)

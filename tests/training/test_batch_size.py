@@ -33,7 +33,7 @@ def settings(generator, batch: int = 8, batch_gpu: int = 8, **loss) -> TrainConf
     return TrainConfig(DataConfig("data.zip", generator.img_resolution, generator.c_dim), generator,
                        DiscriminatorConfig(("local:random",), generator.img_resolution, generator.c_dim,
                                            proj_channels=4, max_channels=64),
-                       LossConfig(**loss), OptimConfig(), batch, batch_gpu, 1, 1, 1)
+                       LossConfig(**loss), OptimConfig.official(batch), batch, batch_gpu, 1, 1, 1)
 
 
 def ffhq1024():

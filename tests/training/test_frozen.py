@@ -43,7 +43,7 @@ def test_frozen_parts_stay_and_the_rest_trains(stem, stage):
     D = ProjectedDiscriminator(DiscriminatorConfig(("local:random",), 32, 3, proj_channels=4, max_channels=64,
                                                    diffaug=())).train().requires_grad_(False)
     loss = StyleSanLoss(stage, D, LossConfig(blur_init_sigma=0), torch.device("cpu"))
-    phases = make_phases(stage, D, loss, OptimConfig())
+    phases = make_phases(stage, D, loss, OptimConfig.official(4))
     before = {name: value.clone() for name, value in stage.state_dict().items()}
     G_ema = copy.deepcopy(stage).eval()
     by_old_rule = copy.deepcopy(G_ema)
@@ -52,9 +52,9 @@ def test_frozen_parts_stay_and_the_rest_trains(stem, stage):
     for step in range(2):
         for phase in phases:
             if phase.is_active(10 ** 9):
-                run_phase(phase, [batch], 4, GradientGuard())
+                run_phase(phase, [batch], 4, GradientGuard(4))
         for average, rule in ((G_ema, update_ema), (by_old_rule, old_update)):
-            rule(average, stage, 1000 + 4 * step, 4, OptimConfig())
+            rule(average, stage, 1000 + 4 * step, 4, OptimConfig.official(4))
 
     frozen = stage.frozen_prefixes()
     assert len(frozen) == 1 + stage.config.num_frozen_layers
@@ -90,8 +90,8 @@ def test_average_of_a_stem_is_the_old_one(stem):
         for value in [*G.parameters(), G.mapping.w_avg]:
             value.add_(torch.randn_like(value))
     for cur_nimg in (0, 500):
-        update_ema(mine, G, cur_nimg, 4, OptimConfig())
-        old_update(theirs, G, cur_nimg, 4, OptimConfig())
+        update_ema(mine, G, cur_nimg, 4, OptimConfig.official(4))
+        old_update(theirs, G, cur_nimg, 4, OptimConfig.official(4))
         for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
 

@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 def test_nonfinite_gradients_are_counted_and_replaced(monkeypatch):
     monkeypatch.setattr(GradientGuard, "LIMIT", 3)
     collector = Collector()
-    guard = GradientGuard(collector.report)
+    guard = GradientGuard(8, collector.report)
     for _ in range(2):
         guard.sanitize_("Gmain", torch.tensor([1.0, NAN, INF]))
         guard.sanitize_("Dmain", torch.tensor([3.0, 4.0]))

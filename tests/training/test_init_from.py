@@ -30,7 +30,7 @@ def generator(c_dim: int = 3, resolution: int = 16, **more):
 def settings(config, init_from: str | None = "file.pkl", resume: str | None = None) -> TrainConfig:
     D = DiscriminatorConfig(("local:random",), config.img_resolution, config.c_dim, proj_channels=4, max_channels=64)
     return TrainConfig(DataConfig("data.zip", config.img_resolution, config.c_dim), config, D, LossConfig(),
-                       OptimConfig(), 8, 8, 1, 1, 1, resume=resume, init_from=init_from)
+                       OptimConfig.official(8), 8, 8, 1, 1, 1, resume=resume, init_from=init_from)
 
 
 def make_state(config, seed: int) -> TrainingState:
@@ -40,7 +40,7 @@ def make_state(config, seed: int) -> TrainingState:
         G.mapping.w_avg.normal_()
     G_ema = copy.deepcopy(G)
     loss = StyleSanLoss(G, D, LossConfig(), torch.device("cpu"))
-    return TrainingState(G, G_ema, D, loss, make_phases(G, D, loss, OptimConfig()))
+    return TrainingState(G, G_ema, D, loss, make_phases(G, D, loss, OptimConfig.official(8)))
 
 
 def snapshot_of(state: TrainingState, names: list[str] | None) -> dict:

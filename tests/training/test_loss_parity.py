@@ -88,14 +88,14 @@ def test_phase(case, phase):
 def test_two_iterations(dtype):
     data = load_npz("iteration_stem16.npz")
     G, D = (net.to(dtype) for net in networks(data, "G0/"))
-    optim = OptimConfig()
+    optim = OptimConfig.official(8)
     D.project_()
     for it in range(2):
         collector = Collector()
         if it == 0:
             loss = StyleSanLoss(G, D, LossConfig(reference_micro_batch=2), torch.device("cpu"))
             phases = make_phases(G, D, loss, optim)
-            guard = GradientGuard()
+            guard = GradientGuard(8)
         loss.report = collector.report
         loss.set_progress(4 * it)
         stats = {}

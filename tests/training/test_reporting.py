@@ -23,7 +23,7 @@ from training.run_report import read_lines
 
 def config(**more) -> TrainConfig:
     return TrainConfig(DataConfig("d", 16, 0), stem_config(16, 4, 64, 8, 2, False), DiscriminatorConfig(), LossConfig(),
-                       OptimConfig(), 8, 8, 1, 1, 1, **more)
+                       OptimConfig.official(8), 8, 8, 1, 1, 1, **more)
 
 
 STATS = {"Loss/G/loss": Stat(8, 1.5, 0.1), "Loss/signs/real": Stat(8, 0.25, 0.9), "Loss/signs/fake": Stat(8, -0.5, 0.9),

@@ -51,8 +51,8 @@ DESC = "stylegan3-t-blobs16-gpus8-batch16"
 def settings(**changed) -> TrainConfig:
     generator = GeneratorConfig(16, InputSpec(4, 4, 4.0, 1.0), ())
     values = dict(data=DataConfig("blobs16.zip", 16, 4), generator=generator, discriminator=DiscriminatorConfig(),
-                  loss=LossConfig(), optim=OptimConfig(), batch=16, batch_gpu=2, total_kimg=100, kimg_per_tick=4,
-                  snapshot_ticks=50, metrics=("fid50k_full",))
+                  loss=LossConfig(), optim=OptimConfig.official(16), batch=16, batch_gpu=2, total_kimg=100,
+                  kimg_per_tick=4, snapshot_ticks=50, metrics=("fid50k_full",))
     return TrainConfig(**(values | changed))
 
 
@@ -93,7 +93,7 @@ def test_other_processes_micro_batches_reports_and_machines_continue(tmp_path):
 
 def test_what_changes_the_result_is_listed_and_needs_a_word(tmp_path):
     folder = make_run(tmp_path, 0, settings())
-    new = settings(batch=32, optim=OptimConfig(G_lr=0.001))
+    new = settings(batch=32, optim=OptimConfig.official(32, G_lr=0.001))
     desc = DESC.replace("batch16", "batch32")
     choice = find_run(tmp_path, desc, new, INFO)
     assert (choice.folder.name, choice.resumed) == (f"00001-{desc}", False)

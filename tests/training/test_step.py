@@ -51,7 +51,7 @@ def test_gradients_are_those_of_the_official_structure():
     """Slow forms, passes apart, sums over the micro-batch against what training does. In float64, because batches of
     two make BatchNorm enlarge rounding errors."""
     G, D = (net.double() for net in networks())
-    official = official_step()(G, D, OptimConfig())
+    official = official_step()(G, D, OptimConfig.official(8))
     D.make_fast_()
     loss = StyleSanLoss(G, D, LossConfig(blur_init_sigma=0), torch.device("cpu"))
     for name, ours, theirs in (("generator", loss.generator_main, official.generator_phase),
@@ -99,7 +99,7 @@ def test_optimiser_of_an_older_state_goes_on():
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(5))
     old = torch.optim.Adam([p], lr=1.0)
-    new = lazy_adam([torch.nn.Parameter(p.detach().clone())], 0.002, OptimConfig(), 4)
+    new = lazy_adam([torch.nn.Parameter(p.detach().clone())], 0.002, OptimConfig.official(2), 4)
     for group in new.param_groups:
         assert group["fused"]
     for opt in (old, new):
@@ -116,12 +116,12 @@ def test_optimiser_of_an_older_state_goes_on():
 def iteration(G: Generator, D: ProjectedDiscriminator, device: str) -> None:
     """All phases and the average, with everything that the loop does in an iteration."""
     loss = StyleSanLoss(G, D, LossConfig(pl_start_kimg=0), torch.device(device), report=Collector().report)
-    guard = GradientGuard(Collector().report)
+    guard = GradientGuard(2, Collector().report)
     batch = random_batch(device)
-    for phase in make_phases(G, D, loss, OptimConfig()):
+    for phase in make_phases(G, D, loss, OptimConfig.official(2)):
         loss.set_progress(0)        # Full blur.
         run_phase(phase, [batch], 2, guard)
-    update_ema(G, G, 0, 2, OptimConfig())
+    update_ema(G, G, 0, 2, OptimConfig.official(2))
 
 
 def test_a_step_reads_nothing_from_the_device(monkeypatch):
