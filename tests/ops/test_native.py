@@ -2,6 +2,7 @@
 """Native code against the definitions: the library for processors, and the GPU's programs run on a processor."""
 import ctypes
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -210,6 +211,26 @@ def test_self_check(code):
     assert self_check.find_fault("cpu") is None
     with torch.inference_mode():
         assert self_check.find_fault("cpu") is None
+
+
+def test_the_self_check_may_run_backward_in_another_thread(monkeypatch):
+    """On GPUs autograd does that. Where a lock is held meanwhile, both threads wait for ever."""
+    gradients, stuck = self_check._gradients, []
+
+    def in_a_thread(*args):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(gradients(*args)), daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+        stuck.append(thread.is_alive())
+        return found[0]
+
+    monkeypatch.setattr(self_check, "_gradients", in_a_thread)
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.delenv("STYLESAN_OPS", raising=False)
+    assert native.load("cpu").functions is not None
+    assert stuck
+    assert not any(stuck)
 
 
 @pytest.mark.parametrize("name", ["resample", "filtered_lrelu", "bias_act"])

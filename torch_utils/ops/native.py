@@ -32,7 +32,9 @@ class Loaded:
 
 
 _loaded: dict[str, Loaded] = {}     # Kind -> what came of loading it; filled at first use.
-_lock = threading.RLock()           # The self-check runs operations, which ask for the library again.
+# Held while a library is compiled and opened, and never while operations run: on GPUs autograd runs the backward pass of
+# the self-check in a thread of its own, which asks for the library, too, and would wait for ever.
+_lock = threading.Lock()
 
 
 def choice() -> str:
@@ -46,6 +48,8 @@ def choice() -> str:
 def load(kind: str) -> Loaded:
     """The library for devices of that type, compiled if need be; tried once per process.
 
+    The first caller checks it. While that runs, some milliseconds, other threads get the library unchecked.
+
     Raises:
         UserError: STYLESAN_OPS=native and there is none.
     """
@@ -53,9 +57,12 @@ def load(kind: str) -> Loaded:
         return Loaded(None, "STYLESAN_OPS=reference")
     if kind not in build.KINDS:
         return Loaded(None, f"no native code for {kind}")
-    with _lock:
-        if kind not in _loaded:
-            _loaded[kind] = _load(kind)
+    if kind not in _loaded:
+        with _lock:
+            is_first = kind not in _loaded
+            if is_first:
+                _loaded[kind] = _load(kind)
+        if is_first:
             _loaded[kind] = _checked(kind, _loaded[kind])
     loaded = _loaded[kind]
     if loaded.functions is None and choice() == "native":
