@@ -6,7 +6,7 @@ SEED ?= 0
 SAN ?= 1
 JOBS ?= 2
 
-.PHONY: demo test test-fast test-gpu lint clean
+.PHONY: demo test test-fast test-gpu test-arithmetics lint clean
 
 # The stamp is written last, so that an interrupted installation starts again.
 $(VENV)/.installed: requirements.lock
@@ -33,6 +33,10 @@ test-fast: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+# The numeric tests under arithmetics that round differently; the table goes to docs/arithmetics.md (about an hour).
+test-arithmetics: $(VENV)/.installed
+	$(PY) -m tests.arithmetics --jobs=$(JOBS) --dest=docs/arithmetics.md $(ARITHMETICS_ARGS)
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

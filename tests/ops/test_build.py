@@ -98,6 +98,26 @@ def test_processes_build_once(folder):
 
 
 @needs_compiler
+def test_two_kinds_of_machine_share_a_cache(folder, monkeypatch):
+    """Each finds the library that was compiled for its own instructions, also where it has no compiler itself."""
+    monkeypatch.setenv("STYLESAN_OPS_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(build, "SOURCES", folder / "src")
+    paths = {}
+    for machine in ("x86_64 avx2", "x86_64 avx2 avx512f"):
+        monkeypatch.setattr(build, "_processor", lambda machine=machine: machine)
+        without = build.Target("cpu", None, ("-fPIC",), ("small.cpp",), ())
+        with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
+            build.library(without)
+        paths[machine] = build.library(build.Target("cpu", shutil.which("c++"), ("-fPIC",), ("small.cpp",), ()))
+        assert build.library(without) == paths[machine]
+    assert len(set(paths.values())) == 2
+    assert [answer(str(path)) for path in paths.values()] == [42, 42]
+    for machine, path in paths.items():
+        monkeypatch.setattr(build, "_processor", lambda machine=machine: machine)
+        assert build.library(build.Target("cpu", None, ("-fPIC",), ("small.cpp",), ())) == path
+
+
+@needs_compiler
 def test_a_failure_is_one_line_and_not_repeated(folder, monkeypatch):
     (folder / "broken").touch()
     assert result(start(folder)) == "BuildError: compilation failed: small.cpp:1: error: broken"

@@ -86,12 +86,12 @@ LIBRARY = "library.so"
 
 @functools.cache
 def _processor() -> str:
-    """The machine and the instructions it has: a folder may be shared by different ones."""
+    """The machine, its C library and the instructions it has: a folder may be shared by different ones."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
-                return f"{platform.machine()} {' '.join(sorted(line.split(':', 1)[1].split()))}"
-    return f"{platform.machine()} {platform.processor()}"
+                return " ".join([platform.machine(), *platform.libc_ver(), *sorted(line.split(":", 1)[1].split())])
+    return " ".join([platform.machine(), *platform.libc_ver(), platform.processor()])
 
 
 @functools.cache
