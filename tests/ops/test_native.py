@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from tests import needs_cuda
 from tests.closeness import rel_error
-from tests.ops.cases import filters, needs_native, randn, random_options
+from tests.ops.cases import filters, needs_compiler, randn, random_options
 from tests.ops.test_filtered_lrelu import OPTIONS, grads, settings
 from torch_utils.ops import build, library, native, self_check
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
-pytestmark = needs_native
+pytestmark = needs_compiler
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
 
 
@@ -244,7 +245,7 @@ def test_failing_code_is_not_used(monkeypatch):
 #----------------------------------------------------------------------------
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gpu_is_ref(dtype, layout):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import needs_cuda
 from torch_utils.training_stats import Collector
 from training import phases as phases_module
 from training.config import DiscriminatorConfig, LossConfig, OptimConfig
@@ -142,7 +143,7 @@ def test_a_step_reads_nothing_from_the_device(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_cuda
 def test_a_step_does_not_wait_for_the_gpu():
     G, D = networks()
     G.cuda()
