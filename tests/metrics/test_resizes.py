@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from metrics.detectors import resizes
+from tests.closeness import max_error
 from tests.metrics.helpers import random_images
+
+pytestmark = pytest.mark.numeric
 
 SIZES = [(32, 32), (256, 256), (300, 299), (299, 300), (512, 512), (20, 500)]       # Enlarged, equal, reduced.
 
@@ -33,7 +36,7 @@ def test_float_bicubic_is_pils(size):
     expected = by_pil(x, 299, "F").clamp(0, 255)
     ours = resizes.pil_bicubic_float(x, 299)
     assert ours.dtype == torch.float32
-    assert (ours - expected).abs().max() < 1e-4
+    assert max_error(ours, expected) < 1e-4
 
 
 @pytest.mark.parametrize("size", [*SIZES, (224, 224), (224, 256)])
@@ -61,7 +64,7 @@ def test_float_bicubic_is_clean_fids():
     x = images((40, 40), num=1)
     theirs = build_resizer("clean")(x[0].permute(1, 2, 0).numpy())
     ours = resizes.pil_bicubic_float(x, 299)[0].permute(1, 2, 0).numpy()
-    assert np.abs(ours - theirs.clip(0, 255)).max() < 1e-4
+    assert max_error(ours, theirs.clip(0, 255)) < 1e-4
 
 
 @pytest.mark.parametrize("size", [7, 32, 256, 299, 300, 1000])
@@ -69,7 +72,7 @@ def test_tf1_bilinear_is_torch_fidelitys(size):
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
     images = torch.from_numpy(random_images(2, size))[..., : size // 2]     # Not square.
     theirs = resize(images.float(), size=(299, 299), align_corners=False)
-    assert (resizes.tf1_bilinear(images, 299) - theirs).abs().max() < 1e-4      # Of 255.
+    assert max_error(resizes.tf1_bilinear(images, 299), theirs) < 1e-4      # Of 255.
 
 
 @pytest.mark.parametrize("size", [16, 299, 400])
@@ -82,7 +85,7 @@ def test_tf1_bilinear_is_its_formula(size):
     rows = x[low] * (1 - t)[:, None] + x[high] * t[:, None]
     expected = rows[:, low] * (1 - t) + rows[:, high] * t
     ours = resizes.tf1_bilinear(torch.from_numpy(random_images(1, size)), 299)[0, 0].numpy()
-    assert np.abs(ours - expected).max() < 0.01         # It takes places in float32.
+    assert max_error(ours, expected) < 0.01         # It takes places in float32.
 
 
 def test_resizes_differ_from_each_other():

@@ -13,6 +13,8 @@ from tests.ops.cases import FORMS, filters, randn
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
+pytestmark = pytest.mark.numeric
+
 # fu, fd, up, down, padding, gain, slope, clamp, flip_filter.
 OPTIONS = [
     ("1d", "1d", 2, 2, (7, 6, 7, 6), math.sqrt(2), 0.2, None, False),

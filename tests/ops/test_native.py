@@ -17,7 +17,7 @@ from torch_utils.ops.bias_act import activation_funcs, bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
-pytestmark = needs_compiler
+pytestmark = [pytest.mark.numeric, needs_compiler]
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
 
 

@@ -10,6 +10,8 @@ from torch_utils.ops import upfirdn2d as up2
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 
+pytestmark = pytest.mark.numeric
+
 TOLERANCE = 1e-5
 CASES = load_json("ops.json")
 RESAMPLERS = {"upfirdn2d": up2.upfirdn2d, "filter2d": up2.filter2d, "upsample2d": up2.upsample2d,

@@ -10,6 +10,8 @@ from tests.closeness import rel_error
 from tests.ops.cases import FORMS, filters, randn, random_options
 from torch_utils.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
+pytestmark = pytest.mark.numeric
+
 NUM_RANDOM = 60
 
 #----------------------------------------------------------------------------
