@@ -12,7 +12,7 @@ from metrics.detectors import load_detector
 from metrics.frechet import frechet_distance
 from tests.closeness import approx, l2_error
 from tests.metrics import others
-from tests.metrics.helpers import write_folder
+from tests.metrics.helpers import INCEPTION_TERMS, VGG_TERMS, float32_tolerance, write_folder
 
 pytestmark = pytest.mark.numeric
 
@@ -41,20 +41,12 @@ def ours(name, weights, images):
     return detector.features(torch.from_numpy(images))
 
 
-def assert_equal(ours, theirs, tolerance=1e-6):
-    """Length of the difference over the length of theirs, all images together."""
+def assert_equal(ours, theirs, terms=INCEPTION_TERMS):
+    """Length of the difference over the length of theirs, all images together: no more than rounding."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     assert theirs.std(axis=0).mean() > 1e-3 * np.abs(theirs).mean() > 0     # Images are told apart.
-    assert l2_error(ours, theirs) <= tolerance
-
-
-# VGG16 in float32 on both sides, u = 2^-24. A sum of n terms of random signs, added one after the other, has the
-# relative error u sqrt(n / 6): partial sums grow like sqrt(k), and each is rounded with an error of variance u^2 / 3 of
-# its square. From layer to layer errors keep their size in proportion to the features. So all layers together give
-# u sqrt(sum of n / 6), and the two sides differ by sqrt(2) of that: 8.6e-6. Mistakes are above 1e-3.
-VGG_TERMS = 9 * (3 + 64 + 64 + 128 + 128 + 3 * 256 + 5 * 512) + 25_088 + 4096
-VGG_TOLERANCE = 2 ** -24 * (2 * VGG_TERMS / 6) ** 0.5
+    assert l2_error(ours, theirs) < float32_tolerance(terms)
 
 
 class TestFeatures:
@@ -88,7 +80,7 @@ class TestFeatures:
     def test_torch_fidelity_vgg(self, tmp_path, images):
         others.write_weights(tmp_path)
         assert_equal(ours("vgg16", tmp_path, images[:3])["pool"], others.by_torch_fidelity_vgg(images[:3], tmp_path),
-                     tolerance=VGG_TOLERANCE)
+                     terms=VGG_TERMS + 25_088 + 4096)       # And two layers that see all.
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ class TestKnownGenerators:
     def test_off_by_a_known_shift(self, key, tolerance, pixels):
         G = Waves(frequency=5.0, fault=shifted(pixels))
         expected = phase_decibels(2 * math.pi * G.frequencies[0, 0].item() * pixels / 64)
-        assert measure(G, [key])[key] == approx(expected, abs=tolerance)
+        assert measure(G, [key])[key] == pytest.approx(expected, abs=tolerance)
 
     def test_turned_the_wrong_way(self):
         assert measure(Waves(fault=lambda m: m.transpose(1, 2)), ["eqr"])["eqr"] < 20
@@ -130,6 +130,9 @@ class TestReproducible:
         whole = measure(stem(True, 16, 6), num=7)
         monkeypatch.setattr(latents, "MAX_CHUNK", 4)
         parts = measure(stem(True, 16, 6), num=7)
+        # Moved by whole pixels the images differ by nothing but rounding. Where it falls otherwise, the energies of two
+        # such noises, of 7 x 3 x 16 x 16 = 5376 values each, differ by sqrt(4 / 5376) = 2.7 % or 0.12 dB in the mean.
+        assert parts.pop("eqt_int") == approx(whole.pop("eqt_int"), abs=4 * 0.12)
         assert parts == approx(whole, rel=1e-4)      # Rounding inside the network.
 
     def test_chunk_size_follows_the_resolution_alone(self):

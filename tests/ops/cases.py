@@ -22,6 +22,18 @@ def filters(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor | None
             "none": None}
 
 
+def bound(dtype: torch.dtype, *fs: torch.Tensor | None) -> float:
+    """How far from the same in float64 a result in `dtype` may be, relative to the largest value.
+
+    A filter adds a term, and so a rounding by at most u = eps / 2, for each of its taps: along one axis and then along
+    the other, or all of them at once. Gains, slopes, biases and clamps are fewer than eight more. If all n roundings go
+    the same way they add up to n u; as they go either way, sqrt(n) u is usual. In float64, where mistakes are looked
+    for, there is room between both.
+    """
+    taps = sum(0 if f is None else 2 * len(f) if f.ndim == 1 else f.numel() for f in fs)
+    return 1e-12 if dtype == torch.float64 else (taps + 8) * torch.finfo(dtype).eps / 2
+
+
 def random_options(rng: np.random.Generator, size: tuple[int, int], taps: tuple[int, int]) -> dict:
     """Options of upfirdn2d that leave something of images of size (h, w) under a filter of (h, w) taps."""
     while True:
