@@ -75,8 +75,12 @@ class Deviation(float):
     __hash__ = float.__hash__
 
 
+def _float64(x: Any) -> np.ndarray:
+    return x.detach().cpu().double().numpy() if torch.is_tensor(x) else np.asarray(x, dtype=np.float64)
+
+
 def _arrays(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
-    a, b = (np.asarray(torch.as_tensor(x).detach().cpu(), dtype=np.float64) for x in (a, b))
+    a, b = _float64(a), _float64(b)
     assert a.shape == b.shape, f"shapes {a.shape} and {b.shape}"
     return a, b
 
@@ -136,9 +140,7 @@ class approx:
 
 def _measure_elements(actual: Any, expected: Any, rel: float, abs: float) -> None:
     """Record the element that comes closest to its bound `max(rel * |expected|, abs)`."""
-    a, b = (np.asarray(torch.as_tensor(np.asarray(x) if not torch.is_tensor(x) else x).detach().cpu(),
-                       dtype=np.float64) for x in (actual, expected))
-    a, b = np.broadcast_arrays(a, b)
+    a, b = np.broadcast_arrays(_float64(actual), _float64(expected))
     usable = np.isfinite(a) & np.isfinite(b)
     if not usable.any():
         return

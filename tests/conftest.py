@@ -1,14 +1,24 @@
-"""Small data sets that many tests share, and a machine without downloads."""
+"""Small data sets that many tests share, a machine without downloads, and reports of closeness and of skipped tests."""
+import collections
+import dataclasses
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from tests import closeness
+
 # Files that take minutes: begun last, they would have one process work alone at the end.
 LONG_FILES = ("test_demo.py", "test_nodes.py", "test_resume.py", "test_processes.py")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--closeness", metavar="FILE", default=None,
+                     help="write a JSON list of all tests: outcome, time, and the comparison closest to its bound")
 
 
 def pytest_collection_modifyitems(items):
@@ -19,11 +29,57 @@ def pytest_configure(config):
     """Native operations are compiled once, not by every test that starts a script."""
     if "STYLESAN_OPS_CACHE" not in os.environ and getattr(config, "cache", None) is not None:
         os.environ["STYLESAN_OPS_CACHE"] = str(config.cache.mkdir("ops"))
+    # The processes of pytest-xdist send their reports to the one that started them, which alone writes the file.
+    if config.getoption("closeness") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ClosenessReport(Path(config.getoption("closeness"))), "closeness-report")
 
 
 def pytest_sessionstart(session):
     from torch_utils.ops import native
     native.load("cpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """The comparison closest to its bound goes with the report of the test. A fixture would end after that report."""
+    closeness.start_recording()
+    try:
+        return (yield)
+    finally:
+        worst = closeness.worst_comparison()
+        if worst is not None:
+            item.user_properties.append(("closeness", {"share": worst.share, **dataclasses.asdict(worst)}))
+
+
+class ClosenessReport:
+    """The file of `--closeness`: one entry per test."""
+
+    def __init__(self, path: Path):
+        self.path, self.entries = path, {}
+
+    def pytest_runtest_logreport(self, report):
+        entry = self.entries.get(report.nodeid)
+        if report.when == "call" or (entry is None and not report.passed):
+            found = dict(report.user_properties).get("closeness", {})
+            self.entries[report.nodeid] = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration,
+                                           **{key: found.get(key) for key in ("share", "error", "bound", "place")}}
+        elif entry is not None and report.failed:       # While it was taken down.
+            entry["outcome"] = "failed"
+
+    def pytest_sessionfinish(self):
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(json.dumps(list(self.entries.values()), indent=1) + "\n")
+        os.replace(part, self.path)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests were skipped, and why: a test that never runs anywhere shows nothing."""
+    reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ")
+                                  for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+    if not reasons:
+        terminalreporter.write_line("no test was skipped")
 
 
 @pytest.fixture(autouse=True)

@@ -679,10 +679,7 @@ def test_zip_bomb_is_not_unpacked(tmp_path, dest, monkeypatch):
 
 def test_file_names_that_are_no_text(tmp_path, dest):
     folder = os.fsencode(write_folder(tmp_path / "s", {"a/1.png": encoded(pixels(0))}))
-    try:
-        os.mkdir(folder + b"/b\xff")
-    except OSError:
-        pytest.skip("this file system takes no such names")
+    os.mkdir(folder + b"/b\xff")
     for name, data in ((b"/b\xff/1.png", encoded(pixels(1))), (b"/b\xff/2\xfe.png", b"junk")):
         with open(folder + name, "wb") as f:
             f.write(data)

@@ -8,6 +8,8 @@ from training.discriminators.blocks import DownBlock, SpectralConv2d
 from training.discriminators.heads import MultiScaleD, channels_at, down_blocks, nominal_size
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded
 
+pytestmark = pytest.mark.numeric
+
 
 def reference_conv(ours: SpectralConv2d, **options) -> torch.nn.Module:
     """PyTorch's classic spectral norm with the same state."""

@@ -8,6 +8,8 @@ from tests.closeness import rel_error
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from training.classifier import load_classifier
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def local(tmp_path) -> str:

@@ -8,6 +8,8 @@ from dnnlib import UserError
 from tests.closeness import rel_error
 from training.diffaug import NUM_UNIFORMS, diff_augment
 
+pytestmark = pytest.mark.numeric
+
 ALL = ("color", "translation", "cutout")
 
 

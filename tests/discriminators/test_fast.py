@@ -12,6 +12,8 @@ from training.feature_networks.backbones import Backbone, warm_up_batch_norm
 from training.feature_networks.fast import fold_batch_norm, make_fast
 from training.feature_networks.registry import load_backbone
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 TRANSFORMER = "vit_tiny_patch16_224:random"
 

@@ -10,6 +10,8 @@ from dnnlib import UserError
 from dnnlib.util import file_sha256
 from torch_utils.local_network import LocalNet, load_local_network, local_config, save_local_network
 
+pytestmark = pytest.mark.numeric
+
 
 def make(**options) -> LocalNet:
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ from tests.discriminators.digits import Digits
 from torch_utils.local_network import load_local_network
 from training.feature_networks.train import Settings, _shifted, main, split_items, train_local_network
 
+pytestmark = pytest.mark.numeric
+
 
 def test_parts_are_disjoint_and_cover_everything():
     parts = [split_items(101, (k, 3), seed=5) for k in range(3)]

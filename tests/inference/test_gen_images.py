@@ -50,6 +50,7 @@ def images(folder) -> dict[str, np.ndarray]:
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_official_conventions(network, tmp_path):
     """Latent, class, truncation and rounding of the official script, spelled out."""
     assert invoke(f"--network={network}", "--seeds=3,7", "--trunc=0.5", f"--outdir={tmp_path}").exit_code == 0
@@ -65,6 +66,7 @@ def test_official_conventions(network, tmp_path):
         assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
+@pytest.mark.numeric
 def test_official_pickle_gives_the_official_image():
     """The recorded image of the official generator, as the official script would have written it."""
     data = load_npz("generator_t_cond_stem16.npz")
@@ -79,6 +81,7 @@ def test_official_pickle_gives_the_official_image():
     assert (to_uint8_sample(ours).int() - theirs.int()).abs().max() <= 1
 
 
+@pytest.mark.numeric
 def test_images_do_not_depend_on_the_batch(network, tmp_path):
     for size in (1, 3, 8):
         result = invoke(f"--network={network}", "--seeds=0-6", f"--batch-sz={size}", f"--outdir={tmp_path / str(size)}")
@@ -114,6 +117,7 @@ def test_transforms_move_the_picture(network, tmp_path):
     assert np.abs(moved[4:12, 8:13] - plain[4:12, 4:9]).mean() < np.abs(moved[4:12, 8:13] - plain[4:12, 8:13]).mean()
 
 
+@pytest.mark.numeric
 def test_centroids(network, tmp_path):
     centroids = torch.randn(5, 32)
     np.save(tmp_path / "c.npy", centroids.numpy())
@@ -127,6 +131,7 @@ def test_centroids(network, tmp_path):
     assert np.abs(images(tmp_path / "out")["seed0000.png"].astype(int) - expected.astype(int)).max() <= 1
 
 
+@pytest.mark.numeric
 def test_the_two_roundings():
     x = torch.tensor([-2.0, -1.0, -0.001, 0.0, 0.003, 0.999, 2.0])
     assert to_uint8_sample(x).tolist() == [0, 0, 127, 127, 127, 254, 255]
@@ -134,6 +139,7 @@ def test_the_two_roundings():
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_metric_source_is_a_function_of_seed_and_number(network):
     G = load_network(network).G_ema
     whole = GeneratorSource(G, 10, seed=5, label_policy="uniform")
@@ -162,6 +168,7 @@ def test_broken_images_do_not_pass_the_metric_source(network, monkeypatch, broke
     assert len(made) == min(broken + 2, 3)
 
 
+@pytest.mark.numeric
 def test_precision(network, tmp_path, monkeypatch):
     """bf16 in the marked layers only, and images that look the same; fp32 is what auto is on a CPU."""
     seen = []
@@ -184,6 +191,7 @@ def test_precision(network, tmp_path, monkeypatch):
     assert np.abs(found["bf16"] - found["fp32"]).mean() < 1
 
 
+@pytest.mark.numeric
 def test_precision_reaches_the_source_of_metrics(network):
     G = load_network(network).G_ema
     sources = [GeneratorSource(G, 4, label_policy="uniform", precision=p) for p in ("auto", "fp32", "bf16")]

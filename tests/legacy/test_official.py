@@ -44,6 +44,7 @@ def recorded_config(name: str) -> GeneratorConfig:
 
 
 @pytest.mark.parametrize("snapshot", RECORDED)
+@pytest.mark.numeric
 def test_recorded_snapshots(snapshot):
     path, data = DATA / f"{snapshot}.pkl", load_npz(f"{RECORDED[snapshot]}.npz")
     network = legacy.load_network(path)

@@ -38,6 +38,7 @@ def test_our_own_format(tmp_path, G):
     assert torch.equal(network.G_ema(z, c), G(z, c))
 
 
+@pytest.mark.numeric
 def test_both_formats_give_the_same_images(tmp_path, G):
     checkpoint.save(tmp_path / "ours.pkl", own_snapshot(G))
     dump(tmp_path / "official.pkl", {"G_ema": official_generator(G)})

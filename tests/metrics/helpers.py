@@ -115,3 +115,22 @@ def write_lpips_files(folder, states):
     torch.save({**features, "classifier.6.bias": torch.zeros(1000)}, Path(folder) / VGG16_FILE.filename)
     torch.save(heads, Path(folder) / LPIPS_FILE.filename)
     return Path(folder)
+
+
+def float32_tolerance(terms: int) -> float:
+    """How far the features of one network may be apart in two implementations in float32, relative to their length.
+
+    A sum of n terms of random signs, added one after the other, has a relative error of u sqrt(n / 6) with u = 2^-24:
+    partial sums grow with the square root of their length, and each is rounded with a mean square error of u^2 / 3.
+    From layer to layer errors keep their size relative to the features. `terms` is the sum of n over the layers, and
+    two sides differ by sqrt(2) of what each has. A mistake, such as another resize, is above 1e-3.
+    """
+    return 2 ** -24 * (2 * terms / 6) ** 0.5
+
+
+VGG_TERMS = 9 * (3 + 64 + 64 + 128 + 128 + 3 * 256 + 5 * 512)           # Of the convolutions.
+# Along the longest branch of each block: the stem, three blocks of 35 pixels, a reduction, four of 17, a reduction, two
+# of 8, and the classes.
+INCEPTION_TERMS = sum((27 + 288 + 288 + 64 + 720, 192 + 576 + 864, 256 + 576 + 864, 288 + 576 + 864, 288 + 576 + 864,
+                       768 + 4 * 7 * 128, 2 * (768 + 4 * 7 * 160), 768 + 4 * 7 * 192, 768 + 2 * 7 * 192 + 9 * 192,
+                       1280 + 9 * 448 + 3 * 384, 2048 + 9 * 448 + 3 * 384, 2048))

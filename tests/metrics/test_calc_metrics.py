@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import calc_metrics
+from tests.closeness import approx
 from tests.metrics.helpers import json_lines, random_images, write_folder
 from torch_utils import checkpoint
 
@@ -56,6 +57,7 @@ TINY = ("--detector=tiny", f"--num={NUM}")
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.numeric
 class TestImages:
     def test_kinds_agree(self, data):
         want = ("--metrics=fid,kid,pr,is", f"--data={data}/real", *TINY)
@@ -110,6 +112,7 @@ class TestImages:
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.numeric
 class TestStatistics:
     def test_round_trip(self, data, tmp_path):
         want = (f"--images={data}/gen", "--metrics=fid", *TINY)
@@ -118,7 +121,7 @@ class TestStatistics:
         assert result.exit_code == 0
         assert "statistics of 60 images by tiny" in result.stderr
         stored = run(*want, f"--ref={tmp_path}/ref.npz")[0]
-        assert stored["results"]["fid"] == pytest.approx(direct["results"]["fid"], rel=1e-9)
+        assert stored["results"]["fid"] == approx(direct["results"]["fid"], rel=1e-9)
         assert stored["num_real"] == 60
         assert stored["reference_fingerprint"] == direct["reference_fingerprint"]
         refused("pr: not computable from", *want, f"--ref={tmp_path}/ref.npz", "--metrics=pr")
@@ -269,6 +272,7 @@ def test_as_a_program_with_the_real_architecture(data, tmp_path):
 #----------------------------------------------------------------------------
 
 @pytest.mark.usefixtures("tiny_inception")
+@pytest.mark.numeric
 class TestAdm:
     def lines(self, stdout):
         return dict(line.split(": ") for line in stdout.splitlines())
@@ -305,7 +309,7 @@ class TestAdm:
         stored = run(*want, f"--ref={tmp_path}/ref.npz")
         for a, b in zip(direct, stored, strict=True):
             for key, value in a["results"].items():
-                assert b["results"][key] == pytest.approx(value, rel=1e-9), key
+                assert b["results"][key] == approx(value, rel=1e-9), key
         assert [r["reference"]["used"] for r in stored[1:]] == ["statistics", "statistics", "images"]
         assert [r["num_real"] for r in stored] == [None, 60, 60, 60]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from metrics.references import load_statistics
+from tests.closeness import approx
 from tests.metrics.helpers import random_images, write_folder
 from tests.metrics.test_calc_metrics import call, refused, run
 from torch_utils.local_network import LocalNet, local_config, save_local_network
@@ -58,10 +59,11 @@ def test_images_of_every_kind(fid):
         assert records[0]["generated"]["format"].startswith(kind)
 
 
+@pytest.mark.numeric
 def test_our_file(data, fid):
     want, _ = fid("real")
     records, said = fid("ref.npz")
-    assert value(records) == pytest.approx(value(want), rel=1e-9)
+    assert value(records) == approx(value(want), rel=1e-9)
     assert f"ref.npz: our reference npz, pool of {INCEPTION}, spatial of {INCEPTION}, 50 images" in said
     assert (records[0]["num_real"], records[0]["reference"]["format"]) == (60, "our reference npz")
     with np.load(data / "ref.npz", allow_pickle=False) as file:
@@ -70,6 +72,7 @@ def test_our_file(data, fid):
         assert INCEPTION in json.loads(str(file["metadata"]))["resize"]
 
 
+@pytest.mark.numeric
 def test_statistics_of_a_judge_named_by_its_path(data, tmp_path):
     """The file says 'local:judge.safetensors', the flag where it lies."""
     torch.manual_seed(0)
@@ -78,10 +81,11 @@ def test_statistics_of_a_judge_named_by_its_path(data, tmp_path):
     assert call("--device=cpu", f"--data={data}/real", judge, f"--save-ref={tmp_path}/own.npz").exit_code == 0
     record = run(f"--images={data}/gen", judge, "--metrics=fid", f"--num={NUM}", f"--ref={tmp_path}/own.npz")[0]
     want = run(f"--images={data}/gen", judge, "--metrics=fid", f"--num={NUM}", f"--data={data}/real")[0]
-    assert record["results"]["fid"] == pytest.approx(want["results"]["fid"], rel=1e-6)
+    assert record["results"]["fid"] == approx(want["results"]["fid"], rel=1e-6)
     assert record["reference"]["used"] == "statistics"
 
 
+@pytest.mark.numeric
 def test_foreign_files(data, fid):
     """What ADM, pytorch-fid, EDM2 and StyleGAN would have written of the same images."""
     want, _ = fid("real", metrics="adm_fid50k")
@@ -99,7 +103,7 @@ def test_foreign_files(data, fid):
     for file, kind in (("adm.npz", "ADM reference npz"), ("edm.npz", "npz with mu and sigma"),
                        ("edm2.pkl", "EDM2 reference pickle"), (name, "StyleGAN statistics cache")):
         records, said = fid(file, metrics="adm_fid50k")
-        assert value(records) == pytest.approx(value(want), rel=1e-5)
+        assert value(records) == approx(value(want), rel=1e-5)
         assert kind in said
         assert ("does not say which detector" in said) == (file == "edm.npz")
         assert records[0]["reference"]["format"] == kind
@@ -109,13 +113,14 @@ def test_foreign_files(data, fid):
             f"--num={NUM}")
 
 
+@pytest.mark.numeric
 def test_our_file_replaces_adms(data, fid):
     """All five lines from one file, images included."""
     records, _ = fid("ref.npz", metrics="adm")
     assert len(records) >= 4
     direct, _ = fid("real", metrics="adm_sfid50k")
     sfid = next(r for r in records if "sfid" in r["metric"])
-    assert value([sfid]) == pytest.approx(value(direct), rel=1e-9)
+    assert value([sfid]) == approx(value(direct), rel=1e-9)
     assert sfid["num_real"] == 60
 
 

@@ -8,6 +8,7 @@ from dnnlib import UserError
 from metrics import detectors
 from metrics.detectors import DETECTORS, load_detector, require
 from metrics.detectors.loading import hash_state, random_state
+from tests.closeness import approx
 from tests.metrics.helpers import TinyNet, random_images, tiny_kind
 
 CPU = torch.device("cpu")
@@ -24,6 +25,7 @@ def detector():
     return load_detector("inception-2015-12-05:random", CPU)
 
 
+@pytest.mark.numeric
 class TestInception:
     def test_outputs(self, detector):
         out = detector.features(images())
@@ -65,11 +67,12 @@ class TestInception:
             detector.features(images()[:, :1])
 
 
+@pytest.mark.numeric
 class TestRandomWeights:
     def test_are_the_same_everywhere(self):
         """The first numbers of a frozen stream, in the order of the names."""
         state = random_state(TinyNet())
-        assert state["conv.weight"].flatten()[:3].tolist() == pytest.approx(
+        assert state["conv.weight"].flatten()[:3].tolist() == approx(
             [x * (2 / 27) ** 0.5 for x in (1.764052346, 0.400157208, 0.978737984)])
         assert state["fc.bias"].abs().sum() == 0
         assert hash_state(state) == hash_state(random_state(TinyNet()))
@@ -91,6 +94,7 @@ class TestRandomWeights:
             assert torch.equal(state[name], torch.zeros(3))
 
 
+@pytest.mark.numeric
 def test_pinned_hashes():
     """Published names carry the first digits; DINOv2's carries none."""
     assert detectors.INCEPTION_FILE.sha256.startswith("6726825d")
@@ -113,6 +117,7 @@ def test_broken_weights_are_noticed():
         detector.features(images())
 
 
+@pytest.mark.numeric
 class TestJudge:
     @pytest.fixture
     def path(self, tmp_path):

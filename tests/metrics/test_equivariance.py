@@ -9,7 +9,10 @@ import torch
 from dnnlib import UserError
 from metrics import image_motion, latents
 from metrics.equivariance import equivariance
+from tests.closeness import approx, assert_close
 from tests.metrics.generators import LinearGenerator, Waves, phase_decibels, source, stem
+
+pytestmark = pytest.mark.numeric
 
 CPU = torch.device("cpu")
 ALL = ("eqt_int", "eqt_frac", "eqr")
@@ -127,7 +130,11 @@ class TestReproducible:
         whole = measure(stem(True, 16, 6), num=7)
         monkeypatch.setattr(latents, "MAX_CHUNK", 4)
         parts = measure(stem(True, 16, 6), num=7)
-        assert parts == pytest.approx(whole, rel=1e-4)      # Rounding inside the network.
+        # Moved by whole pixels, images of this network differ by 1.3e-6 in float64, too: 124 dB. In both images, values
+        # of about 1 pass nine stages and are rounded as often, with a mean square error of u^2 / 3, u = 2^-24. That is
+        # 1.5e-7, or 12 % of the difference. In a random direction it adds 1.4 % of energy, which is 0.06 dB.
+        assert parts.pop("eqt_int") == approx(whole.pop("eqt_int"), abs=0.06)
+        assert parts == approx(whole, rel=1e-4)      # Rounding inside the network.
 
     def test_chunk_size_follows_the_resolution_alone(self):
         assert [latents.chunk_size(r) for r in (16, 64, 256, 1024, 2048)] == [64, 64, 16, 4, 4]
@@ -169,11 +176,11 @@ class TestMotion:
         images, shifts = noise(), torch.tensor([[3, -2], [0, 5]])
         expected, _ = image_motion.shift_whole(images, shifts)
         moved, mask = image_motion.shift_lanczos(images, shifts.double())
-        torch.testing.assert_close(moved * mask[:, None], expected * mask[:, None], atol=1e-5, rtol=0)
+        assert_close(moved * mask[:, None], expected * mask[:, None], atol=1e-5, rtol=0)
 
     def test_lanczos_mask_and_mean(self):
         moved, mask = image_motion.shift_lanczos(torch.ones(1, 3, 24, 24), torch.tensor([[2.5, -1.25]]).double())
-        torch.testing.assert_close(moved * mask[:, None], mask[:, None] * torch.ones_like(moved))
+        assert_close(moved * mask[:, None], mask[:, None] * torch.ones_like(moved), rtol=1.3e-6, atol=1e-5)
         # To the right by 2.5: six pixels around x - 2.5, the first of which is x - 5. Down by -1.25: y - 1 to y + 4.
         assert torch.equal(mask[0].any(dim=0), (torch.arange(24) >= 5))
         assert torch.equal(mask[0].any(dim=1), (torch.arange(24) >= 1) & (torch.arange(24) <= 19))
@@ -187,7 +194,7 @@ class TestMotion:
         x, y = 12, 10
         wx, wy = kernel(x - shift[0] - np.arange(24)), kernel(y - shift[1] - np.arange(24))
         expected = (wy / wy.sum()) @ image[0, 1].double().numpy() @ (wx / wx.sum())
-        assert moved[0, 1, y, x].item() == pytest.approx(expected, abs=1e-5)
+        assert moved[0, 1, y, x].item() == approx(expected, abs=1e-5)
 
     def test_a_quarter_turn_moves_no_sample(self):
         # From x towards y, that is clockwise: the content comes from R @ p.
@@ -197,7 +204,7 @@ class TestMotion:
         still, same = image_motion.transform_filtered(images.rot90(1, (2, 3)), torch.eye(2)[None], kernels.flip(2))
         inside = (mask & same)[:, None]
         assert inside.sum() > 100
-        torch.testing.assert_close(turned * inside, still * inside, atol=1e-4, rtol=0)
+        assert_close(turned * inside, still * inside, atol=1e-4, rtol=0)
 
     def test_kernels(self):
         angles = torch.tensor([0.0, 0.4, math.pi / 4])
@@ -208,7 +215,7 @@ class TestMotion:
         torch.testing.assert_close(sums, torch.ones(3), atol=1e-3, rtol=0)
         assert kernels.flatten(1).argmax(dim=1).tolist() == [kernels[0].numel() // 2] * 3
         other = image_motion.rotation_kernels(image_motion.rotations(-angles))
-        torch.testing.assert_close(other, kernels.flip(2), atol=1e-5, rtol=0)
+        assert_close(other, kernels.flip(2), atol=1e-5, rtol=0)
 
     def test_pixels_whose_kernel_leaves_the_image_are_masked(self):
         images, angle = noise(1, 32), image_motion.rotations(torch.tensor([0.5]))
@@ -217,4 +224,4 @@ class TestMotion:
         framed = torch.nn.functional.pad(images, [8] * 4, value=1e6)
         other, _ = image_motion.transform_filtered(framed, angle, kernels)
         assert 50 < mask.sum() < 32 * 32
-        torch.testing.assert_close(other[..., 8:-8, 8:-8] * mask[:, None], moved * mask[:, None], atol=1e-4, rtol=0)
+        assert_close(other[..., 8:-8, 8:-8] * mask[:, None], moved * mask[:, None], atol=1e-4, rtol=0)

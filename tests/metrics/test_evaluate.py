@@ -17,6 +17,7 @@ from metrics.options import MetricOptions
 from metrics.precision_recall import precision_recall
 from metrics.references import Reference, Statistics
 from metrics.sources import Mirrored, seeded_subset
+from tests.closeness import approx
 from tests.metrics.helpers import ArraySource, SequentialSource, random_images
 
 CPU = torch.device("cpu")
@@ -48,13 +49,14 @@ def pool(source, detector="tiny"):
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.numeric
 class TestValues:
     def test_against_the_formulas(self, real, gen):
         got = values(evaluate(ALL, lambda num: gen, Reference(real), options()))
         a, b = pool(real), pool(gen)
         stats = lambda x: (x.double().numpy().mean(axis=0), np.cov(x.double().numpy().T, ddof=0))
-        assert got["fid"] == pytest.approx(frechet_distance(*stats(a), *stats(b)), rel=1e-9)
-        assert got["kid"] == pytest.approx(kernel_distance(a, b).mean, rel=1e-9)
+        assert got["fid"] == approx(frechet_distance(*stats(a), *stats(b)), rel=1e-9)
+        assert got["kid"] == approx(kernel_distance(a, b).mean, rel=1e-9)
         result = precision_recall(a, b)
         assert (got["pr_precision"], got["pr_recall"]) == (result.precision, result.recall)
         assert 1 < got["is_mean"] < 10
@@ -62,7 +64,7 @@ class TestValues:
 
     def test_same_images(self, real):
         got = values(evaluate(["fid", "pr"], lambda num: real, Reference(real), options(num=230)))
-        assert got["fid"] == pytest.approx(0, abs=1e-6)
+        assert got["fid"] == approx(0, abs=1e-6)
         assert got["pr_precision"] == got["pr_recall"] == 1
 
     @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -88,7 +90,7 @@ class TestValues:
     def test_mirror(self, real, gen):
         got = values(evaluate(["fid"], lambda num: gen, Reference(real), options(mirror=True)))
         expected = values(evaluate(["fid"], lambda num: gen, Reference(Mirrored(real)), options()))
-        assert got["fid"] == pytest.approx(expected["fid"], rel=1e-12)
+        assert got["fid"] == approx(expected["fid"], rel=1e-12)
         assert got["fid"] != values(evaluate(["fid"], lambda num: gen, Reference(real), options()))["fid"]
 
     def test_accuracy(self, gen):

@@ -7,12 +7,13 @@ from metrics.detectors import fast_inception
 from metrics.detectors.fast_inception import FastInception, FoldedConv
 from metrics.detectors.inception import make_inception
 from metrics.detectors.loading import random_state
+from tests.closeness import l2_error
+from tests.metrics.helpers import INCEPTION_TERMS, float32_tolerance
+
+pytestmark = pytest.mark.numeric
 
 CPU = torch.device("cpu")
-
-
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
+TOLERANCE = float32_tolerance(INCEPTION_TERMS)
 
 
 def shake(net):
@@ -45,10 +46,10 @@ def test_same_function(net):
     channels, features = fast(images, lambda x: (x.float() - 128) / 128, num_channels=7)
     assert features.shape == (3, 2048)
     assert channels.shape == (3, 7, 17, 17)
-    assert relative(features, pool) < 1e-6
-    assert relative(channels, seen["map"][:, :7]) < 5e-6
-    assert relative(features @ fast.fc_weight.T, logits) < 1e-6
-    assert relative(features - features.mean(dim=0), pool - pool.mean(dim=0)) < 1e-5      # Not just the mean.
+    assert l2_error(features, pool) < TOLERANCE
+    assert l2_error(channels, seen["map"][:, :7]) < 5e-6
+    assert l2_error(features @ fast.fc_weight.T, logits) < TOLERANCE
+    assert l2_error(features - features.mean(dim=0), pool - pool.mean(dim=0)) < 1e-5      # Not just the mean.
 
 
 def test_batch_does_not_show(net, monkeypatch):
@@ -57,7 +58,7 @@ def test_batch_does_not_show(net, monkeypatch):
     together = fast(x, torch.Tensor.float, 7)
     monkeypatch.setattr(fast_inception, "CPU_BATCH", 2)
     for whole, split in zip(together, fast(x, torch.Tensor.float, 7), strict=True):
-        assert relative(split, whole) < 1e-6
+        assert l2_error(split, whole) < 1e-6
 
 
 def test_folding_is_exact():
@@ -69,7 +70,7 @@ def test_folding_is_exact():
     x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = bn(conv(x.double())).relu()
-        assert relative(FoldedConv(layer)(x).double(), expected) < 1e-6
+        assert l2_error(FoldedConv(layer)(x).double(), expected) < 1e-6
 
 
 def test_cut_sums():
@@ -83,4 +84,4 @@ def test_cut_sums():
     parts.cut(300)
     assert [w.shape[1] for w in parts.weights] == [24, 23, 23]
     with torch.no_grad():
-        assert relative(parts(x).double(), whole(x).double()) < 1e-6
+        assert l2_error(parts(x).double(), whole(x).double()) < 1e-6

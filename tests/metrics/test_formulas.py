@@ -14,7 +14,10 @@ from metrics.frechet import covariance_factor, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel_distance import kernel_distance, squared_mmd
 from metrics.precision_recall import Points, manifold_radii, precision_recall
+from tests.closeness import approx, assert_close
 from tests.parity import load_json, load_npz
+
+pytestmark = pytest.mark.numeric
 
 #----------------------------------------------------------------------------
 
@@ -37,25 +40,25 @@ class TestParity:
     def test_fid(self, recorded):
         data, values = recorded
         given = frechet_distance(data["mu_real"], data["sigma_real"], data["mu_gen"], data["sigma_gen"])
-        assert given == pytest.approx(values["fid"], rel=1e-9)
-        assert frechet_distance(*moments(data["real"]), *moments(data["gen"])) == pytest.approx(values["fid"], rel=1e-9)
+        assert given == approx(values["fid"], rel=1e-9)
+        assert frechet_distance(*moments(data["real"]), *moments(data["gen"])) == approx(values["fid"], rel=1e-9)
 
     def test_fid_of_singular_covariances(self, recorded):
         data, values = recorded
         value = frechet_distance(*moments(data["real"][:20]), *moments(data["gen"][:20]))
-        assert value == pytest.approx(values["fid_singular_first20"], rel=1e-6)
+        assert value == approx(values["fid_singular_first20"], rel=1e-6)
 
     def test_kid(self, recorded):
         data, values = recorded
         real, gen = torch.from_numpy(data["real"]), torch.from_numpy(data["gen"])
         value = kernel_distance(real, gen, num_subsets=1, max_subset_size=600)
-        assert value.mean == pytest.approx(values["kid_one_subset_of_600"], rel=1e-6)
+        assert value.mean == approx(values["kid_one_subset_of_600"], rel=1e-6)
 
     def test_is(self, recorded):
         data, values = recorded
         score = inception_score(data["probs"])
-        assert score.mean == pytest.approx(values["is_mean"], rel=1e-9)
-        assert score.std == pytest.approx(values["is_std"], rel=1e-9)
+        assert score.mean == approx(values["is_mean"], rel=1e-9)
+        assert score.std == approx(values["is_std"], rel=1e-9)
 
     def test_precision_recall_exactly(self, recorded):
         data, values = recorded
@@ -70,14 +73,14 @@ class TestFrechet:
         mu_a, mu_b = np.array([1.0, 2.0, 3.0]), np.array([0.0, 2.0, 5.0])
         var_a, var_b = np.array([4.0, 1.0, 9.0]), np.array([1.0, 1.0, 16.0])
         expected = 5 + ((np.sqrt(var_a) - np.sqrt(var_b)) ** 2).sum()
-        assert frechet_distance(mu_a, np.diag(var_a), mu_b, np.diag(var_b)) == pytest.approx(expected, rel=1e-12)
+        assert frechet_distance(mu_a, np.diag(var_a), mu_b, np.diag(var_b)) == approx(expected, rel=1e-12)
 
     def test_rotated_gaussians(self):
         rng = np.random.default_rng(0)
         q, _r = np.linalg.qr(rng.standard_normal([6, 6]))
         a, b = rng.uniform(0, 3, 6), rng.uniform(0, 3, 6)
         value = frechet_distance(np.zeros(6), q @ np.diag(a) @ q.T, np.zeros(6), q @ np.diag(b) @ q.T)
-        assert value == pytest.approx(((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-10)
+        assert value == approx(((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-10)
 
     @pytest.mark.parametrize("rank", [None, 10])
     def test_eigenvalues_of_the_product(self, rank):
@@ -86,21 +89,21 @@ class TestFrechet:
         mu_b, sigma_b = random_moments(rng, 24, rank)
         roots = np.sqrt(np.linalg.eigvals(sigma_a @ sigma_b).astype(complex)).real.sum()
         expected = ((mu_a - mu_b) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * roots
-        assert frechet_distance(mu_a, sigma_a, mu_b, sigma_b) == pytest.approx(expected, rel=1e-6)
+        assert frechet_distance(mu_a, sigma_a, mu_b, sigma_b) == approx(expected, rel=1e-6)
 
     def test_against_torch_fidelity(self):
         from torch_fidelity.metric_fid import fid_statistics_to_metric
         rng = np.random.default_rng(2)
         (mu_a, sigma_a), (mu_b, sigma_b) = random_moments(rng, 32), random_moments(rng, 32)
         theirs = fid_statistics_to_metric({"mu": mu_a, "sigma": sigma_a}, {"mu": mu_b, "sigma": sigma_b}, False)
-        assert frechet_distance(mu_a, sigma_a, mu_b, sigma_b) == pytest.approx(*theirs.values(), rel=1e-9)
+        assert frechet_distance(mu_a, sigma_a, mu_b, sigma_b) == approx(*theirs.values(), rel=1e-9)
 
     def test_against_the_matrix_root(self):
         rng = np.random.default_rng(4)
         (mu_a, sigma_a), (mu_b, sigma_b) = random_moments(rng, 40, 90), random_moments(rng, 40, 80)
         root = scipy.linalg.sqrtm(sigma_a @ sigma_b).real
         expected = ((mu_a - mu_b) ** 2).sum() + np.trace(sigma_a + sigma_b - 2 * root)
-        assert frechet_distance(mu_a, sigma_a, mu_b, sigma_b) == pytest.approx(expected, rel=1e-10)
+        assert frechet_distance(mu_a, sigma_a, mu_b, sigma_b) == approx(expected, rel=1e-10)
 
     @pytest.mark.parametrize(("num_a", "num_b"), [(40, 40), (30, 90), (150, 30), (2, 200)])
     def test_singular_covariances_are_no_less_exact(self, num_a, num_b):
@@ -112,15 +115,15 @@ class TestFrechet:
         sigma_a, sigma_b = a.T @ a / num_a, b.T @ b / num_b
         expected = np.trace(sigma_a) + np.trace(sigma_b) - 2 * trace
         zero = np.zeros(100)
-        assert frechet_distance(zero, sigma_a, zero, sigma_b) == pytest.approx(expected, rel=1e-12)
-        assert frechet_distance(zero, sigma_b, zero, sigma_a) == pytest.approx(expected, rel=1e-12)
-        assert frechet_distance(zero, sigma_a, zero, sigma_a) == pytest.approx(0, abs=1e-11)
+        assert frechet_distance(zero, sigma_a, zero, sigma_b) == approx(expected, rel=1e-12)
+        assert frechet_distance(zero, sigma_b, zero, sigma_a) == approx(expected, rel=1e-12)
+        assert frechet_distance(zero, sigma_a, zero, sigma_a) == approx(0, abs=1e-11)
 
     def test_no_covariance(self):
         """All images alike."""
         rng = np.random.default_rng(6)
         mu, sigma = random_moments(rng, 8)
-        assert frechet_distance(mu, sigma, mu + 1, np.zeros([8, 8])) == pytest.approx(8 + np.trace(sigma), rel=1e-14)
+        assert frechet_distance(mu, sigma, mu + 1, np.zeros([8, 8])) == approx(8 + np.trace(sigma), rel=1e-14)
         assert frechet_distance(mu, np.zeros([8, 8]), mu, np.zeros([8, 8])) == 0
 
     def test_factor(self):
@@ -129,14 +132,14 @@ class TestFrechet:
             _mu, sigma = random_moments(rng, 20, rank)
             factor = covariance_factor(sigma)
             assert factor.shape == (20, rank)
-            np.testing.assert_allclose(factor @ factor.T, sigma, rtol=1e-12, atol=1e-12 * np.abs(sigma).max())
+            assert_close(factor @ factor.T, sigma, rtol=1e-12, atol=1e-12 * np.abs(sigma).max())
 
     def test_symmetry_and_zero(self):
         rng = np.random.default_rng(3)
         a, b = random_moments(rng, 16), random_moments(rng, 16, rank=4)
-        assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a), rel=1e-12)
-        assert frechet_distance(*a, *a) == pytest.approx(0, abs=1e-10)
-        assert frechet_distance(*b, *b) == pytest.approx(0, abs=1e-10)
+        assert frechet_distance(*a, *b) == approx(frechet_distance(*b, *a), rel=1e-12)
+        assert frechet_distance(*a, *a) == approx(0, abs=1e-10)
+        assert frechet_distance(*b, *b) == approx(0, abs=1e-10)
 
     def test_wrong_inputs(self):
         with pytest.raises(ValueError, match="are not"):
@@ -153,7 +156,7 @@ class TestKernelDistance:
         k = lambda a, b: sklearn.metrics.pairwise.polynomial_kernel(a, b, degree=3, gamma=1 / 7, coef0=1)
         off = ~np.eye(40, dtype=bool)
         expected = k(x, x)[off].mean() + k(y, y)[off].mean() - 2 * k(x, y).mean()
-        assert squared_mmd(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-10)
+        assert squared_mmd(torch.from_numpy(x), torch.from_numpy(y)) == approx(expected, rel=1e-10)
 
     def test_against_torch_fidelity(self):
         from torch_fidelity.metric_kid import kernel_mmd
@@ -161,7 +164,7 @@ class TestKernelDistance:
         x, y = rng.standard_normal([50, 5]), rng.standard_normal([50, 5])
         theirs = kernel_mmd(x, y, kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None,
                             kid_kernel_poly_coef0=1)
-        assert squared_mmd(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(theirs, rel=1e-9)
+        assert squared_mmd(torch.from_numpy(x), torch.from_numpy(y)) == approx(theirs, rel=1e-9)
 
     def test_is_unbiased(self):
         rng = torch.Generator().manual_seed(0)
@@ -187,13 +190,13 @@ class TestKernelDistance:
 class TestInceptionScore:
     def test_closed_forms(self):
         sure_of_all = np.tile(np.eye(8), [20, 1])
-        assert inception_score(sure_of_all).mean == pytest.approx(8, rel=1e-12)     # One-hot, all classes: C.
-        assert inception_score(np.full([50, 8], 1 / 8)).mean == pytest.approx(1, rel=1e-12)
-        assert inception_score(np.tile(np.eye(8)[:1], [50, 1])).mean == pytest.approx(1, rel=1e-12)
+        assert inception_score(sure_of_all).mean == approx(8, rel=1e-12)     # One-hot, all classes: C.
+        assert inception_score(np.full([50, 8], 1 / 8)).mean == approx(1, rel=1e-12)
+        assert inception_score(np.tile(np.eye(8)[:1], [50, 1])).mean == approx(1, rel=1e-12)
 
     def test_sorted_classes_need_shuffling(self):
         probs = np.repeat(np.eye(10), 50, axis=0)
-        assert inception_score(probs).mean == pytest.approx(1)
+        assert inception_score(probs).mean == approx(1)
         assert inception_score(probs, shuffle_seed=0).mean > 9
 
     @pytest.mark.parametrize("num", [100, 107])
@@ -202,7 +205,7 @@ class TestInceptionScore:
         logits = torch.randn(num, 6, generator=torch.Generator().manual_seed(0)) * 3
         theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
         ours = inception_score(torch.softmax(logits.double(), dim=1).numpy())
-        assert [ours.mean, ours.std] == pytest.approx(list(theirs.values()), rel=1e-10)
+        assert [ours.mean, ours.std] == approx(list(theirs.values()), rel=1e-10)
 
     def test_too_few(self):
         with pytest.raises(UserError, match="do not fill 10 splits"):
@@ -224,15 +227,15 @@ class TestPrecisionRecall:
             return (distances <= radii).any(axis=1).mean()
 
         result = precision_recall(real, gen)
-        assert result.precision == pytest.approx(share(half[1], half[0]), abs=1e-12)
-        assert result.recall == pytest.approx(share(half[0], half[1]), abs=1e-12)
+        assert result.precision == approx(share(half[1], half[0]), abs=1e-12)
+        assert result.recall == approx(share(half[0], half[1]), abs=1e-12)
 
     def test_against_torch_fidelity(self):
         from torch_fidelity.metric_prc import calculate_precision_recall_part
         real, gen = self.features(200, 2).half().float(), self.features(220, 3, shift=0.3).half().float()
         theirs = calculate_precision_recall_part(gen, real)
         ours = precision_recall(real, gen)
-        assert [ours.precision, ours.recall] == pytest.approx(theirs, abs=1e-6)
+        assert [ours.precision, ours.recall] == approx(theirs, abs=1e-6)
 
     def test_same_and_far(self):
         x = self.features(100, 4)
@@ -257,7 +260,7 @@ class TestPrecisionRecall:
         x = self.features(300, 9)
         expected = torch.cdist(x.double(), x.double()).square().sort(dim=1).values[:, 3]
         monkeypatch.setattr(pr_module, "BLOCK", 64)
-        assert manifold_radii(Points(x, "cpu"), 3).double() == pytest.approx(expected, rel=1e-4)
+        assert manifold_radii(Points(x, "cpu"), 3).double() == approx(expected, rel=1e-4)
 
     def test_blocks_do_not_show(self, monkeypatch):
         real, gen = self.features(200, 7), self.features(150, 8)

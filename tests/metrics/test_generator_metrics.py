@@ -16,6 +16,7 @@ from metrics.detectors import lpips
 from metrics.metric_main import evaluate, preflight
 from metrics.options import MetricOptions
 from metrics.protocols import METRICS
+from tests.closeness import approx
 from tests.metrics import generator_ranks
 from tests.metrics.generators import source, stem
 from tests.metrics.helpers import random_images, random_lpips_states, write_folder, write_lpips_files
@@ -113,6 +114,7 @@ def test_in_training(tmp_path):
     assert all(torch.equal(x, before[name]) for name, x in G.state_dict().items())
 
 
+@pytest.mark.numeric
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "MAX_CHUNK", latents.MAX_CHUNK)        # The measurement changes it.
     threads = torch.get_num_threads()
@@ -131,6 +133,7 @@ def test_two_ranks_equal_one(tmp_path, monkeypatch):
     assert two["values"] == one["values"]                               # To the last digit.
 
 
+@pytest.mark.numeric
 def test_lpips_serves_path_length(weights):
     """The whole protocol on a real generator, put together by hand."""
     G, num = stem(False, 16, 6), 4
@@ -144,4 +147,4 @@ def test_lpips_serves_path_length(weights):
                       for stream in ("metric/z", "metric/z-other-end"))
         images = [(G.synthesis(ws, force_fp32=True) + 1) * 127.5 for ws in (start, start + 1e-4 * (end - start))]
         lengths = distance(*images).double() * 1e8
-    assert value == pytest.approx(lengths.mean().item(), rel=0.02)      # Rounding: the images differ by 1e-4.
+    assert value == approx(lengths.mean().item(), rel=0.02)      # Rounding: the images differ by 1e-4.

@@ -15,6 +15,7 @@ from metrics.options import MetricOptions
 from metrics.passes import Wants
 from metrics.real_side import RealWants, compute_statistics, load_real_side
 from metrics.references import Reference, Statistics, cache, check_statistics, load_statistics, save_statistics
+from tests.closeness import assert_close
 from tests.metrics.helpers import ArraySource, TinyNet, random_images, tiny_forward
 
 CPU = torch.device("cpu")
@@ -47,13 +48,14 @@ def gaussian(dim, seed=0, num=100, **more):
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.numeric
 class TestOurFile:
     def test_round_trip(self, tmp_path, detector, source):
         made = moments(detector, source)
         save_statistics(tmp_path / "ref.npz", made, {"note": "x"})
         (read,) = load_statistics(tmp_path / "ref.npz")
         np.testing.assert_array_equal(read.mean, made[0].mean)
-        np.testing.assert_allclose(read.covariance, made[0].covariance, rtol=1e-14, atol=1e-18)
+        assert_close(read.covariance, made[0].covariance, rtol=1e-14, atol=1e-18)
         assert (read.num_images, read.detector, read.detector_sha256) == (150, "tiny", detector.sha256)
         assert (read.fingerprint, read.resolution, read.stored_ddof) == (source.fingerprint, 8, 1)
         assert check_statistics(read, detector) is None
@@ -73,7 +75,7 @@ class TestOurFile:
                 "sigma@local_judge.safetensors", "mu@vgg16@other", "sigma@vgg16@other", "num_images", "ddof",
                 "metadata"}
             for key, entry in zip(("sigma", "sigma_s", "sigma_dinov2"), entries, strict=False):
-                np.testing.assert_allclose(file[key], entry.covariance * 100 / 99, rtol=1e-14)
+                assert_close(file[key], entry.covariance * 100 / 99, rtol=1e-14)
                 assert file[key].dtype == np.float64
             assert (int(file["num_images"]), int(file["ddof"])) == (100, 1)
             metadata = json.loads(str(file["metadata"]))
@@ -91,8 +93,8 @@ class TestOurFile:
         save_statistics(tmp_path / "ref.npz", moments(detector, source), {})
         (read,) = load_statistics(tmp_path / "ref.npz")
         x = features(detector, source)
-        np.testing.assert_allclose(read.covariance, np.cov(x.T, ddof=0), rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(read.covariance_at(1), np.cov(x.T), rtol=1e-9, atol=1e-12)
+        assert_close(read.covariance, np.cov(x.T, ddof=0), rtol=1e-9, atol=1e-12)
+        assert_close(read.covariance_at(1), np.cov(x.T), rtol=1e-9, atol=1e-12)
 
     def test_images_are_a_seeded_choice(self, tmp_path, detector, source):
         for name, limit in (("all", 1000), ("some", 20), ("again", 20)):
@@ -287,6 +289,7 @@ class TestCache:
         assert not np.array_equal(plain.moments["pool"].mean, mirrored.moments["pool"].mean)
 
 
+@pytest.mark.numeric
 def test_features_of_a_seeded_subset(detector, source):
     few = RealWants(FEATURES.wants, 40)
     alone = load_real_side(Reference(source), detector, few, False, None, MetricOptions(use_cache=False))
@@ -296,5 +299,5 @@ def test_features_of_a_seeded_subset(detector, source):
     chosen = real_side.seeded_indices(150, 40, real_side.SUBSET_SEED)
     for side in (alone, both):
         want = features(detector, source)[chosen]
-        np.testing.assert_allclose(side.features["pool"].numpy(), want, rtol=1e-4, atol=1e-5)
+        assert_close(side.features["pool"].numpy(), want, rtol=1e-4, atol=1e-5)
     assert both.moments["pool"].num_images == 150

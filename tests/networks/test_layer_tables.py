@@ -3,10 +3,13 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from tests.closeness import approx
 from tests.parity import load_json
 from torch_utils.misc import count_parameters
 from training.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import Generator
+
+pytestmark = pytest.mark.numeric
 
 
 def build(entry: dict, chain: dict):
@@ -55,7 +58,7 @@ def test_table_of_real_recipe(index, configs):
         assert [spec.out_size] * 2 == row["out_size"]
         for name in ("in_sampling_rate", "out_sampling_rate", "in_cutoff", "out_cutoff", "in_half_width",
                      "out_half_width"):
-            assert getattr(spec, name) == pytest.approx(row[name], rel=1e-12), (spec.name, name)
+            assert getattr(spec, name) == approx(row[name], rel=1e-12), (spec.name, name)
         assert (layer.up, layer.down, layer.padding) == (row["up"], row["down"], row["padding"])
         assert layer.conv_kernel == row["conv_kernel"]
         taps = [1 if f is None else f.shape[0] for f in (layer.up_filter, layer.down_filter)]

@@ -10,6 +10,8 @@ from tests.closeness import rel_error
 from tests.ops.cases import randn
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 
+pytestmark = pytest.mark.numeric
+
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
 FORMULAS = {

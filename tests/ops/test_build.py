@@ -2,7 +2,6 @@
 """Compilation: once, whatever is killed; and nothing lost where there is no compiler."""
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops.cases import needs_compiler
 from torch_utils.ops import build
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 BUILD = """
 import sys
@@ -29,11 +28,11 @@ except build.BuildError as error:
 """
 # Notes every call; waits while the file `slow` is there; fails while `broken` is.
 COMPILER = """#!/bin/sh
-[ "$1" = --version ] && exec c++ --version
+[ "$1" = --version ] && exec {compiler} --version
 echo "$@" >> {folder}/calls
 [ -e {folder}/slow ] && sleep 60
 [ -e {folder}/broken ] && echo "small.cpp:1: error: broken" && exit 1
-exec c++ "$@"
+exec {compiler} "$@"
 """
 
 
@@ -42,7 +41,7 @@ def folder(tmp_path):
     """A source, and a compiler that can be made slow or broken."""
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "small.cpp").write_text('extern "C" int answer() { return 42; }\n')
-    (tmp_path / "compiler").write_text(COMPILER.format(folder=tmp_path))
+    (tmp_path / "compiler").write_text(COMPILER.format(folder=tmp_path, compiler=build.cpu_target().compiler))
     (tmp_path / "compiler").chmod(0o755)
     return tmp_path
 
@@ -170,7 +169,7 @@ def test_cuda_sources_compile_and_link(tmp_path, monkeypatch):
     """For three generations of GPUs; they run where there is one (tests marked gpu)."""
     target = build.cuda_target("80,90,100")
     if target.compiler is None:
-        pytest.skip("no nvcc")
+        pytest.skip("no nvcc: neither a CUDA toolkit nor the package nvidia-cuda-nvcc")
     monkeypatch.setenv("STYLESAN_OPS_CACHE", str(tmp_path))
     library = ctypes.CDLL(str(build.library(target)))
     assert all(hasattr(library, f"stylesan_{name}") for name in ("resample", "filtered_lrelu", "bias_act"))

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from tests import needs_cuda
 from tests.closeness import rel_error
-from tests.ops.cases import filters, needs_native, randn, random_options
-from tests.ops.test_filtered_lrelu import OPTIONS, grads, settings
+from tests.ops.cases import needs_compiler, randn
+from tests.ops.test_filtered_lrelu import OPTIONS, grads
+from tests.ops.test_filtered_lrelu import assert_form_is_ref as assert_layer_is_ref
+from tests.ops.test_upfirdn2d import assert_form_is_ref as assert_resampling_is_ref
 from torch_utils.ops import build, library, native, self_check
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
-pytestmark = needs_native
-DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
+pytestmark = [pytest.mark.numeric, needs_compiler]
 
 
 @pytest.fixture(params=["cpu", "tiles"])
@@ -36,16 +38,9 @@ def code(request, monkeypatch):
 # Against the definitions.
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_layer_is_ref(code, options, dtype, tolerance):
-    x, b = randn(3, 7, 9, 8, dtype=dtype).requires_grad_(), randn(7, seed=1, dtype=dtype).requires_grad_()
-    found = {}
-    for impl in ("ref", "cpu"):
-        y = filtered_lrelu(x, b=b, **settings(options, dtype), impl=impl)
-        found[impl] = [y, *grads(y, [x, b], randn(*y.shape, seed=3, dtype=dtype))]
-    for a, want in zip(found["cpu"], found["ref"], strict=True):
-        assert a.dtype == dtype
-        assert rel_error(a, want) < tolerance * (1 if want.ndim == 4 else 4)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_layer_is_ref(code, options, dtype):
+    assert_layer_is_ref("cpu", options, dtype, (3, 7, 9, 8))
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
@@ -82,20 +77,9 @@ def test_random_layers(code):
 
 
 @pytest.mark.parametrize("name", ["1d", "2d", "rank1", "none"])
-@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_resampling_is_ref(code, name, dtype, tolerance):
-    f = filters(torch.float32)[name]
-    taps = (1, 1) if f is None else (f.shape[0], f.shape[-1])
-    rng = np.random.default_rng(1)
-    for i in range(20):
-        h, w = rng.integers(3, 40, 2).tolist()
-        x = randn(2, 3, h, w, seed=i, dtype=dtype).requires_grad_()
-        options = random_options(rng, (h, w), taps)
-        a, b = (upfirdn2d(x, f, **options, impl=impl) for impl in ("cpu", "ref"))
-        dy = randn(*a.shape, seed=i + 1, dtype=dtype)
-        da, db = (torch.autograd.grad(y, x, dy)[0] for y in (a, b))
-        assert rel_error(a, b) < tolerance or not (a.any() or b.any()), (h, w, options)
-        assert rel_error(da, db) < tolerance or not (da.any() or db.any()), (h, w, options)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_resampling_is_ref(code, name, dtype):
+    assert_resampling_is_ref("cpu", name, dtype, 20)
 
 
 @pytest.mark.parametrize("act", list(activation_funcs))
@@ -265,7 +249,7 @@ def test_failing_code_is_not_used(monkeypatch):
 #----------------------------------------------------------------------------
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gpu_is_ref(dtype, layout):

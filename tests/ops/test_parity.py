@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from tests.closeness import rel_error
-from tests.ops.cases import FORMS, needs_native
+from tests.ops.cases import FORMS, needs_compiler
 from tests.parity import load_json, load_npz
 from torch_utils.ops import upfirdn2d as up2
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
+
+pytestmark = pytest.mark.numeric
 
 TOLERANCE = 1e-5
 CASES = load_json("ops.json")
@@ -68,7 +70,7 @@ def test_setup_filter(arrays, case):
 
 
 @cases("bias_act")
-@pytest.mark.parametrize("impl", ["ref", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("impl", ["ref", pytest.param("cpu", marks=needs_compiler)])
 def test_bias_act(arrays, case, impl):
     want = recorded(arrays, case)
     x, b = leaf(want["x"]), leaf(want["b"])

@@ -6,6 +6,7 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError
+from tests import needs_cuda
 from tests.conftest import write_dataset
 from torch_utils import distributed
 from train import main
@@ -139,9 +140,8 @@ def test_a_trial_runs_every_phase(tiny):
 
 
 @pytest.mark.gpu
+@needs_cuda
 def test_auto_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     generator = stem_config(64, 6, 4096, 64, c_dim=3)
     assert find_batch_gpu(settings(generator, 16), torch.device("cuda", 0)) == 16
 

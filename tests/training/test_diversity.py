@@ -23,6 +23,7 @@ def brute_force(dataset: ImageDataset) -> float:
 
 
 @pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.numeric
 def test_target_is_the_mean_over_pairs(tmp_path, labels):
     dataset = ImageDataset(write_dataset(tmp_path / "d.zip", 16, num_images=200), use_labels=labels)
     exact = brute_force(dataset)
@@ -37,6 +38,7 @@ def test_target_of_lonely_images(tmp_path):
     assert real_pair_distance(dataset) == 0
 
 
+@pytest.mark.numeric
 def test_loss_is_what_is_missing():
     images = torch.zeros(4, 3, 8, 8)
     images[1] = 0.25

@@ -15,6 +15,8 @@ from training.networks_stylegan3 import Generator
 from training.phases import make_phases, run_phase
 from training.superres import grow, stage_table
 
+pytestmark = pytest.mark.numeric
+
 MOVES = {"mapping.w_avg"}       # Documented: the means of w follow the data of the stage.
 
 

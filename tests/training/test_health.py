@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 import training.training_loop
 from legacy import open_snapshot
+from tests.closeness import approx
 from tests.conftest import write_dataset
 from tests.training.test_loop import SMALL, only_run
 from torch_utils.training_stats import Collector
@@ -117,6 +118,7 @@ class Constant(torch.nn.Module):
 
 
 @pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.numeric
 def test_diversity_of_real_images_is_one_and_of_one_image_zero(tmp_path, labels):
     dataset = ImageDataset(write_dataset(tmp_path / "d.zip", 16, num_images=400), use_labels=labels)
     probe = DiversityProbe(dataset, dataset.c_dim, 4, 0, torch.device("cpu"), batch=8)
@@ -124,7 +126,7 @@ def test_diversity_of_real_images_is_one_and_of_one_image_zero(tmp_path, labels)
     if labels:                                  # Classes may differ as they like: variety is within a class.
         assert probe.measure(Constant()) == 0
     other = DiversityProbe(dataset, dataset.c_dim, 4, 0, torch.device("cpu"), batch=5)
-    assert other.measure(Copier(dataset)) == pytest.approx(probe.measure(Copier(dataset)), rel=1e-6)
+    assert other.measure(Copier(dataset)) == approx(probe.measure(Copier(dataset)), rel=1e-6)
 
 
 def test_diversity_without_two_real_images_of_a_class_is_unknown(tmp_path):

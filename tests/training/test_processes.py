@@ -34,6 +34,7 @@ def train(launcher: list[str], outdir: Path, data: Path, *more: str) -> tuple[su
     return done, folder
 
 
+@pytest.mark.numeric
 def test_two_processes_train_what_one_trains(data16, tmp_path):
     """Equal micro-batches on one or two processes: the same start, the same samples, the same averages of w.
 

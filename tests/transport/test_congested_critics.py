@@ -7,9 +7,12 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError
+from tests.closeness import approx
 from transport import congested, critic_training, critics, finite_sample, momentum, oracles, pairs
 from transport.critic_training import Recipe
 from transport.study import seeded
+
+pytestmark = pytest.mark.numeric
 
 LINE, LINE_PAIR = oracles.line_gaussians(0, 1, 2, 1), pairs.gaussians([0.0], 1, [2.0], 1)
 RADIAL, RADIAL_PAIR = oracles.radial_gaussians(2, 1, 2), pairs.gaussians([0.0, 0], 1, [0.0, 0], 2)
@@ -40,15 +43,15 @@ def test_measure_on_a_sphere():                                                 
     best = 1 + radius / (2 * lamb)
     reached = critic_training.measure(lambda x: best * x.norm(dim=1), draw, Recipe(lamb), seeded(0, "m"),
                                       count=100, rounds=3)
-    assert reached.gap == pytest.approx(best * radius, abs=1e-4)
-    assert reached.penalty == pytest.approx(lamb * (best - 1) ** 2, abs=1e-4)
-    assert reached.objective == pytest.approx(2.1, abs=1e-4)
-    assert reached.norms == pytest.approx(best, abs=1e-4)
+    assert reached.gap == approx(best * radius, abs=1e-4)
+    assert reached.penalty == approx(lamb * (best - 1) ** 2, abs=1e-4)
+    assert reached.objective == approx(2.1, abs=1e-4)
+    assert reached.norms == approx(best, abs=1e-4)
     for slope, penalty in ((0.5, 0), (1.5, 2.5)):       # Below 1 the two-sided penalty alone counts.
         for sides, expected in zip(critic_training.SIDES, (penalty, 2.5), strict=True):
             reached = critic_training.measure(lambda x, a=slope: a * x.norm(dim=1), draw, Recipe(lamb, sides),
                                               seeded(0, "m"), count=100, rounds=2)
-            assert reached.penalty == pytest.approx(expected, abs=1e-4)
+            assert reached.penalty == approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -62,7 +65,7 @@ def test_measure_and_flow_of_an_exact_critic(sign):                             
     assert reached.norms.min() >= 1 - 1e-4              # Where the flow is, the slope is above 1: all over.
     assert reached.norms.mean() > 1.3
     density, edges = reached.histogram()
-    assert density.sum() * (edges[1] - edges[0]) == pytest.approx(1)
+    assert density.sum() * (edges[1] - edges[0]) == approx(1)
     assert reached.summary()["objective"] == pytest.approx(reached.objective, abs=1e-4)
 
     found = momentum.field(critic, draw, 1, seeded(0, "f"), half_width=6, cells=60, samples=400_000)
@@ -80,7 +83,7 @@ def test_measure_and_flow_of_an_exact_critic(sign):                             
 def test_momentum():                                                                                        # C-T13
     gradient = np.array([[3.0, 4], [0.3, 0.4], [0, 0], [0, -2]])
     flow = momentum.momentum(gradient, np.array([0.5, 0.5, 0.5, 0]), 10)
-    assert flow == pytest.approx(np.array([[-24, -32], [0, 0], [0, 0], [0, 0]]))    # -2 * 10 * .5 * 4 * [.6, .8]
+    assert flow == approx(np.array([[-24, -32], [0, 0], [0, 0], [0, 0]]))    # -2 * 10 * .5 * 4 * [.6, .8]
 
 
 def test_pairs():

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 import transport.diagnostics
+from tests.closeness import approx, assert_close
 from tests.conftest import write_dataset
 from tests.training.test_loop import SMALL, assert_equal_states, only_run
 from tests.training.test_processes import train as train_script
@@ -54,6 +55,7 @@ def measured(samples: Samples, omega: list[float]) -> dict[str, float]:
 #----------------------------------------------------------------------------
 # Closed forms.
 
+@pytest.mark.numeric
 def test_an_aligned_head_reads_what_the_floor_says():
     """Gap 1 in one of 32 directions, 400 images: 1/sqrt(1 + 64/400) = 0.928 is the best there is to read."""
     first = [1.0] + 31 * [0.0]
@@ -68,6 +70,7 @@ def test_an_aligned_head_reads_what_the_floor_says():
     assert measured(gaussians(8000, first, 32 * [1.0]), first)["inner_product"] > 0.99
 
 
+@pytest.mark.numeric
 def test_a_discriminator_of_fisher_misses_the_direction():
     """A-T3: hinge and others end at Sigma^-1 delta, at 0.714142 from delta for delta = (1, 1), Sigma = diag(1, 100)."""
     samples = gaussians(20_000, [1.0, 1.0], [1.0, 10.0], seed=1)
@@ -77,12 +80,14 @@ def test_a_discriminator_of_fisher_misses_the_direction():
     assert found["w1_learned"] == pytest.approx(1.0099 / math.hypot(1, 0.01), abs=0.05)
 
 
+@pytest.mark.numeric
 def test_equal_laws_stand_out_of_nothing():
     found = measured(gaussians(500, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]), [1.0, 0.0, 0.0])
     assert found["floor"] < 0.75
     assert found["w1_learned"] == pytest.approx(found["w1_floor"], abs=0.1)
 
 
+@pytest.mark.numeric
 def test_separability_finds_laws_that_cross():
     """A-T4: N(0, 1) against N(0, 4): equal means, W1 = sqrt(2/pi), so S is near 0; shifted far apart S is 1."""
     generator = torch.Generator().manual_seed(0)
@@ -91,9 +96,10 @@ def test_separability_finds_laws_that_cross():
     found = measured(Samples(crossing, [x[:, None] for x in crossing], 1), [1.0])
     assert found["separability"] < 0.05
     assert found["w1_learned"] == pytest.approx(math.sqrt(2 / math.pi), abs=0.03)
-    assert measured(Samples(apart, [x[:, None] for x in apart], 1), [1.0])["separability"] == pytest.approx(1)
+    assert measured(Samples(apart, [x[:, None] for x in apart], 1), [1.0])["separability"] == approx(1)
 
 
+@pytest.mark.numeric
 def test_max_asw_sees_what_no_mean_shows():
     """A-T9: means differ by 1 along e1, but N(0, 100) against N(0, 1) along e2 has W1 = 9 sqrt(2/pi) = 7.180961."""
     generator = torch.Generator().manual_seed(0)
@@ -102,11 +108,12 @@ def test_max_asw_sees_what_no_mean_shows():
     fake = torch.stack([torch.zeros(8000), noise[1]], dim=1)
     samples = Samples([real, fake], [real[:, None], fake[:, None]], 1)
     found = measured(samples, [1.0, 0.0])
-    assert found["separability"] == pytest.approx(1)
-    assert found["w1_learned"] == pytest.approx(1)
+    assert found["separability"] == approx(1)
+    assert found["w1_learned"] == approx(1)
     assert found["w1_max"] == pytest.approx(7.180961, rel=0.06)
 
 
+@pytest.mark.numeric
 def test_wide_features_are_searched_in_a_part_that_holds_the_difference():
     generator = torch.Generator().manual_seed(0)
     real, fake = torch.randn([2, 100, 700], generator=generator)
@@ -114,17 +121,18 @@ def test_wide_features_are_searched_in_a_part_that_holds_the_difference():
     omega = torch.zeros(700).index_fill(0, torch.tensor([5]), 1)
     direction = searched_direction(real, fake, omega, generator)
     assert direction[3].abs() > 0.9
-    assert direction.norm() == pytest.approx(1)
+    assert direction.norm() == approx(1)
 
 
+@pytest.mark.numeric
 def test_smallest_stretch():
     """x = (a, b), h = (3a, b/2): 1/2; and a direction that does not move the image does not count."""
     dx, dh = torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 0.5]])
-    assert smallest_stretch(dx, dh) == pytest.approx(0.5)
+    assert smallest_stretch(dx, dh) == approx(0.5)
     turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
-    assert smallest_stretch(turn @ dx * 2, turn @ dh * 2) == pytest.approx(0.5)
+    assert smallest_stretch(turn @ dx * 2, turn @ dh * 2) == approx(0.5)
     still = torch.cat([dx, torch.zeros(1, 2)]), torch.cat([dh, torch.zeros(1, 2)])
-    assert smallest_stretch(*still) == pytest.approx(0.5)
+    assert smallest_stretch(*still) == approx(0.5)
     assert smallest_stretch(dx, dx[:, :1]) == 0         # h forgets b.
 
 #----------------------------------------------------------------------------
@@ -145,6 +153,7 @@ def networks(c_dim: int, **settings):
 
 @pytest.mark.parametrize("c_dim", [0, 3])
 @pytest.mark.parametrize("san", [True, False])
+@pytest.mark.numeric
 def test_patches_and_directions_make_the_logits(c_dim, san):
     _, D = networks(c_dim, san=san)
     img = torch.rand(5, 3, 16, 16) * 2 - 1
@@ -159,12 +168,13 @@ def test_patches_and_directions_make_the_logits(c_dim, san):
         if c_dim == 0 and san:
             weight = weight * disc.last_layer.scale[:, None]
         omega = disc.directions()[label if c_dim else torch.zeros(5, dtype=torch.int64)]
-        assert torch.allclose(omega.norm(dim=1), torch.ones(5), atol=1e-6)
+        assert_close(omega.norm(dim=1), torch.ones(5), atol=1e-6, rtol=1e-5)
         size = (weight * omega).sum(dim=1, keepdim=True) * (disc.gain if c_dim else 1)
         parts.append(torch.einsum("npd,nd->np", h, omega) * size)
-    assert torch.allclose(torch.cat(parts, dim=1), logits, rtol=1e-4, atol=1e-4)
+    assert_close(torch.cat(parts, dim=1), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.numeric
 def test_features_are_those_of_the_training_step():
     """Normalised over the micro-batch, with the singular vectors as they are; and nothing moves."""
     _, D = networks(3)
@@ -179,13 +189,14 @@ def test_features_are_those_of_the_training_step():
     grouped.discriminators.train()
     with torch.no_grad():
         for a, b in zip(other, patches(grouped, img[:4]), strict=True):
-            assert torch.allclose(a, b, atol=1e-5)
+            assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert all(module.training for module in D.discriminators.modules())
     for name, value in D.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize(("c_dim", "diffaug"), [(0, ()), (4, ("color", "translation", "cutout"))])
+@pytest.mark.numeric
 def test_diagnosis_of_networks(blobs, c_dim, diffaug):
     G, D = networks(c_dim, diffaug=diffaug)
     G.train()
@@ -212,6 +223,7 @@ def test_diagnosis_of_networks(blobs, c_dim, diffaug):
     assert found.scalars()[f"Diagnosis/floor/{found.heads[0].name}"] == found.heads[0].floor
 
 
+@pytest.mark.numeric
 def test_directions_that_are_set_to_the_optimal_ones_are_found_optimal(blobs):
     """Layers between images and the numbers: a D whose directions are turned by hand reads 1."""
     G, D = networks(0)
@@ -222,8 +234,8 @@ def test_directions_that_are_set_to_the_optimal_ones_are_found_optimal(blobs):
         disc.last_layer.weight.copy_((real.mean(dim=0) - fake.mean(dim=0)).reshape(disc.last_layer.weight.shape))
     D.project_()
     for head in diagnose(G, D, dataset, settings).heads:
-        assert head.inner_product == pytest.approx(1, abs=1e-5)
-        assert head.separability == pytest.approx(head.separability_optimal)
+        assert head.inner_product == approx(1, abs=1e-5)
+        assert head.separability == approx(head.separability_optimal)
 
 
 def test_many_classes_leave_images_for_each(tmp_path):
@@ -298,6 +310,7 @@ def test_what_cannot_be_diagnosed_gets_one_line(plain_run, blobs, tmp_path):
         assert failed.stdout == ""
 
 
+@pytest.mark.numeric
 def test_training_is_the_same_with_it(plain_run, blobs, tmp_path):
     """Bit by bit, at every snapshot; and the numbers are in stats.jsonl, TensorBoard and report.html."""
     run, _ = run_train(tmp_path, blobs, "--diagnose=64")
@@ -316,7 +329,7 @@ def test_training_is_the_same_with_it(plain_run, blobs, tmp_path):
     assert "Directions of D" not in write_report(plain_run).read_text()
     # The last line is what the command says of the last snapshot.
     line = json.loads(call(f"--network={run}/network-snapshot-000000.032.pkl", f"--data={blobs}", "--num=64").stdout)
-    assert line["inner_product"] == pytest.approx(lines[-1]["Diagnosis/inner_product"], abs=1e-6)
+    assert line["inner_product"] == approx(lines[-1]["Diagnosis/inner_product"], abs=1e-6)
 
 
 def test_a_diagnosis_that_fails_does_not_stop_a_run(blobs, tmp_path, monkeypatch):

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from dnnlib import UserError
+from tests.closeness import approx
 from transport import latent1d_rates, point_sets, walk_programme, walks
 from transport.point_sets import KNOWN
+
+pytestmark = pytest.mark.numeric
 
 
 def reverse_or_same(stops, expected):
@@ -24,10 +27,10 @@ def reverse_or_same(stops, expected):
 ])
 def test_known(name, cost, threshold, once):
     walk = walks.shortest_walk(KNOWN[name])
-    assert walk.cost == pytest.approx(cost, abs=1e-9)
+    assert walk.cost == approx(cost, abs=1e-9)
     assert walk.lower == walk.cost
     assert walk.threshold == pytest.approx(threshold, abs=1e-6)
-    assert walks.shortest_permutation(KNOWN[name]).cost == pytest.approx(once, abs=1e-9)
+    assert walks.shortest_permutation(KNOWN[name]).cost == approx(once, abs=1e-9)
 
 
 def test_walks_themselves():
@@ -49,8 +52,8 @@ def test_on_the_line_the_sorted_order_is_best():
 def test_scaling():                                             # D-T8
     points = KNOWN["eight"]
     one, other = walks.shortest_walk(points), walks.shortest_walk(3.7 * points + 11)
-    assert other.cost == pytest.approx(one.cost * 3.7 ** 2, rel=1e-9)
-    assert other.threshold == pytest.approx(one.threshold * 3.7, rel=1e-9)
+    assert other.cost == approx(one.cost * 3.7 ** 2, rel=1e-9)
+    assert other.threshold == approx(one.threshold * 3.7, rel=1e-9)
 
 
 def test_dynamic_programme_against_all_orders():
@@ -60,7 +63,7 @@ def test_dynamic_programme_against_all_orders():
         best = min(sum(cost[i, j] for i, j in itertools.pairwise(order)) for order in itertools.permutations(range(n)))
         order = walks.held_karp(cost)
         assert sorted(order) == list(range(n))
-        assert sum(cost[i, j] for i, j in itertools.pairwise(order)) == pytest.approx(best, rel=1e-12)
+        assert sum(cost[i, j] for i, j in itertools.pairwise(order)) == approx(best, rel=1e-12)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -82,7 +85,7 @@ def test_many_points():
     assert best.lower == pytest.approx(best.cost, rel=1e-6)
     assert loose.lower <= best.cost * (1 + 1e-6) <= loose.cost * (1 + 2e-6)
     assert loose.cost <= 1.12 * loose.lower
-    assert tree.lower == pytest.approx(walks.tree_bound(points))
+    assert tree.lower == approx(walks.tree_bound(points))
     assert tree.lower < best.cost < tree.cost < 2 * tree.lower
     line = np.random.default_rng(0).uniform(size=[30, 1])
     assert walks.shortest_walk(line).cost == pytest.approx(np.square(np.diff(np.sort(line[:, 0]))).sum(), rel=1e-6)
@@ -118,7 +121,7 @@ def test_rates():                                               # D.5: c* ~ n^(1
     assert latent1d_rates.slope(sizes, [row.threshold for row in rows]) == pytest.approx(0.5, abs=0.4)
     line = latent1d_rates.measure(24, 1, draws=20, gap=0.01, rng=rng)
     assert abs(line.cost - latent1d_rates.line_cost(24)) < 4 * line.cost_error
-    assert latent1d_rates.slope([10, 100], [3, 300]) == pytest.approx(2)
+    assert latent1d_rates.slope([10, 100], [3, 300]) == approx(2)
     tree = latent1d_rates.measure(64, 2, draws=2, gap=0, rng=rng, tree=True)
     assert tree.lower < tree.cost < 2 * tree.lower
 

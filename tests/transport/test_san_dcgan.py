@@ -7,9 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.closeness import approx
 from training.discriminators.san import SanLinear
 from transport import san_dcgan
 from transport.study import seeded
+
+pytestmark = pytest.mark.numeric
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/transport.md"
 
@@ -20,7 +23,7 @@ def test_scores():
     judge, accuracy = san_dcgan.train_judge(images, labels, steps=60)
     assert accuracy > 0.5
     same = san_dcgan.score(judge, images, images)
-    assert same.fid == pytest.approx(0, abs=1e-3)
+    assert same.fid == approx(0, abs=1e-3)
     assert same[1:] == (1, 1, 10)
     ones = san_dcgan.score(judge, images, images[labels == 1])
     assert ones.fid > 1
@@ -56,5 +59,5 @@ def test_documented_conversion_trains():
             # Not the biases: the last one of a hinge discriminator is pulled up and down alike.
             assert all((p != q).any() for p, q in zip(net.parameters(), start, strict=True) if p.ndim > 1)
         if layer is SanLinear:
-            assert D.last.weight.norm().item() == pytest.approx(1)
+            assert D.last.weight.norm().item() == approx(1)
     assert sum(line.startswith("+") for line in diff.splitlines()) == 4     # An import, and the three lines.

@@ -7,8 +7,11 @@ import scipy.stats
 import torch
 
 from dnnlib import UserError
+from tests.closeness import approx, assert_close
 from transport import measures
 from transport.study import seeded
+
+pytestmark = pytest.mark.numeric
 
 
 def normal_quantiles(count: int) -> torch.Tensor:
@@ -24,18 +27,18 @@ def column(x: torch.Tensor) -> torch.Tensor:
 def test_two_normal_laws_of_one_mean():         # A-T4.
     q = normal_quantiles(100_001)
     line = measures.slice_along(torch.ones(1), column(q), column(2 * q))
-    assert line.mean_difference == pytest.approx(0, abs=1e-9)
+    assert line.mean_difference == approx(0, abs=1e-9)
     assert line.w1 == pytest.approx(math.sqrt(2 / math.pi), abs=1e-3)
-    assert line.separability == pytest.approx(0, abs=1e-9)
+    assert line.separability == approx(0, abs=1e-9)
 
     q = normal_quantiles(4001)
     real, fake = torch.stack([2 * q, 4 * q ** 2], dim=1), torch.stack([q, q ** 2], dim=1)
     assert measures.mean_difference(real, fake).norm().item() == pytest.approx(3, abs=1e-3)
     optimal = measures.optimal_direction(real, fake)
-    torch.testing.assert_close(optimal, torch.tensor([0.0, 1], dtype=torch.float64), atol=1e-6, rtol=0)
+    assert_close(optimal, torch.tensor([0.0, 1], dtype=torch.float64), atol=1e-6, rtol=0)
     along = measures.slice_along(optimal, real, fake)
     assert along.w1 == pytest.approx(3, abs=1e-3)
-    assert along.separability == pytest.approx(1, abs=1e-9)
+    assert along.separability == approx(1, abs=1e-9)
     best = measures.max_asw(real, fake, random_starts=1)
     assert best.w1 == pytest.approx(3, abs=1e-3)
     assert best.w1 >= along.w1
@@ -47,9 +50,9 @@ def test_optimal_in_mean_is_not_optimal_in_w1():        # A-T9.
     fake = torch.stack([torch.zeros_like(q), q], dim=1)
     optimal = measures.optimal_direction(real, fake)
     along = measures.slice_along(optimal, real, fake)
-    assert measures.mean_difference(real, fake).norm().item() == pytest.approx(1, abs=1e-9)
-    assert along.separability == pytest.approx(1, abs=1e-9)
-    assert along.w1 == pytest.approx(1, abs=1e-9)
+    assert measures.mean_difference(real, fake).norm().item() == approx(1, abs=1e-9)
+    assert along.separability == approx(1, abs=1e-9)
+    assert along.w1 == approx(1, abs=1e-9)
     best = measures.max_asw(real, fake, random_starts=1)
     assert best.w1 == pytest.approx(7.180961, abs=1e-3)
     assert abs(best.direction[1].item()) > 0.99999
@@ -76,11 +79,11 @@ def test_noise_floor(count, repeats, mean, formula):    # A-T7.
 def test_weights():
     real, fake = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[0.0, 0], [0, -2]])
     delta = measures.mean_difference(real, fake, torch.tensor([3.0, 1]), torch.tensor([2.0, 0]))
-    torch.testing.assert_close(delta, torch.tensor([0.75, 0.25], dtype=torch.float64))
+    assert_close(delta, torch.tensor([0.75, 0.25], dtype=torch.float64), rtol=1e-7, atol=1e-7)
     many = torch.randn(5000, 3, generator=seeded(0, "h"))
     trace = torch.cov(many.T).trace().item()
-    assert measures.estimation_variance(many) == pytest.approx(trace / 5000, rel=1e-4)
-    assert measures.estimation_variance(many, torch.full([5000], 7.0)) == pytest.approx(trace / 5000, rel=1e-4)
+    assert measures.estimation_variance(many) == approx(trace / 5000, rel=1e-4)
+    assert measures.estimation_variance(many, torch.full([5000], 7.0)) == approx(trace / 5000, rel=1e-4)
     half = torch.arange(5000) % 2 == 0                  # Weights of zero leave samples out.
     assert measures.estimation_variance(many, half.float()) == pytest.approx(trace / 2500, rel=0.05)
 
@@ -89,7 +92,7 @@ def test_w1_of_slices():
     draws = seeded(0, "w1")
     x, y = torch.randn(50, 3, generator=draws).double(), torch.randn(80, 3, generator=draws).double() + 1
     expected = [scipy.stats.wasserstein_distance(a, b) for a, b in zip(x.T.numpy(), y.T.numpy(), strict=True)]
-    np.testing.assert_allclose(measures.slice_w1(x, y), expected, atol=1e-12)
+    assert_close(measures.slice_w1(x, y), expected, atol=1e-12, rtol=1e-7)
     floor = measures.w1_floor(x, y, torch.ones(3), draws)
     assert 0 < floor < 0.5 * measures.slice_along(torch.ones(3), x, y).w1
     equal = measures.slice_along(torch.ones(3), x, x)
@@ -113,7 +116,7 @@ def test_injectivity():
     jacobian = measures.jacobians(leaky, x)
     assert jacobian.shape == (400, 5, 2)
     slope = torch.where(x[0] @ matrix.T > 0, 1.0, 0.1)
-    torch.testing.assert_close(jacobian[0], slope[:, None] * matrix)
+    assert_close(jacobian[0], slope[:, None] * matrix, rtol=1.3e-6, atol=1e-5)
     values = measures.smallest_singular_values(jacobian)
     assert values.min() >= 0.1 * torch.linalg.svdvals(matrix)[-1]       # A monotone activation keeps full rank.
     assert measures.smallest_singular_values(torch.ones(3, 1, 2)).tolist() == [0, 0, 0]

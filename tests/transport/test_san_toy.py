@@ -6,10 +6,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.closeness import approx, assert_close
 from training.discriminators.san import GAN_LOSSES
 from transport import san_toy
 from transport.adversarial import Discriminator, adam, train_discriminator, train_generator
 from transport.study import seeded
+
+pytestmark = pytest.mark.numeric
 
 TINY = san_toy.Config(width=8, batch=16, samples=400, iterations=4, every=2, seeds=1)
 
@@ -34,7 +37,7 @@ def test_each_step_trains_its_own_network(model, conditional):
     assert not changed(training.G, G)
     assert {name for name in D if "body" in name} <= changed(training.D, D)
     if model == "san":
-        torch.testing.assert_close(training.D.rows().norm(dim=1), torch.ones(8 if conditional else 1))
+        assert_close(training.D.rows().norm(dim=1), torch.ones(8 if conditional else 1), rtol=1.3e-6, atol=1e-5)
         assert {"last.weight", "last.scale"} <= changed(training.D, D)
     D = state(training.D)
     train_generator("saturating", training.D, training.adam_G, training.fake(c, training.draws), c)
@@ -47,10 +50,10 @@ def test_conditional_output_is_that_of_the_class():
     D = Discriminator(torch.nn.Linear(2, 5), 5, san=True, num_classes=3)
     x, c = torch.randn(7, 2, generator=seeded(0, "x")), torch.tensor([0, 2, 1, 1, 0, 2, 2])
     expected = torch.stack([D.body(x)[i] @ D.rows()[k] * D.last.scale[k, 0] for i, k in enumerate(c.tolist())])
-    torch.testing.assert_close(D(x, c), expected)
+    assert_close(D(x, c), expected, rtol=1.3e-6, atol=1e-5)
     fun, along = D.san(x, c)
-    torch.testing.assert_close(fun, expected)
-    torch.testing.assert_close(along, expected)
+    assert_close(fun, expected, rtol=1.3e-6, atol=1e-5)
+    assert_close(along, expected, rtol=1.3e-6, atol=1e-5)
     assert torch.autograd.grad(along.sum(), [D.body.weight, D.last.scale], allow_unused=True) == (None, None)
 
 
@@ -109,8 +112,8 @@ def test_optimal_rows_read_one():
     body = training.D.body
     w = body(x).mean(dim=0) - body(x + 1).mean(dim=0)
     plain, weighted, floor, gap, separability = training._measure_row(w, x, x + 1, torch.zeros(400, dtype=torch.int64))
-    assert plain == weighted == pytest.approx(1)
-    assert gap == pytest.approx(w.norm().item(), rel=1e-5)
+    assert plain == weighted == approx(1)
+    assert gap == approx(w.norm().item(), rel=1e-5)
     assert 0.9 < floor <= 1
     assert separability > 0.99
 

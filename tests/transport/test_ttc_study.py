@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError
+from tests.closeness import approx
 from tests.metrics.generators import stem
 from torch_utils import checkpoint
 from torch_utils.local_network import LocalNet, local_config, save_local_network
@@ -102,6 +103,7 @@ def test_killed_between_critics(tmp_path):
     assert contents(tmp_path / "b").items() <= contents(tmp_path / "a").items()
 
 
+@pytest.mark.numeric
 def test_stored_critics_move_samples_as_trained_ones(tmp_path):
     config = settled(Config(device="cpu", source="noise", data="digits", critic="infogan", width=2, batch=4,
                             iterations=5, num=12, pool=0, schedule="2x1", resolution=8, outdir=str(tmp_path)))
@@ -150,15 +152,17 @@ class Shift(torch.nn.Module):
         return z + self.bias
 
 
+@pytest.mark.numeric
 def test_directions_in_closed_form():
     z = torch.eye(2)
     for critic, expected in ((lambda x: x.norm(dim=1), [math.sqrt(0.5)] * 2),
                              (lambda x: x @ torch.tensor([3.0, -1.0]), [1, 1])):
         moved = misalignment.sgd_direction(Shift(), critic, z, z)
         downhill = misalignment.gradient(critic, z)
-        assert misalignment.cosines(moved, downhill).tolist() == pytest.approx(expected, abs=1e-6)
+        assert misalignment.cosines(moved, downhill).tolist() == approx(expected, abs=1e-6)
 
 
+@pytest.mark.numeric
 def test_direction_of_sgd_is_where_a_small_step_leads():
     """Forward mode against a step of SGD that is carried out, through the WGAN's own generator."""
     net = make_generator((1, 8, 8), width=4).double()
@@ -200,6 +204,7 @@ def test_tasks(tmp_path, task, keys):
         assert len(line["estimates"]) == line["steps"] == 2
 
 
+@pytest.mark.numeric
 def test_frechet_distance(tmp_path):
     """In the features of a user's own judge; grey images count as colour images with equal channels."""
     with torch.random.fork_rng():
@@ -210,7 +215,7 @@ def test_frechet_distance(tmp_path):
     assert line["frechet_before"] > line["frechet_floor"] > 0
     digits = open_data("digits", 8, "test").samples[:50]
     frechet = ttc_moves.Frechet(str(tmp_path / "judge.safetensors"), digits, torch.device("cpu"))
-    assert frechet(digits.expand(-1, 3, -1, -1)) == pytest.approx(0, abs=1e-6)
+    assert frechet(digits.expand(-1, 3, -1, -1)) == approx(0, abs=1e-6)
 
 
 def test_deblurring():
