@@ -76,7 +76,8 @@ class Deviation(float):
 
 
 def _arrays(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
-    a, b = (np.asarray(torch.as_tensor(x).detach().cpu(), dtype=np.float64) for x in (a, b))
+    # Numbers are not made tensors: a float would be rounded to single precision.
+    a, b = (np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, dtype=np.float64) for x in (a, b))
     assert a.shape == b.shape, f"shapes {a.shape} and {b.shape}"
     return a, b
 
@@ -136,8 +137,7 @@ class approx:
 
 def _measure_elements(actual: Any, expected: Any, rel: float, abs: float) -> None:
     """Record the element that comes closest to its bound `max(rel * |expected|, abs)`."""
-    a, b = (np.asarray(torch.as_tensor(np.asarray(x) if not torch.is_tensor(x) else x).detach().cpu(),
-                       dtype=np.float64) for x in (actual, expected))
+    a, b = (np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, dtype=np.float64) for x in (actual, expected))
     a, b = np.broadcast_arrays(a, b)
     usable = np.isfinite(a) & np.isfinite(b)
     if not usable.any():
