@@ -99,5 +99,5 @@ def test_unknown_name():
 def test_double_precision():
     """Random numbers come in single precision and are not worked with in it."""
     torch.manual_seed(0)
-    images, u = torch.rand(4, 3, 16, 16, dtype=torch.float64) * 2 - 1, torch.rand(4, NUM_UNIFORMS)
+    images, u = torch.rand(32, 3, 16, 16, dtype=torch.float64) * 2 - 1, torch.rand(32, NUM_UNIFORMS)
     assert torch.equal(diff_augment(images, ALL, u), diff_augment(images, ALL, u.double()))

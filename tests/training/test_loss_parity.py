@@ -14,6 +14,7 @@ from training.config import LossConfig, OptimConfig
 from training.ema import update_ema
 from training.health import GradientGuard
 from training.loss import StyleSanLoss
+from training.loss_math import path_lengths
 from training.phases import make_phases, run_phase
 
 pytestmark = pytest.mark.slow
@@ -156,3 +157,12 @@ def check_iteration_single(it, data, values, G, D_parameters):
         for name, norm in zip(data["it1/D_names"].tolist(), data["it1/D_norms"], strict=True):
             if not is_before_batch_norm(name):
                 assert float(D_parameters[name].norm()) == approx(float(norm), rel=2e-3), name
+
+
+def test_path_length_noise_in_double_precision():
+    """It is drawn in single precision. Dividing it rounds nothing at the sizes of the recordings; here it does."""
+    torch.manual_seed(0)
+    weight, noise = torch.randn(8, 3 * 12 * 12, dtype=torch.float64), torch.randn(2, 3, 12, 12)
+    ws = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True)
+    images = (ws.sum(dim=1) @ weight).reshape(2, 3, 12, 12)
+    assert torch.equal(path_lengths(images, ws, noise), path_lengths(images, ws, noise.double()))
