@@ -76,6 +76,7 @@ class Deviation(float):
 
 
 def _float64(x: Any) -> np.ndarray:
+    # Numbers are not made tensors: a float would be rounded to single precision.
     return x.detach().cpu().double().numpy() if torch.is_tensor(x) else np.asarray(x, dtype=np.float64)
 
 

@@ -33,7 +33,9 @@ class Collector:
 
     def report(self, name: str, value: torch.Tensor | float) -> None:
         """Add all elements of `value` to statistic `name`. No host synchronisation."""
-        x = torch.as_tensor(value).detach().flatten()
+        if not isinstance(value, torch.Tensor):
+            value = torch.tensor(value, dtype=torch.float64)
+        x = value.detach().flatten()
         x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
         moments = torch.stack([torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()])
         old = self._moments.get(name)

@@ -20,5 +20,5 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     if radius == 0:
         return images
     # On the CPU: a filter that was made on a GPU would have to be read back, and sigma changes in every iteration.
-    taps = torch.arange(-radius, radius + 1).div(sigma).square().neg().exp2()
+    taps = torch.arange(-radius, radius + 1, dtype=images.dtype).div(sigma).square().neg().exp2()
     return filter2d(images, taps / taps.sum())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from dnnlib import UserError
 from torch_utils.local_network import LocalNet, load_local_network
+from training.feature_networks.backbones import standardized
 from training.feature_networks.registry import load_network
 
 #----------------------------------------------------------------------------
@@ -34,8 +35,7 @@ class Classifier(torch.nn.Module):
         if not isinstance(net, LocalNet):
             cfg = net.pretrained_cfg
             self.input_size = cfg["input_size"][-1]
-            for name in ("mean", "std"):
-                self.register_buffer(name, torch.tensor(cfg[name]).reshape(1, -1, 1, 1), persistent=False)
+            self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
         self.train(False)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -46,7 +46,7 @@ class Classifier(torch.nn.Module):
         """Logits [N, num_classes] of images [N, 3, R, R] in [-1, 1]; gradients pass through to the images."""
         if isinstance(self.net, LocalNet):
             return self.net.logits(self.net.prepare_float(images))
-        x = ((images + 1) / 2 - self.mean) / self.std
+        x = standardized(images, self.mean, self.std, self.net)
         x = F.interpolate(x, size=self.input_size, mode="bilinear", align_corners=False)
         return self.net(x)
 

@@ -82,6 +82,7 @@ def diff_augment(images: torch.Tensor, policy: Sequence[str], u: torch.Tensor) -
         UserError: unknown name in `policy`.
     """
     assert u.shape == (images.shape[0], NUM_UNIFORMS), f"uniforms {list(u.shape)} for images {list(images.shape)}"
+    u = u.to(torch.promote_types(u.dtype, images.dtype))    # Factors and summands as precise as the images.
     for name in policy:
         if name not in POLICIES:
             raise UserError(f"diffaug: unknown augmentation {name!r}: choose from {', '.join(POLICIES)}")

@@ -50,7 +50,7 @@ class StyleSanLoss:
         self.G, self.D, self.config, self.classifier = G, D, config, classifier
         self.report = report
         self.precision, self.real_distance = PRECISIONS[precision], real_distance
-        self.pl_mean = torch.zeros([], device=device)
+        self.pl_mean = torch.zeros([], dtype=G.mapping.w_avg.dtype, device=device)
         self.blur_sigma = 0.0
         self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []   # w and classes of this step, for the mean of w.
         self._lengths: list[torch.Tensor] = []                      # Path lengths of this step; only with groups.

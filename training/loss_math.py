@@ -37,6 +37,6 @@ def path_lengths(images: torch.Tensor, ws: torch.Tensor, noise: torch.Tensor) ->
         noise: [N, 3, H, W], standard normal.
     """
     height, width = images.shape[2:]
-    product = (images * (noise / (height * width) ** 0.5)).sum()
+    product = (images * (noise.to(images.dtype) / (height * width) ** 0.5)).sum()
     (grad,) = torch.autograd.grad(product, ws, create_graph=True)
     return grad.square().sum(dim=2).mean(dim=1).sqrt()

@@ -41,7 +41,7 @@ class FullyConnectedLayer(torch.nn.Module):
         super().__init__()
         self.activation = activation
         self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) * (weight_init / lr_multiplier))
-        bias = torch.as_tensor(bias_init, dtype=torch.float32).expand(out_features)
+        bias = torch.as_tensor(bias_init, dtype=self.weight.dtype).expand(out_features)
         self.bias = torch.nn.Parameter(bias / lr_multiplier)
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.bias_gain = lr_multiplier
@@ -109,6 +109,7 @@ class MappingNetwork(torch.nn.Module):
         if self.c_dim == 0:
             self.w_avg.copy_(w.mean(dim=0).lerp(self.w_avg, beta))
             return
+        c = c.to(w.dtype)                                           # The powers of beta are as precise as w.
         same = c @ c.t()                                            # [N, N]: 1 where the classes agree.
         later = torch.triu(same, diagonal=1).sum(dim=1)             # Samples of the same class that come after.
         share = (1 - beta) * beta ** later                          # [N]
@@ -162,7 +163,11 @@ class SynthesisInput(torch.nn.Module):
 
 def design_lowpass_filter(num_taps: int, cutoff: float, width: float, sampling_rate: float,
                           radial: bool = False) -> torch.Tensor | None:
-    """Kaiser low-pass filter (Karras et al. 2021, appendix C): [taps], radial [taps, taps], or None for one tap."""
+    """Kaiser low-pass filter (Karras et al. 2021, appendix C): [taps], radial [taps, taps], or None for one tap.
+
+    Taps are worked out in double precision and rounded to single precision, also for networks in double precision: they
+    are part of the state of a network, and official snapshots hold these values.
+    """
     if num_taps == 1:
         return None
     if not radial:
@@ -248,12 +253,13 @@ class SynthesisLayer(torch.nn.Module):
         assert_shape(x, [None, spec.in_channels, spec.in_size, spec.in_size])
         if update_magnitude_ema:
             with torch.no_grad():
-                self.magnitude_ema.copy_(x.float().square().mean().lerp(self.magnitude_ema, self.magnitude_ema_beta))
+                power = x.to(self.magnitude_ema.dtype).square().mean()
+                self.magnitude_ema.copy_(power.lerp(self.magnitude_ema, self.magnitude_ema_beta))
         styles = self.affine(w)
         if spec.is_torgb:
             styles = styles / math.sqrt(spec.in_channels * self.conv_kernel ** 2)
-        if low_dtype is None and x.device.type == "cuda":
-            low_dtype = torch.float16
+        if low_dtype is None and x.device.type == "cuda" and self.weight.dtype == torch.float32:
+            low_dtype = torch.float16       # A network in double precision is meant to stay in it.
         is_low = spec.use_fp16 and not force_fp32 and low_dtype is not None
         x = x.to(low_dtype if is_low else self.weight.dtype)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu":
@@ -297,8 +303,8 @@ class SynthesisNetwork(torch.nn.Module):
             force_fp32: No half precision, also in layers that are marked for it.
             update_magnitude_ema: Track the magnitudes of the layers' inputs. Nothing in training asks for it: with
                 projected discriminators it led to collapse (Sauer et al. 2022), so the gains stay at 1.
-            low_dtype: Type of the layers that are marked for half precision. None: float16 on CUDA devices, float32
-                elsewhere.
+            low_dtype: Type of the layers that are marked for half precision. None: float16 on CUDA devices if the
+                parameters are float32, else the type of the parameters.
         """
         first, *rest = ws.to(self.input.weight.dtype).unbind(dim=1)
         x = self.input(first)

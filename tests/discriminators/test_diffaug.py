@@ -96,3 +96,10 @@ def test_each_image_has_its_own_numbers():
 def test_unknown_name():
     with pytest.raises(UserError, match="'flip'.*color, translation, cutout"):
         diff_augment(torch.zeros(1, 3, 8, 8), ("flip",), torch.zeros(1, NUM_UNIFORMS))
+
+
+def test_double_precision():
+    """Random numbers come in single precision and are not worked with in it."""
+    torch.manual_seed(0)
+    images, u = torch.rand(32, 3, 16, 16, dtype=torch.float64) * 2 - 1, torch.rand(32, NUM_UNIFORMS)
+    assert torch.equal(diff_augment(images, ALL, u), diff_augment(images, ALL, u.double()))

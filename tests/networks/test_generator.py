@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from tests.closeness import rel_error
-from tests.parity import load_json, load_npz
+from tests.parity import DOUBLE, DTYPES, VALUE, Recording, load_json
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from training import networks_stylegan3
 from training.config import from_dict, to_dict
 from training.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import Generator, MappingNetwork, modulated_conv2d
 from training.superres import grow, stage_table
-
-TOLERANCE = 1e-4
 
 
 def entries() -> dict[str, dict]:
@@ -35,80 +33,89 @@ def config_of(name: str):
 
 
 @pytest.fixture(scope="module", params=sorted(entries()))
-def recorded(request):
-    data = load_npz(request.param + ".npz")
-    G = Generator(config_of(request.param)).requires_grad_(False).eval()
-    state = {k[6:]: torch.as_tensor(v) for k, v in data.items() if k.startswith("state/")}
+def case(request):
+    """(generator, recording) in both precisions."""
+    return {dtype: load(request.param, dtype) for dtype in DTYPES}
+
+
+def load(name: str, dtype: torch.dtype) -> tuple[Generator, Recording]:
+    recording = Recording(name, dtype)
+    G = Generator(config_of(name)).requires_grad_(False).eval()
+    state = recording.inputs("state/")
     if G.c_dim == 0:
         state.pop("mapping.embed.weight", None)
     G.load_state_dict(state)
-    return G, {k: torch.as_tensor(v) for k, v in data.items()}
+    return G.to(dtype), recording
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def recorded(request, case):
+    return case[request.param]
 
 
 def test_latents(recorded):
     G, data = recorded
-    z, c = data["z"], data["c"]
-    assert rel_error(G.mapping(z, c), data["ws"]) < TOLERANCE
-    assert rel_error(G.mapping(z, c, truncation_psi=0.6), data["ws_trunc"]) < TOLERANCE
-    assert rel_error(G.mapping(z, c, truncation_psi=0.6, truncation_cutoff=3), data["ws_trunc_cutoff3"]) < TOLERANCE
+    z, c = data.input("z"), data.input("c")
+    assert data.error("ws", G.mapping(z, c)) < data.bound("ws")
+    ws = G.mapping(z, c, truncation_psi=0.6)
+    assert data.error("ws_trunc", ws) < data.bound("ws_trunc")
+    ws = G.mapping(z, c, truncation_psi=0.6, truncation_cutoff=3)
+    assert data.error("ws_trunc_cutoff3", ws) < data.bound("ws_trunc_cutoff3")
 
 
 def test_images(recorded):
+    """In both precisions the image was recorded for the `ws` of the single-precision file."""
     G, data = recorded
-    assert rel_error(G(data["z"], data["c"]), data["img"]) < TOLERANCE
-    assert rel_error(G(data["z"], data["c"], truncation_psi=0.6), data["img_trunc"]) < TOLERANCE
+    assert data.error("img", G.synthesis(data.input("ws"))) < data.bound("img")
+    z, c = data.input("z"), data.input("c")
+    assert rel_error(G(z, c), data["img"]) < VALUE
+    assert data.error("img_trunc", G(z, c, truncation_psi=0.6)) < data.bound("img_trunc")
 
 
 def image_gradients(G, data, impl, monkeypatch) -> dict[str, torch.Tensor]:
     """Gradients of sum(img * probe) with respect to ws and every synthesis parameter, with one form of the filters."""
     monkeypatch.setattr(networks_stylegan3, "filtered_lrelu", functools.partial(filtered_lrelu, impl=impl))
-    dtype = G.mapping.fc0.weight.dtype
-    ws = data["ws"].to(dtype).requires_grad_(True)
+    ws = data.input("ws").to(data.dtype).requires_grad_(True)
     parameters = {name: p for name, p in G.named_parameters() if name.startswith("synthesis.")}
     try:
         G.synthesis.requires_grad_(True)
-        loss = (G.synthesis(ws) * data["probe"]).sum()
+        loss = (G.synthesis(ws) * data.input("probe")).sum()
         grads = torch.autograd.grad(loss, [ws, *parameters.values()])
     finally:
         G.requires_grad_(False)
-    return dict(zip(["ws", *parameters], grads, strict=True))
+    return {"grad/" + name: grad for name, grad in zip(["ws", *parameters], grads, strict=True)}
 
 
 def test_gradients(recorded, monkeypatch):
-    """In the form that was recorded: some leaky-ReLU inputs lie within rounding of zero, where another order of the
-    same sums takes the other slope and moves a gradient by 3e-4."""
     G, data = recorded
-    grads = image_gradients(G, data, "ref", monkeypatch)
-    assert {"grad/" + name for name in grads} == {k for k in data if k.startswith("grad/")}
-    for name, grad in grads.items():
-        assert rel_error(grad, data["grad/" + name]) < TOLERANCE, name
+    grads = image_gradients(G, data, "auto", monkeypatch)
+    assert set(grads) == set(data.keys("grad/"))
+    for key, grad in grads.items():
+        assert data.error(key, grad) < data.bound(key), key
 
 
-def test_gradients_do_not_depend_on_the_form_of_the_filters(recorded, monkeypatch):
+def test_gradients_do_not_depend_on_the_form_of_the_filters(case, monkeypatch):
     """In float64, where rounding crosses no kink, the form that training uses gives the same gradients."""
-    G, data = recorded
-    double = Generator(G.config).requires_grad_(False)
-    double.load_state_dict(G.state_dict())
-    double = double.double()
-    ours, reference = (image_gradients(double, data, impl, monkeypatch) for impl in ("auto", "ref"))
+    G, data = case[torch.float64]
+    ours, reference = (image_gradients(G, data, impl, monkeypatch) for impl in ("auto", "ref"))
     for name in reference:
-        assert rel_error(ours[name], reference[name]) < 1e-9, name
+        assert rel_error(ours[name], reference[name]) < DOUBLE, name
 
 
 def test_transform_and_ema(recorded):
     G, data = recorded
     before = {k: v.clone() for k, v in G.state_dict().items()}
     try:
-        G.synthesis.input.transform.copy_(data["transform"])
-        assert rel_error(G.synthesis(data["ws"]), data["img_transformed"]) < TOLERANCE
+        G.synthesis.input.transform.copy_(data.input("transform"))
+        assert data.error("img_transformed", G.synthesis(data.input("ws"))) < data.bound("img_transformed")
         G.load_state_dict(before)
-        ws = G.mapping(data["z"], data["c"])
-        G.mapping.update_w_avg(ws[:, 0], data["c"])
+        ws = G.mapping(data.input("z"), data.input("c"))
+        G.mapping.update_w_avg(ws[:, 0], data.input("c"))
         img = G.synthesis(ws, update_magnitude_ema=True)
         state = G.state_dict()
-        for key in [k for k in data if k.startswith("ema/")]:
-            assert rel_error(state[key[4:]], data[key]) < TOLERANCE, key
-        assert rel_error(img, data["img_after_ema"]) < TOLERANCE
+        for key in data.keys("ema/"):
+            assert data.error(key, state[key.removeprefix("ema/")]) < data.bound(key), key
+        assert data.error("img_after_ema", img) < data.bound("img_after_ema")
     finally:
         G.load_state_dict(before)
 

@@ -115,7 +115,7 @@ class ProjectedDiscriminator(torch.nn.Module):
     def make_fast_(self, precision: str = "fp32") -> None:
         """Prepare the backbones, on the device where they are, for a run: `training.feature_networks.fast`."""
         for network in self.feature_networks.values():
-            make_fast(network.backbone, precision, network.backbone.mean.device)
+            make_fast(network.backbone, precision, next(network.backbone.parameters()).device)
 
     def features(self, img: torch.Tensor, augment: torch.Tensor | None = None) -> Features:
         """Mixed feature maps per backbone.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen feature networks behind one interface: timm's convolutional pyramids and transformers, and local networks."""
+import functools
+
 import timm.models
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,26 @@ BN_WARMUP_SIZE = 256
 
 #----------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[1, C, 1, 1]. Kept between calls, because copying numbers to a GPU waits for it. Not to be written to."""
+    with torch.inference_mode(False):       # The first caller's mode must not decide what later callers may do.
+        return torch.tensor(values, dtype=dtype, device=device).reshape(1, -1, 1, 1)
+
+
+def standardized(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...],
+                 net: torch.nn.Module) -> torch.Tensor:
+    """Images in [-1, 1] -> what a frozen network was trained with: to [0, 1], then (x - mean) / std per channel.
+
+    The result has the type of the network's parameters, but at least single precision. Mean and std are rounded to that
+    type only: as buffers of a network that is cast to double they would keep the rounding to single precision.
+    """
+    dtype = torch.promote_types(next(net.parameters()).dtype, torch.float32)
+    center, spread = (_per_channel(values, dtype, images.device) for values in (mean, std))
+    return ((images.to(dtype) + 1) / 2 - center) / spread
+
+#----------------------------------------------------------------------------
+
 class Backbone(torch.nn.Module):
     """A frozen network that turns images into a pyramid of feature maps. It stays in eval mode whatever it is told.
 
@@ -21,6 +43,7 @@ class Backbone(torch.nn.Module):
         channels: Of the maps, shallowest first.
         map_sizes: Sides of the maps for images of `input_size`.
         input_size: Side of the images it was made for.
+        mean, std: Per channel of images in [0, 1]: what the network was trained with.
         always_resize: Whether images of every other size are resized to it; if not, only smaller ones are.
         isotropic: All maps have one size (transformers); a pyramid is made of them later.
         sha256: Of the weights file; None where there is none (random weights).
@@ -43,8 +66,7 @@ class Backbone(torch.nn.Module):
         self.source = "given"
         self.channels: list[int] = []
         self.map_sizes: list[int] = []
-        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.train(False)
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -64,7 +86,7 @@ class Backbone(torch.nn.Module):
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, R, R] in [-1, 1] -> what `maps` takes: to [0, 1], mean and std, bilinear resize where needed."""
-        x = ((images + 1) / 2 - self.mean) / self.std
+        x = standardized(images, self.mean, self.std, self.net)
         if x.shape[-1] < self.input_size or (self.always_resize and x.shape[-1] != self.input_size):
             x = F.interpolate(x, size=self.input_size, mode="bilinear", align_corners=False)
         return x
@@ -149,6 +171,6 @@ def warm_up_batch_norm(backbone: Backbone) -> bool:
         return False
     backbone.bn_warmed_up = True
     backbone.net.train()
-    backbone.net(torch.zeros(1, 3, BN_WARMUP_SIZE, BN_WARMUP_SIZE, device=backbone.mean.device))
+    backbone.net(next(backbone.net.parameters()).new_zeros(1, 3, BN_WARMUP_SIZE, BN_WARMUP_SIZE))
     backbone.net.eval()
     return True
