@@ -13,6 +13,8 @@ from training.config import DiscriminatorConfig
 from training.discriminators.projected import ProjectedDiscriminator
 from training.feature_networks.registry import load_backbone
 
+pytestmark = pytest.mark.numeric
+
 CASES = [
     "lite0_uncond32",
     "lite0_cond16",

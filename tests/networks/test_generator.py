@@ -15,6 +15,8 @@ from training.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import Generator, MappingNetwork, modulated_conv2d
 from training.superres import grow, stage_table
 
+pytestmark = pytest.mark.numeric
+
 
 def entries() -> dict[str, dict]:
     return {e["name"]: e for e in load_json("generators.json")}

@@ -2,6 +2,7 @@
 """Compilation: once, whatever is killed; and nothing lost where there is no compiler."""
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys

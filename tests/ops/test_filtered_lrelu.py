@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_utils.ops.filtered_lrelu as module
-from tests.closeness import rel_error
+from tests.closeness import l2_error, rel_error
 from tests.ops.cases import FORMS, bound, filters, randn
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
@@ -140,8 +140,9 @@ def test_half_precision(impl, options):
     y = filtered_lrelu(x, b=b, **options, impl=impl)
     y.sum().backward()
     assert y.dtype == x.grad.dtype == torch.float16
-    # The reference keeps up to ten intermediate results in half precision, each rounded by at most 2^-11.
-    assert rel_error(y.float(), filtered_lrelu(x.double(), b=b.double(), **options, impl="ref")) < 10 * 2 ** -11
+    # The reference keeps up to ten intermediate results in half precision, each rounded by at most 2^-11. The input is
+    # noise, so filters let these errors pass as they do the signal.
+    assert l2_error(y.float(), filtered_lrelu(x.double(), b=b.double(), **options, impl="ref")) < 10 * 2 ** -11
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -32,11 +32,12 @@ def test_rounding_is_small():
     At each of the 36 points 256 terms are added: if one after the other, with a relative error of u sqrt(256 / 6) =
     6.5 u, u = 2^-24, in the mean. The transforms of inputs, filters and outputs, of up to 36 terms, bring it to 8 u.
     The outputs are five times (5.02) smaller than the terms they are sums of, so the error is 5.02 * 8 u = 2.4e-6.
+    Asked for is twice that, because signs of roundings need not be quite random. A wrong matrix has errors near 1.
     """
     torch.manual_seed(0)
     x, weight = torch.randn(1, 256, 20, 20), torch.randn(32, 256, 3, 3)
     wanted = F.conv2d(x.double(), weight.double(), padding=2)
-    assert l2_error(winograd.conv2d_tiles(x, weight, 2), wanted) < 3e-6
+    assert l2_error(winograd.conv2d_tiles(x, weight, 2), wanted) < 4.8e-6
 
 
 def test_used_where_it_pays_and_no_gradient_is_asked_for(monkeypatch):

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.closeness import approx, rel_error
+from tests.closeness import Deviation, approx, rel_error
 from tests.discriminators.test_parity import check_norms, head, is_before_batch_norm
-from tests.parity import DOUBLE, DTYPES, Recording, fill_by_rule
+from tests.parity import DOUBLE, DTYPES, VALUE, Recording, fill_by_rule
 from tests.training.recorded import micro_batches, networks
 from torch_utils.misc import requires_grad
 from torch_utils.training_stats import Collector
@@ -17,7 +17,7 @@ from training.loss import StyleSanLoss
 from training.loss_math import path_lengths
 from training.phases import make_phases, run_phase
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.numeric, pytest.mark.slow]
 
 CASES = {"stem16_blur": 0, "stem16_pl": 2_000_000, "superres32_cls": 150_000}      # Images shown before.
 
@@ -53,6 +53,12 @@ PHASES = [("stem16_blur", "Gmain"), ("stem16_blur", "Dmain"), ("stem16_pl", "Gma
           ("stem16_pl", "Dmain"), ("superres32_cls", "Gmain"), ("superres32_cls", "Dmain")]
 
 
+def mean_error(stat, recorded: float) -> Deviation:
+    """Error of a mean relative to the size of its terms: in single precision they are as near as that, and where they
+    cancel, as positive and negative scores do, their mean is no nearer."""
+    return Deviation(abs(stat.mean - recorded) / (recorded ** 2 + stat.std ** 2) ** 0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "phase"), PHASES)
 def test_phase(case, phase, dtype):
@@ -65,7 +71,10 @@ def test_phase(case, phase, dtype):
         name = key.removeprefix(f"{phase}/stat/")
         # Official losses are sums over the micro-batch; ours are reported per sample.
         scale = size if name in ("Loss/G/loss", "Loss/D/loss", "Loss/G/reg") else 1
-        assert data.error(key, stats[name].mean * scale) < data.bound(key), key
+        if data.is_double:
+            assert data.error(key, stats[name].mean * scale) < data.bound(key), key
+        else:
+            assert mean_error(stats[name], float(data[key]) / scale) < VALUE, key
 
     names = data[f"{phase}/grad_names"].tolist()
     assert set(names) >= set(grads)
@@ -103,9 +112,7 @@ def test_two_iterations(dtype):
             run_phase(phase, batches, 1, guard)
             stats[phase.name] = collector.update()
         update_ema(G, G, 4 * it, 4, optim)
-        # Official losses are sums over the micro-batch; ours are reported per sample.
-        values = {f"it{it}/{phase}/stat/{name}": stat.mean * (2 if name.endswith("/loss") else 1)
-                  for phase, found in stats.items() for name, stat in found.items()}
+        values = {f"it{it}/{phase}/stat/{name}": stat for phase, found in stats.items() for name, stat in found.items()}
         check = check_iteration_double if data.is_double else check_iteration_single
         check(it, data, values, G, {f"discriminators.{name}": p for name, p in D.discriminators.named_parameters()})
     assert guard.counts() == {"Gmain": 0, "Dmain": 0}
@@ -123,10 +130,15 @@ def statistics(it, data):
     return keys
 
 
+def official_sum(key):
+    """What of ours is the recorded statistic: official losses are sums over the micro-batch, ours are per sample."""
+    return 2 if key.endswith("/loss") else 1
+
+
 def check_iteration_double(it, data, values, G, D_parameters):
     """Everything that was recorded. Biases before BatchNorm are left out: Adam moves them by the sign of a rounding."""
     for key in statistics(it, data):
-        assert data.error(key, values[key]) < DOUBLE, key
+        assert data.error(key, values[key].mean * official_sum(key)) < DOUBLE, key
     state = G.state_dict()
     state["mapping.w_avg"] = state["mapping.w_avg"][data.input(f"it{it}/w_avg_rows")]
     for key in data.keys(f"it{it}/G/"):
@@ -142,10 +154,10 @@ def check_iteration_double(it, data, values, G, D_parameters):
 def check_iteration_single(it, data, values, G, D_parameters):
     """Adam's first step is a sign times the learning rate, and rounding turns signs of gradients near 0."""
     for key in statistics(it, data):
-        assert values[key] == approx(float(data[key]), rel=(1e-3, 5e-3)[it], abs=1e-6), key
+        assert mean_error(values[key], float(data[key]) / official_sum(key)) < (1e-3, 5e-3)[it], key
     state = {f"it{it}/G/{name}": value for name, value in G.state_dict().items()}
     if it == 0:
-        step = OptimConfig().G_lr * 4 / 5
+        step = OptimConfig.official(8).G_lr * 4 / 5
         trained = [f"it0/G/{name}" for name, _ in G.named_parameters() if f"it0/G/{name}" in data]
         assert trained
         for key in trained:

@@ -32,8 +32,8 @@ class Loaded:
 
 
 _loaded: dict[str, Loaded] = {}     # Kind -> what came of loading it; filled at first use.
-# Held while a library is compiled and opened, and never while operations run: on GPUs autograd runs the backward pass of
-# the self-check in a thread of its own, which asks for the library, too, and would wait for ever.
+# Held while a library is compiled and opened, and never while operations run: on GPUs autograd runs the backward pass
+# of the self-check in a thread of its own, which asks for the library, too, and would wait for ever.
 _lock = threading.Lock()
 
 
