@@ -120,6 +120,17 @@ def test_stages_of_both_configs(tmp_path, c_dim, rotation):
         same_network(path, G)
 
 
+def test_a_head_made_with_fp32_has_no_clamp(tmp_path):
+    """Officially --fp32=1 makes layers without a clamp, which stand above those of the stem, which have one."""
+    stage = superres_config(small_stem(), 2, 3, full_precision=True)
+    assert {layer.is_clamped for layer in stage.layers} == {True, False}
+    path, G = small_file(tmp_path / "x.pkl", stage)
+    same_network(path, G)
+    clamps = [getattr(G.synthesis, layer.name).conv_clamp for layer in stage.layers]
+    assert clamps == [256 if i < stage.num_frozen_layers else None for i in range(len(clamps))]
+    assert not any(layer.use_fp16 for layer in stage.layers[stage.num_frozen_layers:])
+
+
 def test_class_tables_are_cut_to_the_classes_in_use(tmp_path):
     path, G = small_file(tmp_path / "x.pkl", small_stem(c_dim=5))       # The file's table has 12 rows.
     assert same_network(path, G)["G_ema"]["mapping.embed.weight"].shape == (5, 6)

@@ -25,6 +25,7 @@ from training.config import (
     TrainConfig,
     to_dict,
 )
+from training.layer_schedule import stem_config
 from training.randomness import CounterRNG
 from training.resume import _fill, _slots, _strip
 from training.run_folder import (
@@ -122,6 +123,22 @@ def test_other_networks_seeds_and_data_never_continue(tmp_path, changed, info, l
     with pytest.raises(UserError, match=f"{folder.name} cannot be continued") as error:
         find_run(tmp_path, DESC, settings(**changed), INFO | info, continue_changed=True)
     assert line in str(error.value)
+
+
+def test_precision_of_layers_may_change_as_precision_may(tmp_path):
+    """--fp32=1 also changes what the layers say of themselves; runs of older versions say nothing of their clamp."""
+    generator = stem_config(16, 4, 64, 8)
+    single = settings(generator=stem_config(16, 4, 64, 8, full_precision=True), precision="fp32")
+    folder = make_run(tmp_path, 0, settings(generator=generator))
+    options = json.loads((folder / OPTIONS_FILE).read_text())
+    for layer in options["generator"]["layers"]:
+        del layer["is_clamped"]
+    (folder / OPTIONS_FILE).write_text(json.dumps(options))
+    assert find_run(tmp_path, DESC, settings(generator=generator), INFO).resumed
+    choice = find_run(tmp_path, DESC, single, INFO)
+    assert not choice.resumed
+    assert "--continue-changed continues it nevertheless" in "\n".join(choice.notes)
+    assert find_run(tmp_path, DESC, single, INFO, continue_changed=True).folder == folder
 
 
 def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_path):
