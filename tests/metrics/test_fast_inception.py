@@ -84,4 +84,5 @@ def test_cut_sums():
     parts.cut(300)
     assert [w.shape[1] for w in parts.weights] == [24, 23, 23]
     with torch.no_grad():
-        assert l2_error(parts(x).double(), whole(x).double()) < 1e-6
+        # Sums of 630 terms on both sides, and three times what roundings of random signs make of them.
+        assert l2_error(parts(x).double(), whole(x).double()) < 3 * float32_tolerance(70 * 9)

@@ -51,7 +51,8 @@ def test_sphere_to_origin_with_trained_critics(version, theta, expected):
     for stage, value in zip(stages, expected, strict=True):
         assert stage.estimates[0] == pytest.approx(value, abs=1e-3)
         assert stage.etas[0] == pytest.approx(theta * value, abs=1e-3)
-        assert stage.critic.a.item() == pytest.approx(1 + radius / 2000, abs=5e-3)
+        # Adam makes steps of about the learning rate near the optimum, too: some of them in a row are allowed.
+        assert stage.critic.a.item() == pytest.approx(1 + radius / 2000, abs=6 * training.lr)
         assert debiased(stage.estimates[0], 1000) == pytest.approx(radius, abs=1e-3)
         radius = abs(radius - stage.etas[0] * stage.critic.a.item())
     ends = push(stages, Sphere().draw(10, seeded(0, "test"))).norm(dim=1)
@@ -64,7 +65,7 @@ def test_sphere_to_origin_with_trained_critics(version, theta, expected):
     (0.9, [1.00025, 0.09932735, 0.00992585, 0.00099252]),
     (1.0, [1.00025, 0.00075013])])
 def test_sphere_to_origin_with_optimal_critics(theta, expected):
-    x = Sphere().draw(5, seeded(0, "test")).double()
+    x = torch.nn.functional.normalize(Sphere().draw(5, seeded(0, "test")).double())      # On the sphere to 1e-16.
     for value in expected:
         radius = x.norm(dim=1).mean().item()
         estimate = radius + radius ** 2 / 4000
