@@ -23,6 +23,17 @@ def select_device(name: str) -> str:
     return name
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on the device, without waiting for it.
+
+    A copy to a GPU from ordinary memory waits until the GPU has done everything that it was given before, so it goes
+    through pinned memory.
+    """
+    if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def assert_shape(tensor: torch.Tensor, shape: Sequence[int | None]) -> None:
     """Check a tensor's shape; None stands for any size."""
     ok = tensor.ndim == len(shape) and all(want in (None, got) for got, want in zip(tensor.shape, shape, strict=True))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from torch_utils.misc import one_hot
+from torch_utils.misc import one_hot, to_device
 from training.diffaug import NUM_UNIFORMS
 from training.loss import MicroBatch
 from training.networks_stylegan3 import Generator
@@ -64,7 +64,7 @@ class BatchSource:
             started = time.perf_counter()
             images, labels = next(self.real_images)
             self._waited += time.perf_counter() - started
-            images = images.to(self.device, non_blocking=True).to(torch.float32) / 127.5 - 1
+            images = to_device(images, self.device).to(torch.float32) / 127.5 - 1
             content |= {"real_img": images, "real_c": self._one_hot(labels),
                         "augment_real": self._augmentation(f"augment/{name}/real", positions)}
         if phase.uses_noise:
@@ -80,7 +80,7 @@ class BatchSource:
         return torch.from_numpy(self.rng.integers_from(f"c/{name}", positions, self.label_probs))
 
     def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:
-        return one_hot(labels.to(self.device, non_blocking=True), self.G.c_dim)
+        return one_hot(to_device(labels, self.device), self.G.c_dim)
 
     def _augmentation(self, stream: str, positions: np.ndarray) -> torch.Tensor | None:
         """[backbones, N, NUM_UNIFORMS]."""
@@ -90,4 +90,4 @@ class BatchSource:
         return self._to_device(u.transpose(1, 0, 2).copy())
 
     def _to_device(self, x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(x).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(x), self.device)

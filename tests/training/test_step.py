@@ -147,6 +147,7 @@ def test_a_step_reads_nothing_from_the_device(monkeypatch):
 
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")     # PyTorch says so when it is set.
 def test_a_step_does_not_wait_for_the_gpu():
     G, D = networks()
     G.cuda()
