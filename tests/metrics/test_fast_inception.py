@@ -58,7 +58,7 @@ def test_batch_does_not_show(net, monkeypatch):
     together = fast(x, torch.Tensor.float, 7)
     monkeypatch.setattr(fast_inception, "CPU_BATCH", 2)
     for whole, split in zip(together, fast(x, torch.Tensor.float, 7), strict=True):
-        assert l2_error(split, whole) < 1e-6
+        assert l2_error(split, whole) < TOLERANCE       # Sums of another batch size may be taken in another order.
 
 
 def test_folding_is_exact():
