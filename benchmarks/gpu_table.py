@@ -9,7 +9,7 @@ from gpu_results import layer_cases, recipe_config
 from dnnlib.util import format_bytes
 
 MISSING = "not measured"
-FORMS = ("cuda", "matrix", "cpu", "ref")
+FORMS = ("cuda", "cpu", "matrix", "ref")       # The first that exists is the one that runs.
 LAYOUTS = ("contiguous", "channels last")
 OFFICIAL = ("Official: its own code with its CUDA plugins, one iteration of the same recipe with the same networks, "
             "measured on an H200 with torch 2.11 and CUDA 13.0 on 2026-11-27.")
@@ -50,7 +50,7 @@ class Report:
 # Parts of the table.
 
 def ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{1e3 * seconds:.0f} ms"
 
 
 def percent(share: float) -> str:
@@ -58,7 +58,7 @@ def percent(share: float) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def seconds(value: float) -> str:
@@ -80,8 +80,9 @@ def head_lines(report: Report) -> list[str]:
              f"driver {report.cell('versions', 'driver', str)}", f"torch {report.cell('versions', 'torch', str)}",
              f"CUDA {report.cell('versions', 'cuda', str)}", f"Python {report.cell('versions', 'python', str)}",
              "copies at " + report.cell("versions", "copy_bytes_per_s", lambda b: f"{b / 1e12:.3g} TB/s")]
+    known = ", ".join(fact for fact in facts if MISSING not in fact)
     quick = " In miniature (`--quick`): sizes are tiny, so that no number means anything." if report.quick else ""
-    return [f"# One GPU\n\n{command}, {report.date}: {', '.join(facts)}.{quick}\n"]
+    return [f"# One GPU\n\n{command}, {report.date}: {known}.{quick}\n"]
 
 
 def step_lines(report: Report) -> list[str]:
