@@ -75,6 +75,8 @@ class Case:
     generator: GeneratorConfig
     batch: int
     cls_weight: float = 0.0
+    backbones: tuple[str, ...] = BACKBONES
+    classifier: str = f"{LossConfig.cls_model}:random"
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -156,15 +158,20 @@ class OurStep:
 Step = OfficialStep | OurStep
 
 
-def make_steps(case: Case, device: torch.device) -> dict[str, Step]:
-    """The official structure and ours, with equal weights."""
+def make_networks(case: Case, device: torch.device) -> tuple[Generator, ProjectedDiscriminator, Classifier | None]:
+    """With random weights, always the same."""
     torch.manual_seed(0)
     G = Generator(case.generator).train().requires_grad_(False).to(device)
-    D = ProjectedDiscriminator(DiscriminatorConfig(BACKBONES, case.generator.img_resolution, CLASSES))
+    D = ProjectedDiscriminator(DiscriminatorConfig(case.backbones, case.generator.img_resolution, CLASSES))
     D = D.train().requires_grad_(False).to(device)
     D.project_()
+    return G, D, load_classifier(case.classifier).to(device) if case.cls_weight else None
+
+
+def make_steps(case: Case, device: torch.device) -> dict[str, Step]:
+    """The official structure and ours, with equal weights."""
+    G, D, classifier = make_networks(case, device)
     loss = LossConfig(cls_weight=case.cls_weight)
-    classifier = load_classifier(f"{loss.cls_model}:random").to(device) if case.cls_weight else None
     guidance = None if classifier is None else (classifier, loss.cls_weight)
     steps: dict[str, Step] = {"official": OfficialStep(G, D, OptimConfig.official(OFFICIAL_PROCESSES), guidance)}
     return steps | {name: OurStep(G, D, precisions, loss, classifier, case.batch)
@@ -243,6 +250,7 @@ def parts(step: Step, for_G: MicroBatch, for_D: MicroBatch) -> Iterator[tuple[st
     G, D = step.G, step.D
     form = step.loss.precision if isinstance(step, OurStep) else {}
     G_parameters, D_parameters = G.trainable_parameters(), D.trainable_parameters()
+    classifier = step.loss.classifier if isinstance(step, OurStep) else step.guidance and step.guidance[0]
     with torch.no_grad():
         images = G(for_D.z, for_D.gen_c, **form)
         fake, real = step.features_of_both(images, for_D)
@@ -274,12 +282,18 @@ def parts(step: Step, for_G: MicroBatch, for_D: MicroBatch) -> Iterator[tuple[st
         with requires_grad(D, D_parameters):
             step.heads(fake, real, for_D)
 
+    def guidance() -> None:
+        x = images.clone().requires_grad_(True)
+        torch.autograd.grad(torch.nn.functional.cross_entropy(classifier(x), for_G.gen_c.argmax(dim=1)), x)
+
     yield "generator, forward and backward", generator
     yield "generator, forward only", generator_no_graph
     yield "frozen features, forward and backward", frozen
     yield "frozen features, forward of real and generated", frozen_no_graph
     yield "heads, for G", heads_for_G
     yield "heads, for D", heads_for_D
+    if classifier is not None:
+        yield "classifier guidance, forward and backward", guidance
     yield "optimisers", lambda: [step.step(optimizer) for optimizer in step.optimizers]
     yield "average of G", lambda: step.average(CUR_NIMG, len(for_G.z))
 
