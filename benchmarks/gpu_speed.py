@@ -17,7 +17,7 @@ from training.config import GeneratorConfig
 
 OPS_BATCH = 8
 STEM_BATCH = 512            # The largest micro-batch that is tried.
-SECONDS = 0.15              # For repetitions of one operation.
+SECONDS = {"cuda": 0.15, "cpu": 0.02}      # For repetitions of one operation.
 SMALL_NETWORKS = {"backbones": ("test_efficientnet:random",), "classifier": "deit_tiny_distilled_patch16_224:random"}
 
 #----------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def op_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Median of a short operation, after one call that does not count."""
     call()
     synchronize(device)
-    repeats = min(max(int(SECONDS / max(host_and_total(call, device)[1], 1e-6)), 3), 50)
+    repeats = min(max(int(SECONDS[device.type] / max(host_and_total(call, device)[1], 1e-6)), 3), 50)
     if device.type != "cuda":
         return statistics.median(host_and_total(call, device)[1] for _ in range(repeats))
     # Events of the device: what Python takes between two calls does not count.
