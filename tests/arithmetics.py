@@ -141,9 +141,9 @@ def table(results: dict[str, Records]) -> str:
         "What a test computes depends a little on the processor: on the order in which sums are taken, and on fused",
         "multiplications. `make test-arithmetics` runs every numeric test under the settings below and writes this",
         "page. A number is the largest error of the file's tests in units of their bound: 1 would fail, and what is",
-        "above a third has to be derived anew. `tests/closeness.py` says how it is measured; bounds on statistics and",
-        "on trained results have margins of their own and only pass or fail. `build/arithmetics/<setting>.json` has",
-        "every test.", "",
+        "above a third has to be derived anew. `tests/closeness.py` says how it is measured. What rounding does not",
+        "decide by its size only passes or fails: statistics, trained results, and gradients in single precision that",
+        "pass through a leaky ReLU, whose slope changes at zero. `build/arithmetics/<setting>.json` has all tests.", "",
         f"Measured on {processor()}, torch {torch.__version__}, numpy {np.__version__}.", "",
         "| setting | what | variables | tests | failed | above a third |", "|---|---|---|---|---|---|"]
     for name, records in results.items():

@@ -55,8 +55,8 @@ def check_norms(norms: Sequence[float], names: Sequence[str], grads: Mapping[str
     difference of large numbers."""
     for name, norm in zip(names, norms, strict=True):
         if not is_before_batch_norm(name) and (is_double or grads[name].numel() > 1):
-            bound = DOUBLE if is_double else GRADIENT
-            assert float(grads[name].norm()) == approx(float(norm), rel=bound, abs=1e-12), name
+            near = approx(float(norm), rel=DOUBLE, abs=1e-12) if is_double else pytest.approx(float(norm), rel=GRADIENT)
+            assert float(grads[name].norm()) == near, name
 
 
 def head(tensor: torch.Tensor) -> torch.Tensor:

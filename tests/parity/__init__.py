@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.closeness import Deviation, l2_error, rel_error
+from tests.closeness import l2_error, rel_error
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -64,9 +64,15 @@ class Recording:
         """All keys that begin with `prefix`."""
         return sorted(key for key in self._single | self._double if key.startswith(prefix))
 
-    def error(self, key: str, actual: Any) -> Deviation:
-        """How far off `actual` is, to be compared with `bound(key)`: L2 for gradients in single precision."""
-        return (l2_error if self.bound(key) == GRADIENT else rel_error)(actual, self[key])
+    def error(self, key: str, actual: Any) -> float:
+        """How far off `actual` is, to be compared with `bound(key)`: L2 for gradients in single precision.
+
+        Those are plain numbers and not measured against their bound as errors of rounding are: a leaky ReLU whose input
+        is within rounding of zero takes the other slope on some processors, and it is that which makes the error.
+        """
+        if self.bound(key) == GRADIENT:
+            return float(l2_error(actual, self[key]))
+        return rel_error(actual, self[key])
 
     def bound(self, key: str) -> float:
         if key in self._double:

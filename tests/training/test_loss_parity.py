@@ -169,9 +169,12 @@ def check_iteration_single(it, data, values, G, D_parameters):
         rows, key = data.input("it1/w_avg_rows"), "it1/G/mapping.w_avg"
         exact = load_npz("iteration_stem16_float64.npz")[key]
         assert l2_error(state[key][rows], exact) < 4 * float(l2_error(data[key], exact))
+        # A twentieth of the elements, two steps off in random directions, changes a norm by 2 sqrt(1 / 20) of a step
+        # in the mean, whatever the number of elements. Three times that is asked for.
+        step = OptimConfig.official(8).D_lr * 16 / 17
         for name, norm in zip(data["it1/D_names"].tolist(), data["it1/D_norms"], strict=True):
             if not is_before_batch_norm(name):
-                assert float(D_parameters[name].norm()) == approx(float(norm), rel=2e-3), name
+                assert float(D_parameters[name].norm()) == approx(float(norm), abs=6 * 0.05 ** 0.5 * step), name
 
 
 def test_path_length_noise_in_double_precision():
