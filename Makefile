@@ -6,7 +6,7 @@ SEED ?= 0
 SAN ?= 1
 JOBS ?= 2
 
-.PHONY: demo test test-fast test-gpu test-arithmetics lint clean
+.PHONY: demo test test-fast test-gpu test-arithmetics test-arithmetics-quick lint clean
 
 # The stamp is written last, so that an interrupted installation starts again.
 $(VENV)/.installed: requirements.lock
@@ -37,6 +37,12 @@ test-gpu: $(VENV)/.installed
 # The numeric tests under arithmetics that round differently; the table goes to docs/arithmetics.md (about an hour).
 test-arithmetics: $(VENV)/.installed
 	$(PY) -m tests.arithmetics --jobs=$(JOBS) --dest=docs/arithmetics.md $(ARITHMETICS_ARGS)
+
+# Those against the official numbers and of the operations, under the two settings that differ most (two minutes).
+test-arithmetics-quick: $(VENV)/.installed
+	$(PY) -m tests.arithmetics --jobs=$(JOBS) --only=avx2,oldest -- -m "numeric and not slow" \
+	    tests/ops/test_parity.py tests/networks tests/discriminators/test_parity.py tests/discriminators/test_san.py \
+	    tests/metrics/test_formulas.py
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

@@ -16,6 +16,7 @@ from dnnlib.util import list_some
 from inference.npz_source import Batch, labels_sorted
 from inference.tar_store import TarStore
 from training.data_report import read_report
+from training.dataset import obey_parent_only
 from training.image_sources import (
     DECODE_ERRORS,
     FolderStore,
@@ -181,6 +182,7 @@ class DatasetSource:
         indices = list(indices)
         loader = torch.utils.data.DataLoader(
             _Items(self.dataset), batch_size=batch_size, sampler=indices, num_workers=self.workers,
+            worker_init_fn=obey_parent_only,
             collate_fn=_stack, generator=torch.Generator())     # Its own, or it would draw from the global one.
         done = 0
         for batch in loader:

@@ -251,7 +251,7 @@ def load_batches(dataset: ImageDataset, batches: Sequence[np.ndarray],
     """
     loader = torch.utils.data.DataLoader(
         _MicroBatches(dataset), sampler=batches, batch_size=None, num_workers=workers, generator=torch.Generator(),
-        worker_init_fn=_obey_parent_only)
+        worker_init_fn=obey_parent_only)
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -272,7 +272,7 @@ class _MicroBatchIndices(torch.utils.data.Sampler):
             yield self.order.indices(np.arange(start, start + self.batch_gpu))
 
 
-def _obey_parent_only(_worker: int) -> None:
+def obey_parent_only(_worker: int) -> None:
     """In a loader process: end by SIGTERM only if the training process sent it.
 
     Clusters send SIGTERM to every process of a job; the training process then saves, for which its loaders must live.
@@ -318,7 +318,7 @@ class TrainingStream:
         self._loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
             _MicroBatches(dataset), sampler=sampler, batch_size=None, num_workers=workers,
             pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
-            worker_init_fn=_obey_parent_only,
+            worker_init_fn=obey_parent_only,
             generator=torch.Generator(),        # The loader draws a seed for its workers: not from the global state.
         )
         self._batches: Iterator | None = None

@@ -2,6 +2,9 @@
 """Readers of images: every kind of input, its labels, and one clear line for every wrong one."""
 import io
 import json
+import os
+import subprocess
+import time
 import zipfile
 
 import numpy as np
@@ -13,6 +16,7 @@ from dnnlib import UserError
 from inference import image_inputs
 from inference.image_inputs import NpzSource, kind_of, open_images
 from tests.metrics.helpers import random_images, write_folder
+from torch_utils.launch import children_of
 
 
 def read(source, batch_size=3, indices=None):
@@ -93,6 +97,17 @@ class TestDatasets:
         (path / "000004.png").write_bytes(b"not an image")
         with pytest.raises(UserError, match="000004.png"):
             read(source)
+
+    def test_workers_outlive_a_signal_to_every_process_of_the_job(self, tmp_path, images):
+        """Else the process that they work for, which may be about to save its state, ends with their error."""
+        before = set(children_of(os.getpid()))
+        batches = open_images(write_folder(tmp_path / "flat", images), workers=1).batches(1)
+        first = next(batches)
+        workers = set(children_of(os.getpid())) - before
+        assert workers
+        subprocess.run(["kill", "-TERM", *map(str, workers)], check=True)
+        time.sleep(0.2)
+        assert len([first, *batches]) == len(images)
 
     def test_jpeg_is_noted(self, tmp_path, images):
         path = write_folder(tmp_path / "flat", images[:2])
