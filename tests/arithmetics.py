@@ -143,7 +143,8 @@ def table(results: dict[str, Records]) -> str:
         "page. A number is the largest error of the file's tests in units of their bound: 1 would fail, and what is",
         "above a third has to be derived anew. `tests/closeness.py` says how it is measured. What rounding does not",
         "decide by its size only passes or fails: statistics, trained results, and gradients in single precision that",
-        "pass through a leaky ReLU, whose slope changes at zero. `build/arithmetics/<setting>.json` has all tests.", "",
+        "pass through a leaky ReLU, whose slope changes at zero. `build/arithmetics/<setting>.json` has all tests.",
+        "Continuous integration runs a part of them under `avx2` and `oldest` (`make test-arithmetics-quick`).", "",
         f"Measured on {processor()}, torch {torch.__version__}, numpy {np.__version__}.", "",
         "| setting | what | variables | tests | failed | above a third |", "|---|---|---|---|---|---|"]
     for name, records in results.items():
