@@ -144,7 +144,7 @@ def table(results: dict[str, Records]) -> str:
         "above a third has to be derived anew. `tests/closeness.py` says how it is measured. What rounding does not",
         "decide by its size only passes or fails: statistics, trained results, and gradients in single precision that",
         "pass through a leaky ReLU, whose slope changes at zero. `build/arithmetics/<setting>.json` has all tests.",
-        "Continuous integration runs a part of them under `avx2` and `oldest` (`make test-arithmetics-quick`).", "",
+        "Continuous integration runs a part of them under `avx2` and `aten` (`make test-arithmetics-quick`).", "",
         f"Measured on {processor()}, torch {torch.__version__}, numpy {np.__version__}.", "",
         "| setting | what | variables | tests | failed | above a third |", "|---|---|---|---|---|---|"]
     for name, records in results.items():
