@@ -3,7 +3,8 @@ import json
 import os
 import signal
 import subprocess
-import time
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from click.testing import CliRunner
 import train
 from tests.training.test_loop import SMALL, assert_equal_states, only_run
 from torch_utils import checkpoint, distributed
-from torch_utils.launch import children_of
 from training import stopping, training_loop
 from training.run_folder import STATE_FILE
 from training.snapshots import STATE_FORMAT
 from training.stopping import STOP_FILE, StopRequests
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(outdir, data, *more) -> tuple[int, str]:
@@ -141,18 +143,35 @@ def test_a_signal_at_any_iteration_loses_nothing(unbroken, data16, tmp_path, mon
     assert log.count("training for") == 2           # Appended to.
 
 
-def test_a_signal_to_every_process_of_the_job_leaves_the_loaders_alive(data16, tmp_path, monkeypatch):
-    """As Slurm sends it: loader processes get it too, and training still finishes its iteration and saves."""
-    others = set(children_of(os.getpid()))      # What other tests left over is no part of this job.
-
-    def signal_all():
-        pids = [os.getpid(), *(set(children_of(os.getpid())) - others)]
+SIGNAL_ALL = """
+import os, subprocess, sys, time
+import train
+from torch_utils.launch import children_of
+from training import training_loop
+update, seen = training_loop.update_ema, []
+def update_and_signal(*args):
+    seen.append(1)
+    if len(seen) == 1:
+        pids = [os.getpid(), *children_of(os.getpid())]
         assert len(pids) > 1
         subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
         time.sleep(0.5)
-    at_iteration(monkeypatch, 1, signal_all)
-    code, output = run(tmp_path, data16, "--workers=1")
-    assert code == 3, output
+    return update(*args)
+training_loop.update_ema = update_and_signal
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_to_every_process_of_the_job_leaves_the_loaders_alive(data16, tmp_path):
+    """As Slurm sends it: loader processes get it too, and training still finishes its iteration and saves.
+
+    In a process of its own, as a job is: children and threads that other tests left over are no part of it.
+    """
+    args = [*SMALL, f"--outdir={tmp_path}", f"--data={data16}", "--kimg=0.032", "--tick=0.016", "--snap=1",
+            "--workers=1"]
+    done = subprocess.run([sys.executable, "-c", SIGNAL_ALL, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-4000:]
     assert counters(only_run(tmp_path))["cur_nimg"] == 8
 
 
