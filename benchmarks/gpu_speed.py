@@ -167,7 +167,7 @@ def ops(context: Context) -> None:
 
 
 def iteration_seconds(values: dict[str, float], cases: list[LayerCase], form: str, layout: str) -> float:
-    """Of all nonlinearities in an iteration: a forward pass in the phase of D, both passes in that of G.
+    """Sums the nonlinearities of an iteration: a forward pass in the phase of D, both passes in that of G.
 
     The gradient passes through all layers, because the input of a super-resolution stage is trained.
     """

@@ -120,7 +120,7 @@ def documented() -> dict[str, str]:
     return {name: why for names, why in rows for name in re.findall(r"`([^`]+)`", names)}
 
 #----------------------------------------------------------------------------
-# The same commands here.
+# The recorded commands, run with this project's train.py on small files of its own.
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ train.main(sys.argv[1:])
 
 
 def test_a_signal_to_every_process_of_the_job_leaves_the_loaders_alive(data16, tmp_path):
-    """As Slurm sends it: loader processes get it too, and training still finishes its iteration and saves.
+    """Slurm sends it to loader processes, too, and training still finishes its iteration and saves.
 
     In a process of its own, as a job is: children and threads that other tests left over are no part of it.
     """
