@@ -16,7 +16,7 @@ from dnnlib.util import list_some
 from inference.npz_source import Batch, labels_sorted
 from inference.tar_store import TarStore
 from training.data_report import read_report
-from training.dataset import obey_parent_only
+from training.dataset import obey_parent_only, start_loading
 from training.image_sources import (
     DECODE_ERRORS,
     FolderStore,
@@ -185,7 +185,7 @@ class DatasetSource:
             worker_init_fn=obey_parent_only,
             collate_fn=_stack, generator=torch.Generator())     # Its own, or it would draw from the global one.
         done = 0
-        for batch in loader:
+        for batch in start_loading(loader):
             if isinstance(batch, UserError):
                 raise batch
             numbers = indices[done : done + len(batch[0])]

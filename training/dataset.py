@@ -26,6 +26,7 @@ from training.randomness import permutation
 
 CHECKED_AT_START = 256      # Files whose size and mode are looked at before training; the rest when they are read.
 MIN_RESOLUTION = 4
+STOPPING = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 #----------------------------------------------------------------------------
 
@@ -252,7 +253,7 @@ def load_batches(dataset: ImageDataset, batches: Sequence[np.ndarray],
     loader = torch.utils.data.DataLoader(
         _MicroBatches(dataset), sampler=batches, batch_size=None, num_workers=workers, generator=torch.Generator(),
         worker_init_fn=obey_parent_only)
-    for batch in loader:
+    for batch in start_loading(loader):
         if isinstance(batch, UserError):
             raise batch
         yield batch[0], batch[1]
@@ -279,16 +280,30 @@ def obey_parent_only(_worker: int) -> None:
     """
     if not hasattr(signal, "sigwaitinfo"):      # macOS
         return
-    stopping, parent = {signal.SIGTERM, signal.SIGUSR1}, os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
     def listen() -> None:
         while True:
-            info = signal.sigwaitinfo(stopping)
+            info = signal.sigwaitinfo(STOPPING)
             if info.si_pid == parent and info.si_signo == signal.SIGTERM:
                 os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
+
+
+def start_loading(loader: torch.utils.data.DataLoader) -> Iterator:
+    """iter(loader), where a signal to the whole job cannot hit a loader process before it obeys its parent only.
+
+    A process starts with the signals blocked that its parent blocks; what arrives meanwhile waits, in both.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TrainingStream:
@@ -330,7 +345,7 @@ class TrainingStream:
         if self._loader is None:
             raise StopIteration
         if self._batches is None:
-            self._batches = iter(self._loader)
+            self._batches = start_loading(self._loader)
         batch = next(self._batches)
         if isinstance(batch, UserError):
             raise batch

@@ -14,6 +14,7 @@ import train
 from tests.training.test_loop import SMALL, assert_equal_states, only_run
 from torch_utils import checkpoint, distributed
 from training import stopping, training_loop
+from training.dataset import start_loading
 from training.run_folder import STATE_FILE
 from training.snapshots import STATE_FORMAT
 from training.stopping import STOP_FILE, StopRequests
@@ -173,6 +174,28 @@ def test_a_signal_to_every_process_of_the_job_leaves_the_loaders_alive(data16, t
                           timeout=300)
     assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-4000:]
     assert counters(only_run(tmp_path))["cur_nimg"] == 8
+
+
+class _Mask(torch.utils.data.Dataset):
+    """Serves whether SIGTERM was blocked when the loader process came into being."""
+    blocked = False
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _index):
+        return self.blocked
+
+
+def _read_mask(_worker):
+    _Mask.blocked = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_are_born_with_signals_blocked(workers):
+    loader = torch.utils.data.DataLoader(_Mask(), num_workers=workers, worker_init_fn=_read_mask)
+    assert [bool(blocked) for blocked in start_loading(loader)] == [workers > 0]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_stop_file_ends_the_stage_and_the_same_command_goes_on(data16, tmp_path, monkeypatch):
