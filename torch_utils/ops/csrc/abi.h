@@ -27,7 +27,9 @@ enum StylesanMode { kActivate, kActivateAndKeep, kReadCodes };
 struct StylesanLayer {
     StylesanFilter up, down;
     double slope, clamp;    // clamp: infinity for none.
-    int32_t* codes;         // Written by kActivateAndKeep, read by kReadCodes.
+    // Written by kActivateAndKeep, read by kReadCodes: int32 [n, c, rows, words of sixteen columns] of the upsampled planes.
+    // Processors have a layout of their own and look at the pointer only.
+    StylesanImages codes;
     int32_t mode;
 };
 

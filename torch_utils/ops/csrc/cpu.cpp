@@ -247,7 +247,8 @@ void filtered_lrelu(const StylesanImages& x, const void* bias, const StylesanIma
         const int64_t low = down.low(), high = down.high();
         Buffer<V> row(high - low), result(y.w);
         Rows<T> rows(height, down.separable ? 0 : low, down.separable ? down.x.out : high, down.y.reach());
-        int32_t* codes = layer.codes ? layer.codes + block * height * words * lanes : nullptr;
+        int32_t* all = static_cast<int32_t*>(layer.codes.data);
+        int32_t* codes = all ? all + block * height * words * lanes : nullptr;
         // Bands share rows. The first that needs a row writes its codes, the others into a place that nobody reads.
         Buffer<int32_t> unread(words * lanes);
         const int64_t mine = end == y.h ? height : down.y.first(end);

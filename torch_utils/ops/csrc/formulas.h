@@ -14,12 +14,39 @@
 
 namespace stylesan {
 
+template <class T> STYLESAN_FN constexpr T min_of(T a, T b) { return b < a ? b : a; }
+template <class T> STYLESAN_FN constexpr T max_of(T a, T b) { return a < b ? b : a; }
+
+// The lower half of (high, low) >> shift, 0 <= shift < 32.
+STYLESAN_FN uint32_t funnel_shift(uint32_t low, uint32_t high, int shift) {
+#ifdef __CUDA_ARCH__
+    return __funnelshift_r(low, high, shift);
+#else
+    return uint32_t((uint64_t(high) << 32 | low) >> shift);
+#endif
+}
+
 //----------------------------------------------------------------------------
 // Leaky ReLU with a bound.
 
 template <class V> STYLESAN_FN V leaky(V x, V slope) { return x > V{} ? x : x * slope; }
 
 template <class V> STYLESAN_FN V bounded(V x, V limit) { return x > limit ? limit : (x < -limit ? -limit : x); }
+
+// The same where slope <= 1, in two instructions of a GPU.
+template <class T> STYLESAN_FN T gentle_leaky(T x, T slope) { return std::fmax(x, x * slope); }
+
+// `bounded` in two instructions of a GPU. What is not a number stays so.
+template <class T> STYLESAN_FN T tightly_bounded(T x, T limit) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (sizeof(T) == 4) {
+        asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(limit));
+        asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-limit));
+        return x;
+    }
+#endif
+    return bounded(x, limit);
+}
 
 // Two bits per value: 1 where the slope applies, 2 where the bound does. V is leaky(x).
 constexpr int kBitsPerCode = 2, kCodesPerWord = 16;

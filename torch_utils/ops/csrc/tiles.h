@@ -1,18 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operations as programs of a block of threads with a piece of shared memory. `cuda.cu` runs them on a GPU.
 // `emulate.cpp` runs the same programs with one thread per block on a processor: so the tests check what a GPU computes.
-// Needed from the includer, before this file: template <class Program> int launch(int64_t blocks, int threads,
-// size_t shared_bytes, void* stream, const Program& program), 0 for success.
 #pragma once
 #include <algorithm>
 #include <initializer_list>
 
-#include "storage.h"
+#include "block.h"
 
 namespace stylesan {
 
-// Why a call failed, beside the codes of CUDA, which are positive.
-constexpr int kNoSuchType = -1, kTooManyTaps = -2, kTileTooLarge = -3;
 constexpr int kThreads = 256, kMaxTaps = 432, kSharedBytes = 48 << 10;     // Taps are arguments of a kernel: 4 KB.
 
 #ifdef __CUDA_ARCH__
@@ -21,16 +17,32 @@ constexpr int kThreads = 256, kMaxTaps = 432, kSharedBytes = 48 << 10;     // Ta
 #define STYLESAN_SYNC()
 #endif
 
-struct Block {
-    int64_t index;
-    int thread, threads;
-    char* memory;
+// Divisions take a GPU longer than all else here, so that rates which are powers of two are shifted by.
+struct TileAxis : AxisOf<int32_t> {
+    int up_shift;       // -1: the rate is no power of two.
+
+    STYLESAN_FN int first(int o) const {
+        return up_shift < 0 ? AxisOf<int32_t>::first(o) : (o * down - pad + up - 1) >> up_shift;
+    }
 };
 
-using Axis32 = AxisOf<int32_t>;
+inline TileAxis narrow(const Axis& a) {
+    TileAxis axis = {};
+    axis.in = int32_t(a.in), axis.out = int32_t(a.out), axis.up = int32_t(a.up), axis.down = int32_t(a.down);
+    axis.pad = int32_t(a.pad), axis.taps = int32_t(a.taps);
+    axis.up_shift = -1;
+    for (int shift = 0; shift < 8; shift++)
+        if (axis.up == 1 << shift) axis.up_shift = shift;
+    return axis;
+}
 
-STYLESAN_FN Axis32 narrow(const Axis& a) {
-    return {int32_t(a.in), int32_t(a.out), int32_t(a.up), int32_t(a.down), int32_t(a.pad), int32_t(a.taps)};
+// f(row, column) for all of a rectangle, shared between the threads of a block: neighbours take neighbouring columns.
+template <class F> STYLESAN_FN void for_each(const Block& block, int rows, int columns, F f) {
+    int shift = 0;
+    while (1 << shift < columns && 2 << shift <= block.threads) shift++;
+    const int across = 1 << shift;
+    for (int row = block.thread >> shift; row < rows; row += block.threads >> shift)
+        for (int column = block.thread & (across - 1); column < columns; column += across) f(row, column);
 }
 
 // A stretch of samples along an axis.
@@ -40,14 +52,14 @@ struct Span {
 };
 
 // What outputs see, and how much `count` of them see at most.
-STYLESAN_FN Span seen(const Axis32& a, Span o) {
+STYLESAN_FN Span seen(const TileAxis& a, Span o) {
     const int begin = a.first(o.begin);
     return {begin, a.first(o.end() - 1) + a.reach() - begin};
 }
-inline int seen_at_most(const Axis32& a, int count) { return ((count - 1) * a.down + a.up - 1) / a.up + a.reach(); }
+inline int seen_at_most(const TileAxis& a, int count) { return ((count - 1) * a.down + a.up - 1) / a.up + a.reach(); }
 
 struct TileFilter {
-    Axis32 x, y;
+    TileAxis x, y;
     int taps_x, taps_y;     // Where they begin in the array of taps. taps_y -1: not separable, taps_x [y.taps, x.taps].
     STYLESAN_FN bool separable() const { return taps_y >= 0; }
 };
@@ -55,19 +67,15 @@ struct TileFilter {
 //----------------------------------------------------------------------------
 // Tiles in shared memory are [height, width, planes].
 
-// One axis of a filter: `in` covers the rows or columns `in_span`, `out` those of `out_span`; `across` is the number of
-// values between neighbours along the axis, `lines` the number of stretches beside each other in front of that.
+// One output of a filter along one axis, `step` values between neighbours. `in` begins with what the first output of the
+// tile sees, number `begin`.
 template <class T>
-STYLESAN_FN void filter_tile(const Block& block, const Axis32& a, const T* taps, const T* in, Span in_span, T* out,
-                             Span out_span, int lines, int across) {
-    for (int i = block.thread; i < lines * out_span.count * across; i += block.threads) {
-        const int c = i % across, o = i / across % out_span.count, line = i / across / out_span.count;
-        const int first = a.first(out_span.begin + o), phase = first * a.up + a.pad - (out_span.begin + o) * a.down;
-        const T* from = in + (line * in_span.count + first - in_span.begin) * across + c;
-        T sum = T(0);
-        for (int tap = phase; tap < a.taps; tap += a.up, from += across) sum += taps[tap] * *from;
-        out[i] = sum;
-    }
+STYLESAN_FN T filter_line(const TileAxis& a, const T* taps, const T* in, int begin, int o, int step) {
+    const int first = a.first(o), phase = first * a.up + a.pad - o * a.down;
+    const T* from = in + (first - begin) * step;
+    T sum = T(0);
+    for (int tap = phase; tap < a.taps; tap += a.up, from += step) sum += taps[tap] * *from;
+    return sum;
 }
 
 // One output of a filter that is not separable.
@@ -82,57 +90,71 @@ STYLESAN_FN T filter_point(const TileFilter& f, const T* taps, const T* in, Span
     return sum;
 }
 
-// Both axes, x first. `temp` holds [in_y.count, x.count, planes].
-template <class T>
-STYLESAN_FN void filter_both(const Block& block, const TileFilter& f, const T* taps, const T* in, Span in_x, Span in_y,
-                             T* temp, T* out, Span x, Span y, int planes) {
-    if (f.separable()) {
-        filter_tile(block, f.x, taps + f.taps_x, in, in_x, temp, x, in_y.count, planes);
-        STYLESAN_SYNC();
-        filter_tile(block, f.y, taps + f.taps_y, temp, in_y, out, y, 1, x.count * planes);
-    } else {
-        for (int i = block.thread; i < x.count * y.count * planes; i += block.threads) {
-            const int k = i % planes, ox = i / planes % x.count, oy = i / planes / x.count;
-            out[i] = filter_point(f, taps + f.taps_x, in, in_x, in_y, x.begin + ox, y.begin + oy, k, planes);
-        }
-    }
-}
-
 // Images, and the planes that a block works on: neighbours in memory if channels come last, else one.
 struct Planes {
     StylesanImages images;
     int per_block;
 
     STYLESAN_FN int64_t offset(int64_t plane) const {
-        return plane / images.c * images.stride_n + plane % images.c * images.stride_c;
+        const uint32_t channels = uint32_t(images.c), image = uint32_t(plane) / channels;
+        return image * images.stride_n + (uint32_t(plane) - image * channels) * images.stride_c;
     }
     STYLESAN_FN int64_t count() const { return images.n * images.c; }
+    // Values of a tile lie as [row, column of the image, plane]; a column of the image is so many bits of their number.
+    STYLESAN_FN int shift() const { return per_block == 8 ? 3 : per_block == 4 ? 2 : per_block == 2 ? 1 : 0; }
 };
 
 template <class S>
 STYLESAN_FN void load_tile(const Block& block, const Planes& p, const S* bias, int64_t plane0, Span x, Span y,
                            Compute<S>* tile) {
     const S* data = static_cast<const S*>(p.images.data);
-    for (int i = block.thread; i < x.count * y.count * p.per_block; i += block.threads) {
-        const int k = i % p.per_block, ix = i / p.per_block % x.count + x.begin, iy = i / p.per_block / x.count + y.begin;
+    const int s = p.shift();
+    for_each(block, y.count, x.count << s, [&](int row, int column) {
+        const int k = column & (p.per_block - 1), ix = (column >> s) + x.begin, iy = row + y.begin;
         const int64_t plane = plane0 + k;
         Compute<S> value(0);
         if (ix >= 0 && ix < p.images.w && iy >= 0 && iy < p.images.h && plane < p.count()) {
             value = to_compute(data[p.offset(plane) + iy * p.images.stride_h + ix * p.images.stride_w]);
-            if (bias) value += to_compute(bias[plane % p.images.c]);
+            if (bias) value += to_compute(bias[uint32_t(plane) % uint32_t(p.images.c)]);
         }
-        tile[i] = value;
-    }
+        tile[((row * x.count) << s) + column] = value;
+    });
 }
 
 template <class S>
 STYLESAN_FN void store_tile(const Block& block, const Planes& p, int64_t plane0, Span x, Span y,
                             const Compute<S>* tile) {
     S* data = static_cast<S*>(p.images.data);
-    for (int i = block.thread; i < x.count * y.count * p.per_block; i += block.threads) {
-        const int k = i % p.per_block, ix = i / p.per_block % x.count + x.begin, iy = i / p.per_block / x.count + y.begin;
+    const int s = p.shift();
+    for_each(block, y.count, x.count << s, [&](int row, int column) {
+        const int k = column & (p.per_block - 1), ix = (column >> s) + x.begin, iy = row + y.begin;
         if (plane0 + k < p.count())
-            data[p.offset(plane0 + k) + iy * p.images.stride_h + ix * p.images.stride_w] = to_storage<S>(tile[i]);
+            data[p.offset(plane0 + k) + iy * p.images.stride_h + ix * p.images.stride_w] =
+                to_storage<S>(tile[((row * x.count) << s) + column]);
+    });
+}
+
+// Both axes, x first. `temp` holds [in_y.count, x.count, planes].
+template <class T>
+STYLESAN_FN void filter_both(const Block& block, const TileFilter& f, const T* taps, const T* in, Span in_x, Span in_y,
+                             T* temp, T* out, Span x, Span y, int planes, int s) {
+    if (f.separable()) {
+        for_each(block, in_y.count, x.count << s, [&](int row, int column) {
+            temp[((row * x.count) << s) + column] =
+                filter_line(f.x, taps + f.taps_x, in + ((row * in_x.count) << s) + (column & (planes - 1)), in_x.begin,
+                            x.begin + (column >> s), planes);
+        });
+        STYLESAN_SYNC();
+        for_each(block, y.count, x.count << s, [&](int row, int column) {
+            out[((row * x.count) << s) + column] =
+                filter_line(f.y, taps + f.taps_y, temp + column, in_y.begin, y.begin + row, x.count << s);
+        });
+    } else {
+        for_each(block, y.count, x.count << s, [&](int row, int column) {
+            out[((row * x.count) << s) + column] =
+                filter_point(f, taps + f.taps_x, in, in_x, in_y, x.begin + (column >> s), y.begin + row,
+                             column & (planes - 1), planes);
+        });
     }
 }
 
@@ -181,6 +203,7 @@ template <class T> bool add_filter(const StylesanFilter& f, TileFilter* filter, 
 
 template <class S> struct ResampleProgram {
     using T = Compute<S>;
+    static constexpr int kBlockThreads = kThreads;
     Planes x, y;
     TileFilter filter;
     Grid grid;
@@ -201,7 +224,8 @@ template <class S> struct ResampleProgram {
         const Span ox = grid.span_x(block), oy = grid.span_y(block), ix = seen(filter.x, ox), iy = seen(filter.y, oy);
         load_tile<S>(block, x, nullptr, plane0, ix, iy, memory);
         STYLESAN_SYNC();
-        filter_both(block, filter, taps.values, memory, ix, iy, memory + at_temp, memory + at_out, ox, oy, x.per_block);
+        filter_both(block, filter, taps.values, memory, ix, iy, memory + at_temp, memory + at_out, ox, oy, x.per_block,
+                    x.shift());
         STYLESAN_SYNC();
         store_tile<S>(block, y, plane0, ox, oy, memory + at_out);
     }
@@ -216,7 +240,7 @@ template <class P> int launch_tiles(P& program, int unit, void* stream) {
                 const int64_t bytes = program.plan(tile_x, tile_y);
                 if (bytes > kSharedBytes) continue;
                 const int64_t groups = (program.x.count() + program.x.per_block - 1) / program.x.per_block;
-                return launch(groups * program.grid.tiles_x * program.grid.tiles_y, kThreads, bytes, stream, program);
+                return launch(groups * program.grid.tiles_x * program.grid.tiles_y, bytes, stream, program);
             }
         }
     }
@@ -234,10 +258,11 @@ int resample_tiles(const StylesanImages& x, const StylesanImages& y, const Style
 }
 
 //----------------------------------------------------------------------------
-// Filtered leaky ReLU. Codes: [plane][row of the upsampled plane][word], sixteen columns per word.
+// Filtered leaky ReLU of any rates.
 
 template <class S> struct LayerProgram {
     using T = Compute<S>;
+    static constexpr int kBlockThreads = kThreads;
     Planes x, y;
     const S* bias;
     TileFilter up, down;
@@ -245,7 +270,7 @@ template <class S> struct LayerProgram {
     int at_first, at_second;    // Shared memory: inputs (then upsampled values, if filters are separable), halfway.
     int at_upsampled, at_downsampled;
     T slope, clamp;
-    int32_t* codes;
+    StylesanImages codes;
     int mode;
     Taps<T> taps;
 
@@ -273,7 +298,8 @@ template <class S> struct LayerProgram {
         const Span ix = seen(up.x, ux), iy = seen(up.y, uy);
         load_tile<S>(block, x, bias, plane0, ix, iy, memory + at_first);
         STYLESAN_SYNC();
-        filter_both(block, up, taps.values, memory + at_first, ix, iy, memory + at_second, upsampled, ux, uy, k);
+        filter_both(block, up, taps.values, memory + at_first, ix, iy, memory + at_second, upsampled, ux, uy, k,
+                    x.shift());
         STYLESAN_SYNC();
         if (mode == kActivateAndKeep) {
             write_codes(block, plane0, ox, oy, ux, uy, upsampled);
@@ -281,55 +307,56 @@ template <class S> struct LayerProgram {
         }
         activate_tile(block, plane0, ux, uy, upsampled);
         STYLESAN_SYNC();
-        filter_both(block, down, taps.values, upsampled, ux, uy, memory + at_second, out, ox, oy, k);
+        filter_both(block, down, taps.values, upsampled, ux, uy, memory + at_second, out, ox, oy, k, x.shift());
         STYLESAN_SYNC();
         store_tile<S>(block, y, plane0, ox, oy, out);
     }
 
     STYLESAN_FN int32_t* word_at(int64_t plane, int row, int word) const {
-        const int words = (up.x.out + kCodesPerWord - 1) / kCodesPerWord;
-        return codes + (plane * up.y.out + row) * words + word;
+        const uint32_t channels = uint32_t(x.images.c), image = uint32_t(plane) / channels;
+        return static_cast<int32_t*>(codes.data) + image * codes.stride_n +
+            (uint32_t(plane) - image * channels) * codes.stride_c + row * codes.stride_h + word * codes.stride_w;
     }
 
     // Values outside the upsampled planes are zeros; the downsampling filter must see nothing else there.
     STYLESAN_FN void activate_tile(const Block& block, int64_t plane0, Span ux, Span uy, T* values) const {
-        const int k = x.per_block;
-        for (int i = block.thread; i < ux.count * uy.count * k; i += block.threads) {
-            const int64_t plane = plane0 + i % k;
-            const int tx = i / k % ux.count + ux.begin, ty = i / k / ux.count + uy.begin;
+        const int s = x.shift();
+        for_each(block, uy.count, ux.count << s, [&](int row, int column) {
+            const int64_t plane = plane0 + (column & (x.per_block - 1));
+            const int tx = (column >> s) + ux.begin, ty = row + uy.begin;
             const bool inside = tx >= 0 && tx < up.x.out && ty >= 0 && ty < up.y.out && plane < x.count();
-            T value = T(0);
-            if (inside && mode == kReadCodes) {
+            T& value = values[((row * ux.count) << s) + column];
+            if (!inside) {
+                value = T(0);
+            } else if (mode == kReadCodes) {
                 const int code = *word_at(plane, ty, tx / kCodesPerWord) >> (kBitsPerCode * (tx % kCodesPerWord));
-                value = apply_code<int, T>(code, values[i], slope);
-            } else if (inside) {
-                value = bounded(leaky(values[i], slope), clamp);
+                value = apply_code<int, T>(code, value, slope);
+            } else {
+                value = bounded(leaky(value, slope), clamp);
             }
-            values[i] = value;
-        }
+        });
     }
 
     // A tile owns the values from the first that it sees up to the first that the next tile sees: whole words, because
     // tiles begin at multiples of sixteen. What no output sees gets the code 0, which nobody reads.
     STYLESAN_FN void write_codes(const Block& block, int64_t plane0, Span ox, Span oy, Span ux, Span uy,
                                  const T* values) const {
-        const int k = x.per_block;
+        const int s = x.shift();
         const int end_x = ox.end() == grid.width ? up.x.out : down.x.first(ox.end());
         const int end_y = oy.end() == grid.height ? up.y.out : down.y.first(oy.end());
         const int word0 = ux.begin / kCodesPerWord, words = (end_x + kCodesPerWord - 1) / kCodesPerWord - word0;
-        for (int i = block.thread; i < words * (end_y - uy.begin) * k; i += block.threads) {
-            const int64_t plane = plane0 + i % k;
-            const int word = word0 + i / k % words, row = uy.begin + i / k / words;
-            if (plane >= x.count()) continue;
+        for_each(block, end_y - uy.begin, words << s, [&](int line, int column) {
+            const int k = column & (x.per_block - 1), word = word0 + (column >> s), row = uy.begin + line;
+            if (plane0 + k >= x.count()) return;
             uint32_t bits = 0;      // Unsigned: the highest code reaches the sign.
             for (int q = 0; q < kCodesPerWord; q++) {
                 const int tx = word * kCodesPerWord + q;
                 if (tx >= ux.end() || row >= uy.end()) continue;
-                const T value = values[((row - uy.begin) * ux.count + tx - ux.begin) * k + i % k];
+                const T value = values[(((row - uy.begin) * ux.count + tx - ux.begin) << s) + k];
                 bits |= uint32_t(code_of<int, T>(value, leaky(value, slope), clamp)) << (kBitsPerCode * q);
             }
-            *word_at(plane, row, word) = int32_t(bits);
-        }
+            *word_at(plane0 + k, row, word) = int32_t(bits);
+        });
     }
 };
 
@@ -362,38 +389,68 @@ template <class S, int kPack> struct alignas(sizeof(S) * kPack) Pack {
     S values[kPack];
 };
 
-template <class S, int kPack, int order> struct BiasActProgram {
+// How the values of a pack find their biases. To divide once per value would take longer than to fetch it.
+enum BiasOfPack { kNoBias, kOneChannel, kNeighbours, kAnyChannels };
+
+// kAct -1: `act` says which activation.
+template <class S, int kPack, int order, int kAct> struct BiasActProgram {
     using T = Compute<S>;
+    using P = Pack<S, kPack>;
+    static constexpr int kBlockThreads = kThreads;
     StylesanBiasAct a;
     ActivationSettings<T> settings;
+    int bias_of_pack;
 
     STYLESAN_FN void operator()(const Block& block) const {
         const int64_t count = a.outer * a.channels * a.inner;
-        const uint32_t inner = uint32_t(a.inner), channels = uint32_t(a.channels);
-        const S *x = static_cast<const S*>(a.x), *b = static_cast<const S*>(a.b), *g = static_cast<const S*>(a.g);
         for (int t = block.thread; t < kThreads; t += block.threads) {
             const int64_t start = (block.index * kThreads + t) * kPack;
-            if (start >= count) return;
-            Pack<S, kPack> in = *reinterpret_cast<const Pack<S, kPack>*>(x + start), slopes = in, result;
-            if (order) slopes = *reinterpret_cast<const Pack<S, kPack>*>(g + start);
-            for (int q = 0; q < kPack; q++) {
-                const T bias = b ? to_compute(b[uint32_t(start + q) / inner % channels]) : T(0);
-                result.values[q] = to_storage<S>(bias_act_at<-1, order, T>(
-                    a.act, to_compute(in.values[q]) + bias, order ? to_compute(slopes.values[q]) : T(0), settings));
-            }
-            *reinterpret_cast<Pack<S, kPack>*>(static_cast<S*>(a.out) + start) = result;
+            if (start < count) at(uint32_t(start));
         }
+    }
+
+    STYLESAN_FN void at(uint32_t start) const {
+        const uint32_t inner = uint32_t(a.inner), channels = uint32_t(a.channels);
+        const S *x = static_cast<const S*>(a.x), *b = static_cast<const S*>(a.b), *g = static_cast<const S*>(a.g);
+        const P in = *reinterpret_cast<const P*>(x + start);
+        P slopes = in, biases = in, result;
+        if (order) slopes = *reinterpret_cast<const P*>(g + start);
+        switch (bias_of_pack) {
+            case kOneChannel: {
+                const S shared = b[start / inner % channels];
+                for (int q = 0; q < kPack; q++) biases.values[q] = shared;
+                break;
+            }
+            case kNeighbours: biases = *reinterpret_cast<const P*>(b + start % channels); break;
+            case kAnyChannels:
+                for (int q = 0; q < kPack; q++) biases.values[q] = b[(start + q) / inner % channels];
+                break;
+            default: break;
+        }
+        for (int q = 0; q < kPack; q++) {
+            const T value = to_compute(in.values[q]) + (bias_of_pack == kNoBias ? T(0) : to_compute(biases.values[q]));
+            result.values[q] = to_storage<S>(bias_act_at<kAct, order, T>(
+                a.act, value, order ? to_compute(slopes.values[q]) : T(0), settings));
+        }
+        *reinterpret_cast<P*>(static_cast<S*>(a.out) + start) = result;
     }
 };
 
 template <class S, int kPack> int bias_act_packs(const StylesanBiasAct& a, void* stream) {
     using T = Compute<S>;
-    const ActivationSettings<T> settings = {T(a.alpha), T(a.gain), T(a.clamp)};
-    const int64_t count = a.outer * a.channels * a.inner, per_block = kThreads * kPack;
+    // The linear activation is a leaky ReLU with the slope 1.
+    const bool straight = a.order < 2 && (a.act == kLinear || a.act == kLrelu);
+    const ActivationSettings<T> settings = {straight && a.act == kLinear ? T(1) : T(a.alpha), T(a.gain), T(a.clamp)};
+    const int64_t count = a.outer * a.channels * a.inner, per_block = int64_t(kThreads) * kPack;
     const int64_t blocks = (count + per_block - 1) / per_block;
-    if (a.order == 0) return launch(blocks, kThreads, 0, stream, BiasActProgram<S, kPack, 0>{a, settings});
-    if (a.order == 1) return launch(blocks, kThreads, 0, stream, BiasActProgram<S, kPack, 1>{a, settings});
-    return launch(blocks, kThreads, 0, stream, BiasActProgram<S, kPack, 2>{a, settings});
+    const bool aligned = reinterpret_cast<uintptr_t>(a.b) % sizeof(Pack<S, kPack>) == 0;
+    const int bias = !a.b ? kNoBias : a.inner % kPack == 0 ? kOneChannel
+        : a.inner == 1 && a.channels % kPack == 0 && aligned ? kNeighbours : kAnyChannels;
+    if (straight && a.order == 0) return launch(blocks, 0, stream, BiasActProgram<S, kPack, 0, kLrelu>{a, settings, bias});
+    if (straight) return launch(blocks, 0, stream, BiasActProgram<S, kPack, 1, kLrelu>{a, settings, bias});
+    if (a.order == 0) return launch(blocks, 0, stream, BiasActProgram<S, kPack, 0, -1>{a, settings, bias});
+    if (a.order == 1) return launch(blocks, 0, stream, BiasActProgram<S, kPack, 1, -1>{a, settings, bias});
+    return launch(blocks, 0, stream, BiasActProgram<S, kPack, 2, -1>{a, settings, bias});
 }
 
 template <class S> int bias_act_tiles(const StylesanBiasAct& a, void* stream) {
