@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Native code against the definitions: the library for processors, and the GPU's programs run on a processor."""
 import ctypes
+import gc
 import math
+import struct
 import threading
 
 import numpy as np
@@ -143,39 +145,163 @@ def test_not_a_number_stays_one(code):
 #----------------------------------------------------------------------------
 # As operations of PyTorch.
 
-def layer_arguments(keep: bool):
+def layer_plan():
     up = native.Kernel((1.0, 2.0, 0.5), (1.0, 3.0), native.Axis(2, 1, 2, 3, 11), native.Axis(2, 1, 1, 2, 12))
     down = native.Kernel((1.0, 2.0), (0.3, 0.2), native.Axis(1, 2, 0, 2, 5), native.Axis(1, 2, 0, 2, 6))
-    return (*up.arguments(), *down.arguments(), 0.2, 1.5, keep), up, down
+    return native.LayerPlan(up, down, (5, 5), 0.2, 1.5)
 
 
-LAYOUTS = [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mT.contiguous().mT,
-           lambda x: x.repeat_interleave(2, 3)[..., ::2]]
+LAYOUTS = pytest.mark.parametrize("layout", [
+    lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mT.contiguous().mT,
+    lambda x: x.repeat_interleave(2, 3)[..., ::2]], ids=["contiguous", "channels-last", "transposed", "strided"])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")     # opcheck's own.
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels-last", "transposed", "strided"])
+@LAYOUTS
 def test_opcheck(layout):
     def images(seed):
-        return layout(randn(2, 3, 5, 5, seed=seed, dtype=torch.float32)).requires_grad_()
-    arguments, up, down = layer_arguments(True)
-    b = randn(3, seed=1, dtype=torch.float32).requires_grad_()
-    codes = library.filtered_lrelu(images(0), b, *arguments)[1]
-    torch.library.opcheck(library.resample, (images(0), *up.arguments()))
-    torch.library.opcheck(library.filtered_lrelu, (images(0), b, *arguments))
-    torch.library.opcheck(library.filtered_lrelu_slopes, (images(0), codes, *arguments[:7]))
-    for act in (2, 8):
-        torch.library.opcheck(library.bias_act, (images(0), b, 1, act, 0.2, 1.5, 1.0))
-        torch.library.opcheck(library.bias_act_derivative, (images(0), b, images(1), 1, act, 0.2, 1.5, 1.0, 1))
+        return layout(randn(2, 3, 5, 5, seed=seed, dtype=torch.float32))
+    layer, act, b = layer_plan(), native.BiasActPlan(1, 8, 0.2, 1.5, 1.0), randn(3, seed=1, dtype=torch.float32)
+    up, codes = native.ResamplingPlan(layer.up, (5, 5)), native.new_codes(images(0), layer).zero_()
+    back = native.LayerPlan(layer.up, layer.down, (5, 5), 0.2, math.inf)
+    ops = torch.ops.stylesan
+    for op, arguments in ((ops.resample, (images(0), up.number)),
+                          (ops.filtered_lrelu, (images(0), b, layer.number)),
+                          (ops.filtered_lrelu_and_codes, (images(0), b, layer.number)),
+                          (ops.filtered_lrelu_slopes, (images(0), codes, back.number)),
+                          (ops.bias_act, (images(0), b, act.number)),
+                          (ops.bias_act_derivative, (images(0), b, images(1), act.number, 1))):
+        torch.library.opcheck(op.default, arguments)
 
 
-def test_codes_are_kept_for_gradients_only():
-    x, (arguments, _, _) = randn(1, 3, 5, 5).requires_grad_(), layer_arguments(False)
+def differentiable(plans):
+    """Functions of images and a bias whose gradients are native operations."""
+    layer, up, act = plans
+    return [lambda x, b: library.filtered_lrelu(x, b, layer), lambda x, b: library.resample(x + b[:, None, None], up),
+            lambda x, b: library.bias_act(x, b, act)]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["filtered_lrelu", "resample", "bias_act"])
+@LAYOUTS
+def test_the_compiler_sees_the_same(number, layout):
+    """Traced as a whole, forward and backward, results, gradients and their layouts are those of eager calls."""
+    layer = layer_plan()
+    plans = layer, native.ResamplingPlan(layer.up, (5, 5)), native.BiasActPlan(1, 8, 0.2, 1.5, 1.0)
+    function, found = differentiable(plans)[number], []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        x = layout(randn(2, 3, 5, 5, dtype=torch.float32)).requires_grad_()
+        b = randn(3, seed=1, dtype=torch.float32).requires_grad_()
+        y = call(x, b)
+        found.append([y, *torch.autograd.grad(y, [x, b], torch.ones_like(y))])
+    for a, want in zip(*found, strict=True):
+        assert torch.equal(a, want)
+        assert a.stride() == want.stride()
+
+
+def test_codes_are_kept_for_gradients_only(monkeypatch):
+    made, new_codes = [], native.new_codes
+    monkeypatch.setattr(native, "new_codes", lambda *args: made.append(args) or new_codes(*args))
+    x, plan = randn(1, 3, 5, 5).requires_grad_(), layer_plan()
     with torch.no_grad():
-        assert library.filtered_lrelu(x, None, *arguments)[1].numel() == 0
-    with pytest.raises(ValueError, match="keep=False has no gradient"):
-        library.filtered_lrelu(x, None, *arguments)
+        library.filtered_lrelu(x, None, plan)
+    library.filtered_lrelu(x.detach(), None, plan)
+    assert not made
+    library.filtered_lrelu(x, None, plan)
+    assert len(made) == 1
 
+#----------------------------------------------------------------------------
+# Plans.
+
+def calls_of_everything(x, b, f, impl="cpu"):
+    return [filtered_lrelu(x, f, f, b, up=2, down=2, padding=(9, 8, 7, 9), clamp=0.8, impl=impl),
+            upfirdn2d(x + b[:, None, None], f, up=2, down=(1, 3), padding=[4, 3, 2, 5], gain=4, impl=impl),
+            bias_act(x, b, act="swish", clamp=0.9, impl=impl)]
+
+
+def second_order(x, b, f, impl="cpu"):
+    """Values, gradients and gradients of these."""
+    found = []
+    for y in calls_of_everything(x, b, f, impl):
+        found += [y, *grads(y, [x, b], randn(*y.shape, seed=3))]
+    return found
+
+
+def test_plans_are_made_once(monkeypatch):
+    """And taps are read and sent once: the second iteration makes nothing, whatever layout the images have."""
+    made, packed = [], []
+    init, pack = native.Plan.__init__, native._pack_kernel
+    monkeypatch.setattr(native.Plan, "__init__", lambda plan: made.append(plan) or init(plan))
+    monkeypatch.setattr(native, "_pack_kernel", lambda *args: packed.append(args) or pack(*args))
+    x, b, f = randn(2, 19, 33, 31).requires_grad_(), randn(19, seed=1).requires_grad_(), randn(12, seed=7)
+    first = second_order(x, b, f)
+    assert len(made) > 0
+    assert len(packed) > 0
+    made.clear()
+    packed.clear()
+    for again in (second_order(x, b, f), second_order(x, b, f)):
+        assert all(torch.equal(a, want) for a, want in zip(again, first, strict=True))
+    second_order(x.detach().to(memory_format=torch.channels_last).requires_grad_(), b, f)
+    assert not made
+    assert not packed
+    f.mul_(2)       # Another filter in the same tensor.
+    second_order(x, b, f)
+    assert packed
+
+
+def test_plans_are_forgotten(monkeypatch):
+    """Those used last stay. A gradient keeps its own."""
+    x, f = randn(1, 2, 9, 9).requires_grad_(), randn(5, seed=3)
+    y = upfirdn2d(x, f, padding=4, impl="cpu")
+    want = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)[0]
+    gc.collect()
+    before = len(native._plans)
+    for gain in range(native.MAX_PLANS + 50):
+        upfirdn2d(x.detach(), f, padding=4, gain=gain + 0.5, impl="cpu")
+    gc.collect()
+    assert len(native._plans) <= before + native.MAX_PLANS
+    assert torch.equal(torch.autograd.grad(y, x, torch.ones_like(y))[0], want)
+    number = native.ResamplingPlan(layer_plan().up, (5, 5)).number
+    with pytest.raises(RuntimeError, match=f"plan {number} of a native operation does not exist any more"):
+        torch.ops.stylesan.resample(randn(1, 1, 5, 5), number)
+
+
+def test_a_plan_for_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"images of shape \[1, 3, 5, 6\] met a plan for 5x5"):
+        library.filtered_lrelu(randn(1, 3, 5, 6), None, layer_plan())
+
+
+def test_threads_share_plans(code):
+    """Each with tensors of its own, as the threads of autograd do on GPUs: nothing of a call is shared."""
+    f, wanted, found = randn(12, seed=7), [], {}
+    inputs = [[randn(n, 19, 33, 31, seed=n), randn(19, seed=n + 9)] for n in (1, 2, 3, 4)]
+
+    def run(number):
+        x, b = (t.clone().requires_grad_() for t in inputs[number])
+        return [second_order(x, b, f) for _ in range(4)]
+
+    wanted = [run(number)[0] for number in range(4)]
+    threads = [threading.Thread(target=lambda n=n: found.update({n: run(n)})) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    for number, want in enumerate(wanted):
+        for results in found[number]:
+            assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
+
+
+def test_inference_mode_and_training_share_plans(code):
+    x, b, f = randn(2, 5, 9, 8), randn(5, seed=1), randn(12, seed=7)
+    with torch.inference_mode():
+        inferred = calls_of_everything(x, b, f)
+        again = calls_of_everything(x.clone(), b.clone(), f.clone())        # Tensors of that mode, the filter too.
+    trained = calls_of_everything(x.requires_grad_(), b.requires_grad_(), f)
+    sum(y.sum() for y in trained).backward()
+    for a, c, want in zip(inferred, again, trained, strict=True):
+        assert torch.equal(a, want)
+        assert torch.equal(c, want)
+
+#----------------------------------------------------------------------------
 
 def test_names_are_those_of_the_source():
     assert list(library.ACTS) == list(activation_funcs)
@@ -234,8 +360,8 @@ def test_wrong_code_is_not_used(name, monkeypatch):
 def _result_of(name, args):
     """Address of the first value of the result, from the arguments of a call."""
     if name == "bias_act":
-        return args[1]._obj.out
-    return args[{"resample": 2, "filtered_lrelu": 3}[name]]._obj.data
+        return struct.unpack_from("4P", args[1])[3]
+    return struct.unpack_from("P", args[{"resample": 2, "filtered_lrelu": 3}[name]])[0]
 
 
 def test_failing_code_is_not_used(monkeypatch):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of the resampling operations: parsed, checked, and the sizes that follow from them."""
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,10 @@ def parse_padding(value: int | Sequence[int]) -> tuple[int, int, int, int]:
 
 def _integers(value: Any) -> list[int] | None:
     """The integers in a number or a sequence; None if there is anything else."""
+    if type(value) is int:          # Nearly always. Every call of an operation comes here several times.
+        return [value]
+    if type(value) in (list, tuple) and {*map(type, value)} == {int}:
+        return list(value)
     try:
         items = list(value) if hasattr(value, "__len__") else [value]
         numbers = [int(item) for item in items]
@@ -81,10 +86,20 @@ def check_images(
     """Check `x` and `f` and return the (width, height) of the result."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x {describe_tensor(x)}: expected floating-point images [N, C, H, W]")
-    taps = filter_size(f)
-    width = output_size(x.shape[3], taps[0], up[0], down[0], padding[0], padding[1])
-    height = output_size(x.shape[2], taps[1], up[1], down[1], padding[2], padding[3])
+    return _output_sizes(x.shape, filter_size(f), up, down, padding)
+
+
+@functools.lru_cache(maxsize=1024)
+def _output_sizes(
+    shape: torch.Size,
+    taps: tuple[int, int],
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+) -> tuple[int, int]:
+    width = output_size(shape[3], taps[0], up[0], down[0], padding[0], padding[1])
+    height = output_size(shape[2], taps[1], up[1], down[1], padding[2], padding[3])
     if min(width, height) < 1:
-        raise ValueError(f"padding={list(padding)}: images of {x.shape[2]}x{x.shape[3]} upsampled by {list(up)} (x, y) "
+        raise ValueError(f"padding={list(padding)}: images of {shape[2]}x{shape[3]} upsampled by {list(up)} (x, y) "
                          f"become smaller than the filter of {taps[1]}x{taps[0]}")
     return width, height

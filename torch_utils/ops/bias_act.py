@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bias, activation, gain and clamp in one call."""
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import dispatch, library
+from torch_utils.ops import dispatch, library, native
 
 #----------------------------------------------------------------------------
 
@@ -113,5 +114,10 @@ def _bias_act_native(
     """One pass over the values."""
     library.check_size("bias_act", x.numel())
     b = None if b is None else b.to(x.dtype)
-    return library.bias_act(x, b, dim % max(x.ndim, 1), library.ACTS.index(act), alpha, gain,
-                            math.inf if clamp is None else float(clamp))
+    return library.bias_act(x, b, native_plan(dim % max(x.ndim, 1), act, alpha, gain, clamp))
+
+
+@functools.lru_cache(maxsize=256)
+def native_plan(dim: int, act: str, alpha: float, gain: float, clamp: float | None) -> native.BiasActPlan:
+    """What native code is told of an activation."""
+    return native.BiasActPlan(dim, library.ACTS.index(act), alpha, gain, math.inf if clamp is None else float(clamp))

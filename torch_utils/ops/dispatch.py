@@ -41,17 +41,17 @@ def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
     Raises:
         ValueError: `impl` is no known name, has no such form of this operation, or belongs to another device.
     """
-    forms = _implementations[op]
+    forms, kind = _implementations[op], device.type
     if impl == "auto":
-        if device.type in NATIVE and device.type in forms and native.load(device.type).functions is not None:
-            return forms[device.type]
+        if kind in NATIVE and kind in forms and native.load(kind).functions is not None:
+            return forms[kind]
         return forms.get("matrix", forms["ref"])
     if impl not in FORMS:
         raise ValueError(f"impl={impl!r}: choose from auto, {', '.join(FORMS)}")
     if impl not in forms:
         raise ValueError(f"impl={impl!r}: {op} has only the forms {', '.join(forms)}")
     if impl in NATIVE:
-        if device.type != impl:
+        if kind != impl:
             raise ValueError(f"impl={impl!r}: {op} was called with a tensor on {device}")
         loaded = native.load(impl)
         if loaded.functions is None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leaky ReLU at a higher sampling rate: bias, upsample, activate, downsample in one call."""
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import dispatch, library
+from torch_utils.ops import dispatch, library, native
 from torch_utils.ops.arguments import check_images, filter_size, output_size, parse_padding
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.bias_act import native_plan as bias_act_plan
 from torch_utils.ops.reference import upfirdn2d_ref
-from torch_utils.ops.resampler import IDENTITY, Resampler, plan, plan_kernel, read_taps
+from torch_utils.ops.resampler import IDENTITY, Resampler, Taps, make_kernel, plan, read_taps
 
 #----------------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ def filtered_lrelu(
     if min(output_size(width, taps[0], 1, down, 0, 0), output_size(height, taps[1], 1, down, 0, 0)) < 1:
         raise ValueError(f"padding={list(pad)}: the upsampled images of {height}x{width} are smaller than the "
                          f"downsampling filter of {taps[1]}x{taps[0]}")
-    if b is not None and list(b.shape) != [x.shape[1]]:
+    if b is not None and b.shape != x.shape[1:2]:
         raise ValueError(f"b of shape {list(b.shape)}: x of shape {list(x.shape)} takes [{x.shape[1]}]")
     function = dispatch.select("filtered_lrelu", impl, x.device)
     return function(x, fu, fd, b, int(up), int(down), pad, float(gain), float(slope), clamp, flip_filter)
@@ -143,17 +145,38 @@ def filtered_lrelu_native(
     flip_filter: bool,
 ) -> torch.Tensor:
     """Row by row: nothing of the upsampled size is stored but two bits per value, and these only for a gradient."""
-    if up == down == 1 and not any(padding) and read_taps(fu) == read_taps(fd) == IDENTITY:
-        return bias_act(x, b, act="lrelu", alpha=slope, gain=gain, clamp=clamp, impl=x.device.type)
-    n, c, h, w = x.shape
-    upsample = plan_kernel((h, w), x.dtype, fu, (up, up), (1, 1), padding, flip_filter, up**2 * gain)
-    size = upsample.y.out, upsample.x.out
-    downsample = plan_kernel(size, x.dtype, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
-    library.check_size("filtered_lrelu", x.numel(), n * c * downsample.y.out * downsample.x.out)
-    b = None if b is None else b.to(x.dtype).contiguous()
-    keep = torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad))
-    return library.filtered_lrelu(x, b, *upsample.arguments(), *downsample.arguments(), slope,
-                                  math.inf if clamp is None else float(clamp), keep)[0]
+    plan = _native_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), up, down, padding, gain, slope, clamp,
+                        flip_filter)
+    if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
+        b = b.to(x.dtype).contiguous()
+    if isinstance(plan, native.BiasActPlan):
+        return library.bias_act(x, b, plan)
+    return library.filtered_lrelu(x, b, plan)
+
+
+@functools.lru_cache(maxsize=native.MAX_PLANS)
+def _native_plan(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    up_taps: Taps,
+    down_taps: Taps,
+    up: int,
+    down: int,
+    padding: tuple[int, int, int, int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool,
+) -> native.LayerPlan | native.BiasActPlan:
+    """What native code is told of such a call; made once. Without filters the layer is an activation."""
+    if up == down == 1 and not any(padding) and up_taps == down_taps == IDENTITY:
+        library.check_size("bias_act", math.prod(shape))
+        return bias_act_plan(1, "lrelu", slope, gain, clamp)
+    n, c, *size = shape
+    upsample = make_kernel(up_taps, dtype, tuple(size), (up, up), (1, 1), padding, flip_filter, up**2 * gain)
+    downsample = make_kernel(down_taps, dtype, upsample.out_size, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
+    library.check_size("filtered_lrelu", math.prod(shape), n * c * math.prod(downsample.out_size))
+    return native.LayerPlan(upsample, downsample, tuple(size), slope, math.inf if clamp is None else float(clamp))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,260 +4,275 @@
 A resampler's gradient is a resampler. The derivative of the filtered leaky ReLU is linear and built alike: filter,
 multiply by the recorded slope, filter; so is the gradient of that. Both operations are therefore closed under
 differentiation. Bias and activation have derivatives up to the second order; above, plain PyTorch takes over.
+
+What PyTorch knows as operations is the bare computation (`stylesan::...`): a tensor or two and the number of a plan, so
+that a call costs microseconds. Gradients are functions of autograd around them.
 """
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from torch_utils.ops import dispatch, native
-from torch_utils.ops.native import Kernel
+from torch_utils.ops.native import BiasActPlan, LayerPlan, ResamplingPlan
 
-DEVICES = ("cpu", "cuda")
 ACTS = ("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish")    # As in formulas.h.
 STRAIGHT = ACTS[:3]     # Made of straight lines: no second derivative.
+
+_library = torch.library.Library("stylesan", "DEF")
+
+
+def _operation(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function below becomes the operation `schema` on processors and GPUs.
+
+    Args:
+        schema: Name, arguments and results.
+        fake: Makes results of the same sizes and layouts where there is no data.
+    """
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        for kind in ("CPU", "CUDA"):
+            _library.impl(name, function, kind)
+        torch.library.register_fake(f"stylesan::{name}", fake, lib=_library)
+        return getattr(torch.ops.stylesan, name).default
+    return define
 
 #----------------------------------------------------------------------------
 # Layouts. Real results and their fakes are made by the same functions.
 
-def _new_images(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _new_images(x: torch.Tensor, plan: ResamplingPlan | LayerPlan) -> torch.Tensor:
     """For a result from x: channels last if x is, else contiguous."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty((x.shape[0], x.shape[1], height, width), dtype=x.dtype, device=x.device,
-                       memory_format=torch.channels_last if last else torch.contiguous_format)
+    shape = x.shape
+    if shape[2:] != plan.size:
+        raise ValueError(f"images of shape {list(shape)} met a plan for {plan.size[0]}x{plan.size[1]}")
+    size = (*shape[:2], *plan.out_size)
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.new_empty(size)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _memory_order(x: torch.Tensor) -> list[int] | None:
-    """Dimensions from the outermost to the innermost in memory; None if x has gaps or overlaps."""
-    order = sorted(range(x.ndim), key=lambda d: (x.stride(d), -d), reverse=True)
-    order = [d for d in order if x.shape[d] != 1]
+def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:
+    """Dimensions from the outermost to the innermost in memory; None if the tensor has gaps or overlaps."""
+    order = sorted(range(len(shape)), key=lambda d: (stride[d], -d), reverse=True)
+    order = [d for d in order if shape[d] != 1]
     expected = 1
     for d in reversed(order):
-        if x.stride(d) != expected:
+        if stride[d] != expected:
             return None
-        expected *= x.shape[d]
+        expected *= shape[d]
     return order
 
 
+@functools.lru_cache(maxsize=1024)
+def _sizes(shape: torch.Size, stride: tuple[int, ...], dim: int | None) -> tuple[int, int, int]:
+    """Elements outside of a dimension, along it and inside, in memory; all are inside of None."""
+    order = _memory_order(shape, stride)
+    if dim not in order:        # A dimension of size 1 is nowhere.
+        return 1, 1, math.prod(shape)
+    at, sizes = order.index(dim), [shape[d] for d in order]
+    return math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1:])
+
+
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x if _memory_order(x) is not None else x.contiguous()
+    if x.is_contiguous() or x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x if _memory_order(x.shape, x.stride()) is not None else x.contiguous()
 
 
 def _like(x: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
     """x in the memory layout of another tensor of its shape."""
     return x if x.stride() == layout.stride() else torch.empty_like(layout).copy_(x)
 
+
+def _needs_gradient(x: torch.Tensor, b: torch.Tensor | None = None, g: torch.Tensor | None = None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or b is not None and b.requires_grad
+                                        or g is not None and g.requires_grad)
+
 #----------------------------------------------------------------------------
 # Resampling.
 
-@torch.library.custom_op("stylesan::resample", mutates_args=(), device_types=DEVICES)
-def resample(x: torch.Tensor, taps_x: Sequence[float], taps_y: Sequence[float], axes: Sequence[int]) -> torch.Tensor:
-    """x [N, C, H, W] -> [N, C, H', W']; see `Kernel.arguments`."""
-    kernel = Kernel.from_arguments(taps_x, taps_y, axes)
-    y = _new_images(x, kernel.y.out, kernel.x.out)
+@_operation("resample(Tensor x, int plan) -> Tensor", lambda x, plan: _new_images(x, native.plan_of(plan)))
+def _resample(x: torch.Tensor, plan: int) -> torch.Tensor:
+    plan = native.plan_of(plan)
+    y = _new_images(x, plan)
     if y.numel():
-        native.resample(x, kernel, y)
+        native.resample(x, plan, y)
     return y
 
 
-@resample.register_fake
-def _(x: torch.Tensor, taps_x: Sequence[float], taps_y: Sequence[float], axes: Sequence[int]) -> torch.Tensor:
-    return _new_images(x, axes[9], axes[4])
+class _Resample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, plan: ResamplingPlan) -> torch.Tensor:
+        ctx.plan = plan
+        return _resample(x, plan.number)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return resample(grad, ctx.plan.transposed), None
 
 
-def _keep_resample(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    x, *arguments = inputs
-    ctx.transposed = Kernel.from_arguments(*arguments).transposed(x.shape[2], x.shape[3])
-
-
-def _resample_gradient(ctx: Any, grad: torch.Tensor) -> tuple:
-    return resample(grad, *ctx.transposed.arguments()), None, None, None
-
-
-resample.register_autograd(_resample_gradient, setup_context=_keep_resample)
+def resample(x: torch.Tensor, plan: ResamplingPlan) -> torch.Tensor:
+    """x [N, C, H, W] -> [N, C, H', W']."""
+    return _Resample.apply(x, plan) if _needs_gradient(x) else _resample(x, plan.number)
 
 #----------------------------------------------------------------------------
 # Filtered leaky ReLU.
 
-@torch.library.custom_op("stylesan::filtered_lrelu", mutates_args=(), device_types=DEVICES)
-def filtered_lrelu(
-    x: torch.Tensor,
-    b: torch.Tensor | None,
-    up_x: Sequence[float],
-    up_y: Sequence[float],
-    up_axes: Sequence[int],
-    down_x: Sequence[float],
-    down_y: Sequence[float],
-    down_axes: Sequence[int],
-    slope: float,
-    clamp: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(down(clamp(lrelu(up(x + b)))), codes of the slopes for the gradient: none unless `keep`)."""
-    up, down = Kernel.from_arguments(up_x, up_y, up_axes), Kernel.from_arguments(down_x, down_y, down_axes)
-    y = _new_images(x, down.y.out, down.x.out)
-    codes = x.new_empty(_codes_size(x, up, keep), dtype=torch.int32)
+def _run_layer(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
+               codes: torch.Tensor | None) -> torch.Tensor:
+    y = _new_images(x, plan)
     if y.numel():
-        mode = native.ACTIVATE_AND_KEEP if keep else native.ACTIVATE
-        native.filtered_lrelu(x, b, up, down, slope, clamp, mode, codes, y)
-    return y, codes
-
-
-def _codes_size(x: torch.Tensor, up: Kernel, keep: bool) -> int:
-    return native.code_words(x.shape[0] * x.shape[1], up) if keep else 0
-
-
-@filtered_lrelu.register_fake
-def _(x: torch.Tensor, b: torch.Tensor | None, up_x: Sequence[float], up_y: Sequence[float], up_axes: Sequence[int],
-      down_x: Sequence[float], down_y: Sequence[float], down_axes: Sequence[int], slope: float, clamp: float,
-      keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    up = Kernel.from_arguments(up_x, up_y, up_axes)
-    return _new_images(x, down_axes[9], down_axes[4]), x.new_empty(_codes_size(x, up, keep), dtype=torch.int32)
-
-
-@torch.library.custom_op("stylesan::filtered_lrelu_slopes", mutates_args=(), device_types=DEVICES)
-def filtered_lrelu_slopes(
-    v: torch.Tensor,
-    codes: torch.Tensor,
-    up_x: Sequence[float],
-    up_y: Sequence[float],
-    up_axes: Sequence[int],
-    down_x: Sequence[float],
-    down_y: Sequence[float],
-    down_axes: Sequence[int],
-    slope: float,
-) -> torch.Tensor:
-    """down(slopes * up(v)), with the slopes that the codes stand for: linear in v."""
-    up, down = Kernel.from_arguments(up_x, up_y, up_axes), Kernel.from_arguments(down_x, down_y, down_axes)
-    y = _new_images(v, down.y.out, down.x.out)
-    if y.numel():
-        native.filtered_lrelu(v, None, up, down, slope, math.inf, native.READ_CODES, codes, y)
+        native.filtered_lrelu(x, b, plan, mode, codes, y)
     return y
 
 
-@filtered_lrelu_slopes.register_fake
-def _(v: torch.Tensor, codes: torch.Tensor, up_x: Sequence[float], up_y: Sequence[float], up_axes: Sequence[int],
-      down_x: Sequence[float], down_y: Sequence[float], down_axes: Sequence[int], slope: float) -> torch.Tensor:
-    return _new_images(v, down_axes[9], down_axes[4])
+@_operation("filtered_lrelu(Tensor x, Tensor? b, int plan) -> Tensor",
+            lambda x, b, plan: _new_images(x, native.plan_of(plan)))
+def _layer(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> torch.Tensor:
+    """down(clamp(lrelu(up(x + b))))."""
+    return _run_layer(x, b, native.plan_of(plan), native.ACTIVATE, None)
 
 
-def _transposed_layer(x: torch.Tensor, arguments: Sequence[Any]) -> tuple[Kernel, Kernel]:
-    """The two filters of the gradient with respect to x."""
-    up, down = Kernel.from_arguments(*arguments[:3]), Kernel.from_arguments(*arguments[3:6])
-    return down.transposed(up.y.out, up.x.out), up.transposed(x.shape[2], x.shape[3])
+def _fake_layer_and_codes(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _new_images(x, native.plan_of(plan)), native.new_codes(x, native.plan_of(plan))
 
 
-def _keep_layer(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, b, *arguments, slope, _, keep = inputs
-    if (x.requires_grad or (b is not None and b.requires_grad)) and not keep:
-        raise ValueError("stylesan::filtered_lrelu with keep=False has no gradient: pass keep=True")
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-    ctx.kernels, ctx.slope = _transposed_layer(x, arguments), slope
+@_operation("filtered_lrelu_and_codes(Tensor x, Tensor? b, int plan) -> (Tensor, Tensor)", _fake_layer_and_codes)
+def _layer_and_codes(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, and the codes of the slopes for the gradient."""
+    plan = native.plan_of(plan)
+    codes = native.new_codes(x, plan)
+    return _run_layer(x, b, plan, native.ACTIVATE_AND_KEEP, codes), codes
 
 
-def _layer_gradient(ctx: Any, grad: torch.Tensor, _: Any) -> tuple:
-    up, down = ctx.kernels
-    dx = filtered_lrelu_slopes(grad, ctx.saved_tensors[0], *up.arguments(), *down.arguments(), ctx.slope)
-    db = dx.sum([0, 2, 3]) if ctx.needs_input_grad[1] else None
-    return dx, db, *[None] * 9
+@_operation("filtered_lrelu_slopes(Tensor v, Tensor codes, int plan) -> Tensor",
+            lambda v, codes, plan: _new_images(v, native.plan_of(plan)))
+def _slopes(v: torch.Tensor, codes: torch.Tensor, plan: int) -> torch.Tensor:
+    """down(slopes * up(v)), with the slopes that the codes stand for: linear in v."""
+    return _run_layer(v, None, native.plan_of(plan), native.READ_CODES, codes)
 
 
-def _keep_slopes(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    v, codes, *arguments, slope = inputs
-    ctx.save_for_backward(codes)
-    ctx.kernels, ctx.slope = _transposed_layer(v, arguments), slope
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan) -> torch.Tensor:
+        y, codes = _layer_and_codes(x, b, plan.number)
+        ctx.save_for_backward(codes)
+        ctx.plan = plan
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        codes, = ctx.saved_tensors
+        dx = filtered_lrelu_slopes(grad, codes, ctx.plan.transposed)
+        return dx, dx.sum([0, 2, 3]) if ctx.needs_input_grad[1] else None, None
 
 
-def _slopes_gradient(ctx: Any, grad: torch.Tensor) -> tuple:
-    up, down = ctx.kernels
-    codes, = ctx.saved_tensors
-    return filtered_lrelu_slopes(grad, codes, *up.arguments(), *down.arguments(), ctx.slope), *[None] * 8
+class _Slopes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: torch.Tensor, codes: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+        ctx.save_for_backward(codes)
+        ctx.plan = plan
+        return _slopes(v, codes, plan.number)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        codes, = ctx.saved_tensors
+        return filtered_lrelu_slopes(grad, codes, ctx.plan.transposed), None, None
 
 
-filtered_lrelu.register_autograd(_layer_gradient, setup_context=_keep_layer)
-filtered_lrelu_slopes.register_autograd(_slopes_gradient, setup_context=_keep_slopes)
+def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan) -> torch.Tensor:
+    """down(clamp(lrelu(up(x + b)))), x [N, C, H, W], b [C] of its type; codes are kept for gradients only."""
+    return _Layer.apply(x, b, plan) if _needs_gradient(x, b) else _layer(x, b, plan.number)
+
+
+def filtered_lrelu_slopes(v: torch.Tensor, codes: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """The derivative of the layer that recorded the codes, or its transpose, by `plan`."""
+    return _Slopes.apply(v, codes, plan) if _needs_gradient(v) else _slopes(v, codes, plan.number)
 
 #----------------------------------------------------------------------------
 # Bias and activation.
 
-@torch.library.custom_op("stylesan::bias_act", mutates_args=(), device_types=DEVICES)
-def bias_act(x: torch.Tensor, b: torch.Tensor | None, dim: int, act: int, alpha: float, gain: float,
-             clamp: float) -> torch.Tensor:
-    """clamp(gain * act(x + b)); `act` counts the activations of formulas.h."""
-    return _run_bias_act(x, b, None, dim, act, alpha, gain, clamp, 0)
-
-
-@torch.library.custom_op("stylesan::bias_act_derivative", mutates_args=(), device_types=DEVICES)
-def bias_act_derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, dim: int, act: int, alpha: float,
-                        gain: float, clamp: float, order: int) -> torch.Tensor:
-    """g times the derivative of that order (1 or 2) of `bias_act` with respect to x, element by element."""
-    return _run_bias_act(x, b, g, dim, act, alpha, gain, clamp, order)
-
-
-def _run_bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, dim: int, act: int, alpha: float,
-                  gain: float, clamp: float, order: int) -> torch.Tensor:
+def _run_bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, plan: BiasActPlan,
+                  order: int) -> torch.Tensor:
     x = _dense(x)
     out = torch.empty_like(x)
     if out.numel():
-        memory = _memory_order(x)
-        at = memory.index(dim) if b is not None and dim in memory else None     # A dimension of size 1 is nowhere.
-        sizes = [x.shape[d] for d in memory]
-        if at is not None:
-            shape = math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1:])
-        else:
-            shape = 1, 1, x.numel()
-        b = None if b is None else b.contiguous()
-        native.bias_act(x, b, None if g is None else _like(g, x), shape, act, alpha, gain, clamp, order, out)
+        sizes = _sizes(x.shape, x.stride(), None if b is None else plan.dim)
+        native.bias_act(x, None if b is None else b.contiguous(), None if g is None else _like(g, x), sizes, plan,
+                        order, out)
     return out
 
 
-@bias_act.register_fake
-def _(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return torch.empty_like(_dense(x))
+@_operation("bias_act(Tensor x, Tensor? b, int plan) -> Tensor", lambda x, b, plan: torch.empty_like(_dense(x)))
+def _bias_act(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> torch.Tensor:
+    return _run_bias_act(x, b, None, native.plan_of(plan), 0)
 
 
-@bias_act_derivative.register_fake
-def _(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return torch.empty_like(_dense(x))
+@_operation("bias_act_derivative(Tensor x, Tensor? b, Tensor g, int plan, int order) -> Tensor",
+            lambda x, b, g, plan, order: torch.empty_like(_dense(x)))
+def _derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, plan: int, order: int) -> torch.Tensor:
+    return _run_bias_act(x, b, g, native.plan_of(plan), order)
 
 
-def _keep_bias_act(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    x, b, *ctx.settings = inputs
-    ctx.save_for_backward(x, b)
+class _BiasAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, b: torch.Tensor | None, plan: BiasActPlan) -> torch.Tensor:
+        ctx.save_for_backward(x, b)
+        ctx.plan = plan
+        return _bias_act(x, b, plan.number)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        x, b = ctx.saved_tensors
+        dx = bias_act_derivative(x, b, grad, ctx.plan, 1)
+        return dx, _along(dx, b, ctx.plan.dim), None
 
 
-def _bias_act_gradient(ctx: Any, grad: torch.Tensor) -> tuple:
-    x, b = ctx.saved_tensors
-    dx = bias_act_derivative(x, b, grad, *ctx.settings, 1)
-    return dx, _along(dx, b, ctx.settings[0]), *[None] * 5
+class _Derivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, plan: BiasActPlan,
+                order: int) -> torch.Tensor:
+        ctx.save_for_backward(x, b, g)
+        ctx.plan, ctx.order = plan, order
+        return _derivative(x, b, g, plan.number, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, b, g = ctx.saved_tensors
+        plan, order = ctx.plan, ctx.order
+        dg = bias_act_derivative(x, b, grad, plan, order) if ctx.needs_input_grad[2] else None
+        dx = None
+        if (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) and ACTS[plan.act] not in STRAIGHT:
+            if order == 1:
+                dx = bias_act_derivative(x, b, grad * g, plan, 2)
+            else:
+                dx = _third_derivative(x, b, grad * g, plan)
+        return dx, None if dx is None else _along(dx, b, plan.dim), dg, None, None
 
 
-def _keep_derivative(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    x, b, g, *ctx.settings, ctx.order = inputs
-    ctx.save_for_backward(x, b, g)
+def bias_act(x: torch.Tensor, b: torch.Tensor | None, plan: BiasActPlan) -> torch.Tensor:
+    """clamp(gain * act(x + b)), b of the type of x."""
+    return _BiasAct.apply(x, b, plan) if _needs_gradient(x, b) else _bias_act(x, b, plan.number)
 
 
-def _derivative_gradient(ctx: Any, grad: torch.Tensor) -> tuple:
-    x, b, g = ctx.saved_tensors
-    dg = bias_act_derivative(x, b, grad, *ctx.settings, ctx.order) if ctx.needs_input_grad[2] else None
-    dx = None
-    if (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) and ACTS[ctx.settings[1]] not in STRAIGHT:
-        if ctx.order == 1:
-            dx = bias_act_derivative(x, b, grad * g, *ctx.settings, 2)
-        else:
-            dx = _third_derivative(x, b, grad * g, ctx.settings)
-    return dx, None if dx is None else _along(dx, b, ctx.settings[0]), dg, *[None] * 6
+def bias_act_derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, plan: BiasActPlan,
+                        order: int) -> torch.Tensor:
+    """g times the derivative of that order (1 or 2) of `bias_act` with respect to x, element by element."""
+    if _needs_gradient(x, b, g):
+        return _Derivative.apply(x, b, g, plan, order)
+    return _derivative(x, b, g, plan.number, order)
 
 
-def _third_derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, settings: list) -> torch.Tensor:
+def _third_derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, plan: BiasActPlan) -> torch.Tensor:
     """g times the third derivative, by plain PyTorch and therefore differentiable further."""
-    dim, act, alpha, gain, clamp = settings
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
-        y = dispatch.select("bias_act", "ref", x.device)(x, b, dim, ACTS[act], alpha, gain, clamp)
+        y = dispatch.select("bias_act", "ref", x.device)(
+            x, b, plan.dim, ACTS[plan.act], plan.alpha, plan.gain, plan.clamp)
         for _ in range(2):
             y, = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
         return torch.autograd.grad(y, x, g, create_graph=further)[0]
@@ -269,10 +284,6 @@ def _along(dx: torch.Tensor, b: torch.Tensor | None, dim: int) -> torch.Tensor |
         return None
     others = [d for d in range(dx.ndim) if d != dim]
     return dx.sum(others) if others else dx
-
-
-bias_act.register_autograd(_bias_act_gradient, setup_context=_keep_bias_act)
-bias_act_derivative.register_autograd(_derivative_gradient, setup_context=_keep_derivative)
 
 #----------------------------------------------------------------------------
 

@@ -4,11 +4,16 @@
 $STYLESAN_OPS says whether they are used: 'auto' (the default: where they can be had), 'native' (or else an error) or
 'reference' (never).
 """
+import contextlib
 import ctypes
 import dataclasses
+import functools
+import itertools
 import os
+import struct
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -18,6 +23,7 @@ from torch_utils.ops import build
 CHOICES = ("auto", "native", "reference")
 MAX_ELEMENTS = 2**31 - 1        # Positions inside a tensor are 32-bit numbers on GPUs.
 LANES, CODES_PER_WORD = 16, 16  # As in lanes.h and formulas.h.
+MAX_PLANS = 1024                # Of an operation: those used last stay in memory, some kilobytes each.
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 #----------------------------------------------------------------------------
@@ -109,45 +115,26 @@ def describe(device: torch.device | str) -> str:
     return f"ops: reference ({loaded.reason})" if loaded.functions is None else f"ops: {kind} native"
 
 #----------------------------------------------------------------------------
-# The structures of csrc/abi.h.
+# The structures of csrc/abi.h, as bytes. Every call packs its own: threads then share nothing that changes, and this is
+# several times faster than filling in structures of ctypes.
 
-class _Images(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p),
-                *((name, ctypes.c_int64) for name in "n c h w stride_n stride_c stride_h stride_w".split())]
+_IMAGES = struct.Struct("P 8q")         # data; n, c, h, w, strides of these.
+_FILTER = struct.Struct("2P 12q")       # taps of x and y; of x, then of y: in, out, up, down, pad, taps.
+_LAYER_START = struct.Struct("2d")      # After two filters: slope, clamp.
+_LAYER_END = struct.Struct("P 2i")      # codes; mode, variant.
+_BIAS_ACT = struct.Struct("4P 3q 3d 2i")    # x, b, g, out; outer, channels, inner; alpha, gain, clamp; act, order.
 
-
-class _Axis(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in "in out up down pad taps".split()]
-
-
-class _Filter(ctypes.Structure):
-    _fields_ = [("taps_x", ctypes.c_void_p), ("taps_y", ctypes.c_void_p), ("x", _Axis), ("y", _Axis)]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [("up", _Filter), ("down", _Filter), ("slope", ctypes.c_double), ("clamp", ctypes.c_double),
-                ("codes", ctypes.c_void_p), ("mode", ctypes.c_int32)]
-
-
-class _BiasAct(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("x", "b", "g", "out")),
-                *((name, ctypes.c_int64) for name in ("outer", "channels", "inner")),
-                *((name, ctypes.c_double) for name in ("alpha", "gain", "clamp")),
-                ("act", ctypes.c_int32), ("order", ctypes.c_int32)]
-
-
-_SIGNATURES = {
-    "resample": (ctypes.c_int32, ctypes.POINTER(_Images), ctypes.POINTER(_Images), ctypes.POINTER(_Filter)),
-    "filtered_lrelu": (ctypes.c_int32, ctypes.POINTER(_Images), ctypes.c_void_p, ctypes.POINTER(_Images),
-                       ctypes.POINTER(_Layer)),
-    "bias_act": (ctypes.c_int32, ctypes.POINTER(_BiasAct)),
+_SIGNATURES = {     # After the type; structures are passed as addresses.
+    "resample": (ctypes.c_int32, *[ctypes.c_void_p] * 3),           # x, y, filter.
+    "filtered_lrelu": (ctypes.c_int32, *[ctypes.c_void_p] * 4),     # x, b, y, layer.
+    "bias_act": (ctypes.c_int32, ctypes.c_void_p),
 }
 ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES = range(3)
 _FAILURES = {-1: "the compiler that built the library has no such type", -2: "the filters have too many taps",
              -3: "no tile of these rates fits into shared memory"}
 
 #----------------------------------------------------------------------------
-# A resampler as plain numbers: what an operation of PyTorch can take as arguments.
+# A resampler as plain numbers.
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
@@ -173,78 +160,141 @@ class Kernel:
     x: Axis
     y: Axis
 
-    def transposed(self, height: int, width: int) -> "Kernel":
-        """The gradient: from results to images of that size."""
-        return Kernel(self.taps_x[::-1], self.taps_y[::-1], self.x.transposed(width), self.y.transposed(height))
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """(height, width) of the result."""
+        return self.y.out, self.x.out
 
-    def arguments(self) -> tuple[list[float], list[float], list[int]]:
-        """(taps_x, taps_y, axes) for an operation."""
-        return list(self.taps_x), list(self.taps_y), [*dataclasses.astuple(self.x), *dataclasses.astuple(self.y)]
+    def transposed(self, size: tuple[int, int]) -> "Kernel":
+        """The gradient: from results to images of that (height, width)."""
+        return Kernel(self.taps_x[::-1], self.taps_y[::-1], self.x.transposed(size[1]), self.y.transposed(size[0]))
 
-    @staticmethod
-    def from_arguments(taps_x: Sequence[float], taps_y: Sequence[float], axes: Sequence[int]) -> "Kernel":
-        return Kernel(tuple(taps_x), tuple(taps_y), Axis(*axes[:5]), Axis(*axes[5:]))
+#----------------------------------------------------------------------------
+# Plans.
+
+_plans: "weakref.WeakValueDictionary[int, Plan]" = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+class Plan:
+    """What native code is told beside tensors. It is made once and does not change, so that threads share it.
+
+    The operations of PyTorch take its number. Whoever uses the number later, as gradients do, has to hold the plan.
+    """
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        _plans[self.number] = self
+
+
+def plan_of(number: int) -> Plan:
+    """The plan with this number."""
+    plan = _plans.get(number)
+    if plan is None:
+        raise RuntimeError(f"plan {number} of a native operation does not exist any more: hold the plan itself for as "
+                           "long as its number is used")
+    return plan
+
+
+class ResamplingPlan(Plan):
+    """A kernel for images of `size` (height, width)."""
+
+    def __init__(self, kernel: Kernel, size: tuple[int, int]):
+        super().__init__()
+        self.kernel, self.size, self.out_size = kernel, size, kernel.out_size
+        self.packed, self._taps = _pack_kernel(kernel, size)
+
+    @functools.cached_property
+    def transposed(self) -> "ResamplingPlan":
+        """The gradient."""
+        return ResamplingPlan(self.kernel.transposed(self.size), self.out_size)
+
+
+class LayerPlan(Plan):
+    """Upsample images of `size` (height, width), activate and downsample; `variant` names a program of the GPU."""
+
+    def __init__(self, up: Kernel, down: Kernel, size: tuple[int, int], slope: float, clamp: float, variant: int = 0):
+        super().__init__()
+        self.up, self.down, self.size, self.out_size = up, down, size, down.out_size
+        self.slope, self.clamp, self.variant = slope, clamp, variant
+        (up_packed, self._up_taps), (down_packed, self._down_taps) = (
+            _pack_kernel(up, size), _pack_kernel(down, up.out_size))
+        self._packed = up_packed + down_packed + _LAYER_START.pack(slope, clamp)
+
+    def packed(self, mode: int, codes: torch.Tensor | None) -> bytes:
+        """For one call."""
+        address = 0 if codes is None else codes.data_ptr()
+        return self._packed + _LAYER_END.pack(address, mode, self.variant)
+
+    @functools.cached_property
+    def transposed(self) -> "LayerPlan":
+        """The gradient, which multiplies by the recorded slopes where the layer activates."""
+        return LayerPlan(self.down.transposed(self.up.out_size), self.up.transposed(self.size), self.out_size,
+                         self.slope, self.clamp, self.variant)
+
+
+class BiasActPlan(Plan):
+    """The settings of an activation; `act` counts those of formulas.h, the bias runs along `dim`."""
+
+    def __init__(self, dim: int, act: int, alpha: float, gain: float, clamp: float):
+        super().__init__()
+        self.dim, self.act, self.alpha, self.gain, self.clamp = dim, act, alpha, gain, clamp
+
+
+def _pack_kernel(kernel: Kernel, size: tuple[int, int]) -> tuple[bytes, tuple[ctypes.Array, ctypes.Array]]:
+    """(the filter structure, the arrays that it points to)."""
+    def axis(a: Axis, length: int) -> tuple[int, ...]:
+        return length, a.out, a.up, a.down, a.pad, a.taps
+    arrays = tuple((ctypes.c_double * len(taps))(*taps) for taps in (kernel.taps_x, kernel.taps_y))
+    addresses = (ctypes.addressof(array) if len(array) else 0 for array in arrays)
+    return _FILTER.pack(*addresses, *axis(kernel.x, size[1]), *axis(kernel.y, size[0])), arrays
 
 #----------------------------------------------------------------------------
 # Calls. Tensors have to be on the same device and of one type; results are written into the last ones.
 
-def resample(x: torch.Tensor, kernel: Kernel, y: torch.Tensor) -> None:
+def resample(x: torch.Tensor, plan: ResamplingPlan, y: torch.Tensor) -> None:
     """x [N, C, H, W] -> y [N, C, H', W'], any strides."""
-    _call("resample", x, _images(x), _images(y), _filter(kernel, x.shape[2], x.shape[3]))
+    _call("resample", x, _images(x), _images(y), plan.packed)
 
 
-def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, up: Kernel, down: Kernel, slope: float, clamp: float,
-                   mode: int, codes: torch.Tensor, y: torch.Tensor) -> None:
+def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int, codes: torch.Tensor | None,
+                   y: torch.Tensor) -> None:
     """y = down(activation(up(x + b))), or with mode READ_CODES y = down(derivative * up(x))."""
-    layer = _Layer(_filter(up, x.shape[2], x.shape[3]), _filter(down, up.y.out, up.x.out), slope, clamp,
-                   codes.data_ptr() if codes.numel() else None, mode)
-    _call("filtered_lrelu", x, _images(x), None if b is None else b.data_ptr(), _images(y), layer)
+    _call("filtered_lrelu", x, _images(x), None if b is None else b.data_ptr(), _images(y), plan.packed(mode, codes))
 
 
-def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, sizes: tuple[int, int, int], act: int,
-             alpha: float, gain: float, clamp: float, order: int, out: torch.Tensor) -> None:
+def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, sizes: tuple[int, int, int],
+             plan: BiasActPlan, order: int, out: torch.Tensor) -> None:
     """Derivative of that order at x + b, times g. x, g and out share one dense layout of `sizes` (see abi.h)."""
-    pointers = [None if t is None else t.data_ptr() for t in (x, b, g, out)]
-    _call("bias_act", x, _BiasAct(*pointers, *sizes, alpha, gain, clamp, act, order))
+    _call("bias_act", x, _BIAS_ACT.pack(
+        x.data_ptr(), 0 if b is None else b.data_ptr(), 0 if g is None else g.data_ptr(), out.data_ptr(), *sizes,
+        plan.alpha, plan.gain, plan.clamp, plan.act, order))
 
 
-def code_words(planes: int, up: Kernel) -> int:
-    """Number of int32 that hold the codes of that many planes."""
-    return -(-planes // LANES) * LANES * up.y.out * -(-up.x.out // CODES_PER_WORD)
+def new_codes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """Room for the codes of the slopes between the filters of a layer for x: the only place that decides its shape."""
+    planes = -(-x.shape[0] * x.shape[1] // LANES) * LANES
+    height, width = plan.up.out_size
+    return x.new_empty(planes * height * -(-width // CODES_PER_WORD), dtype=torch.int32)
 
 
-def _call(name: str, x: torch.Tensor, *arguments: object) -> None:
-    function = load(x.device.type).functions[name]
-    places = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
-    if x.device.type == "cuda":
-        with torch.cuda.device(x.device):
-            code = function(TYPES[x.dtype], *places, torch.cuda.current_stream().cuda_stream)
+def _call(name: str, x: torch.Tensor, *arguments: bytes | int | None) -> None:
+    device = x.device
+    function = (_loaded.get(device.type) or load(device.type)).functions[name]
+    if device.type == "cuda":
+        with contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
+            code = function(TYPES[x.dtype], *arguments, torch.cuda.current_stream().cuda_stream)
     else:
-        code = function(TYPES[x.dtype], *places)
+        code = function(TYPES[x.dtype], *arguments)
     if code:
         raise RuntimeError(f"{name} for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
                            "STYLESAN_OPS=reference does without native code")
 
 
-def _images(x: torch.Tensor) -> _Images:
-    return _Images(x.data_ptr(), *x.shape, *x.stride())
-
-
-def _filter(kernel: Kernel, height: int, width: int) -> _Filter:
-    def axis(a: Axis, size: int) -> _Axis:
-        return _Axis(size, a.out, a.up, a.down, a.pad, a.taps)
-    taps_x, taps_y = (ctypes.cast(_doubles(taps), ctypes.c_void_p) if taps else None
-                      for taps in (kernel.taps_x, kernel.taps_y))
-    found = _Filter(taps_x, taps_y, axis(kernel.x, width), axis(kernel.y, height))
-    found.keep = taps_x, taps_y     # The arrays live as long as the structure.
-    return found
-
-
-def _doubles(values: tuple[float, ...]) -> ctypes.Array:
-    return (ctypes.c_double * len(values))(*values)
+def _images(x: torch.Tensor) -> bytes:
+    return _IMAGES.pack(x.data_ptr(), *x.shape, *x.stride())
 
 
 def is_small(*numels: int) -> bool:
     """Whether tensors of so many elements can be handled."""
     return max(numels, default=0) <= MAX_ELEMENTS
-

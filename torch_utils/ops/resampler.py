@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import threading
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +24,8 @@ CACHE_BYTES = 512 << 20     # Of matrices. A generator of 1024 pixels needs abou
 #----------------------------------------------------------------------------
 # Filters as hashable values.
 
-@dataclasses.dataclass(frozen=True)
-class Taps:
-    """The content of a filter tensor."""
+class Taps(NamedTuple):
+    """The content of a filter tensor. A tuple, because every call of an operation looks something up by it."""
 
     shape: tuple[int, ...]      # [n] or [h, w].
     content: bytes              # float64, C order.
@@ -272,10 +272,9 @@ def plan(
 #----------------------------------------------------------------------------
 # For native code.
 
-@functools.lru_cache(maxsize=512)
-def _make_kernel(
+def make_kernel(
     taps: Taps,
-    eps: float,
+    dtype: torch.dtype,
     size: tuple[int, int],
     up: tuple[int, int],
     down: tuple[int, int],
@@ -283,7 +282,8 @@ def _make_kernel(
     flip_filter: bool,
     gain: float,
 ) -> native.Kernel:
-    axes = split_axes(taps, eps)
+    """The native form for planes of size (height, width)."""
+    axes = split_axes(taps, _separable_eps(dtype))
     gains = split_gain(gain)
     def values(f: np.ndarray, factor: float) -> tuple[float, ...]:
         return tuple((factor * (f if flip_filter else np.flip(f))).ravel().tolist())
@@ -294,17 +294,3 @@ def _make_kernel(
         return native.Kernel(values(taps.array(), gain), (), axis(taps.shape[1], 0), axis(taps.shape[0], 1))
     return native.Kernel(values(axes[0].array(), gains[0]), values(axes[1].array(), gains[1]),
                          axis(axes[0].shape[0], 0), axis(axes[1].shape[0], 1))
-
-
-def plan_kernel(
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    f: torch.Tensor | None,
-    up: tuple[int, int],
-    down: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    flip_filter: bool,
-    gain: float,
-) -> native.Kernel:
-    """The native form for planes of size (height, width)."""
-    return _make_kernel(read_taps(f), _separable_eps(dtype), size, up, down, padding, flip_filter, gain)

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upsample, filter and downsample batches of images in one call (zero-insert, pad, FIR, decimate)."""
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from torch_utils.ops import dispatch, library
+from torch_utils.ops import dispatch, library, native
 from torch_utils.ops.arguments import check_images, describe_tensor, filter_size, parse_padding, parse_rate
 from torch_utils.ops.reference import upfirdn2d_ref
-from torch_utils.ops.resampler import plan_kernel, plan_matrices
+from torch_utils.ops.resampler import Taps, make_kernel, plan_matrices, read_taps
 
 MIN_SEPARABLE_TAPS = 8      # Shorter 1-D filters become 2-D ones: official checkpoints hold them so.
 
@@ -125,10 +127,25 @@ def upfirdn2d_native(
     gain: float,
 ) -> torch.Tensor:
     """Polyphase filters in one pass over the images."""
-    n, c, h, w = x.shape
-    kernel = plan_kernel((h, w), x.dtype, f, up, down, padding, flip_filter, gain)
-    library.check_size("upfirdn2d", x.numel(), n * c * kernel.y.out * kernel.x.out)
-    return library.resample(x, *kernel.arguments())
+    return library.resample(x, _native_plan(x.shape, x.dtype, read_taps(f), up, down, padding, flip_filter, gain))
+
+
+@functools.lru_cache(maxsize=native.MAX_PLANS)
+def _native_plan(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    taps: Taps,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> native.ResamplingPlan:
+    """What native code is told of such a call; made once."""
+    n, c, *size = shape
+    kernel = make_kernel(taps, dtype, tuple(size), up, down, padding, flip_filter, gain)
+    library.check_size("upfirdn2d", math.prod(shape), n * c * math.prod(kernel.out_size))
+    return native.ResamplingPlan(kernel, tuple(size))
 
 #----------------------------------------------------------------------------
 # The same with padding that keeps images aligned. `padding` comes on top of it.
