@@ -1,14 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs that several tests of the operations share."""
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from torch_utils.ops import build
+from torch_utils.ops import build, native, strips
 
 # Where there is a compiler, native operations that do not build or fail their self-check are failures, not skipped.
 needs_compiler = pytest.mark.skipif(build.cpu_target().compiler is None, reason="no C++ compiler")
 FORMS = pytest.mark.parametrize("impl", ["ref", "matrix", pytest.param("cpu", marks=needs_compiler)])
+
+
+def use_programs_of_gpu(monkeypatch: pytest.MonkeyPatch, fast: bool) -> list[str]:
+    """In place of the library for processors, for one test, what a GPU runs: its programs, block by block.
+
+    Args:
+        fast: With the programs for the rates of the recipes, else the general ones for all.
+
+    Returns:
+        A list that gets the name of every fast program when it is called.
+    """
+    target = build.Target("tiles", build.cpu_target().compiler, ("-O1", "-std=c++17", "-fPIC"),
+                          (build.Source("emulate.cpp"),), ())
+    library = build.library(target)
+    called: list[str] = []
+
+    def without_stream(name: str, function: Callable[..., int]) -> Callable[..., int]:
+        return lambda *args: called.append(name) or function(*args, None)
+
+    functions, programs = ({name: without_stream(name, function) for name, function in found.items()} for found in
+                           (native.bind(library, with_stream=True), native.bind_strips(library, strips.KINDS)))
+    find = (lambda kind, dtype: programs[kind.name]) if fast else None
+    monkeypatch.setitem(native._loaded, "cpu", native.Loaded(functions, fast=find))
+    monkeypatch.setitem(native._CODES, "cpu", native._CODES["cuda"])
+    return called
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

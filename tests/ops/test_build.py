@@ -23,7 +23,7 @@ from torch_utils.ops import build
 folder = Path(sys.argv[1])
 build.SOURCES = folder / "src"
 try:
-    print(build.library(build.Target("cpu", str(folder / "compiler"), ("-fPIC",), ("small.cpp",), ())))
+    print(build.library(build.Target("cpu", str(folder / "compiler"), ("-fPIC",), (build.Source("small.cpp"),), ())))
 except build.BuildError as error:
     print("BuildError:", error)
 """
@@ -105,16 +105,16 @@ def test_two_kinds_of_machine_share_a_cache(folder, monkeypatch):
     paths = {}
     for machine in ("x86_64 avx2", "x86_64 avx2 avx512f"):
         monkeypatch.setattr(build, "_processor", lambda machine=machine: machine)
-        without = build.Target("cpu", None, ("-fPIC",), ("small.cpp",), ())
+        without = build.Target("cpu", None, ("-fPIC",), (build.Source("small.cpp"),), ())
         with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
             build.library(without)
-        paths[machine] = build.library(build.Target("cpu", shutil.which("c++"), ("-fPIC",), ("small.cpp",), ()))
+        paths[machine] = build.library(build.Target("cpu", shutil.which("c++"), ("-fPIC",), (build.Source("small.cpp"),), ()))
         assert build.library(without) == paths[machine]
     assert len(set(paths.values())) == 2
     assert [answer(str(path)) for path in paths.values()] == [42, 42]
     for machine, path in paths.items():
         monkeypatch.setattr(build, "_processor", lambda machine=machine: machine)
-        assert build.library(build.Target("cpu", None, ("-fPIC",), ("small.cpp",), ())) == path
+        assert build.library(build.Target("cpu", None, ("-fPIC",), (build.Source("small.cpp"),), ())) == path
 
 
 @needs_compiler
@@ -127,10 +127,10 @@ def test_a_failure_is_one_line_and_not_repeated(folder, monkeypatch):
     (folder / "broken").unlink()
     monkeypatch.setenv("STYLESAN_OPS_CACHE", str(folder / "cache"))
     monkeypatch.setattr(build, "SOURCES", folder / "src")
-    target = build.Target("cpu", str(folder / "compiler"), ("-fPIC",), ("small.cpp",), ())
+    target = build.Target("cpu", str(folder / "compiler"), ("-fPIC",), (build.Source("small.cpp"),), ())
     assert answer(str(build.library(target, retry=True))) == 42
     # Elsewhere, without any compiler, the library is found.
-    assert build.library(build.Target("cpu", None, ("-fPIC",), ("small.cpp",), ())).is_file()
+    assert build.library(build.Target("cpu", None, ("-fPIC",), (build.Source("small.cpp"),), ())).is_file()
     with pytest.raises(build.BuildError, match=r"no C\+\+ compiler on PATH"):
         build.library(build.Target("cpu", None, ("-other",), ("small.cpp",), ()))
 

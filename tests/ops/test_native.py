@@ -13,11 +13,11 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from tests import needs_cuda
 from tests.closeness import rel_error
-from tests.ops.cases import needs_compiler, randn
+from tests.ops.cases import needs_compiler, randn, use_programs_of_gpu
 from tests.ops.test_filtered_lrelu import OPTIONS, grads
 from tests.ops.test_filtered_lrelu import assert_form_is_ref as assert_layer_is_ref
 from tests.ops.test_upfirdn2d import assert_form_is_ref as assert_resampling_is_ref
-from torch_utils.ops import build, library, native, self_check
+from torch_utils.ops import library, native, self_check
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
@@ -29,11 +29,7 @@ pytestmark = [pytest.mark.numeric, needs_compiler]
 def code(request, monkeypatch):
     """The library for processors, or the programs of the GPU in its place."""
     if request.param == "tiles":
-        flags = ("-O1", "-std=c++17", "-fPIC")
-        target = build.Target("tiles", build.cpu_target().compiler, flags, ("emulate.cpp",), ())
-        functions = native.bind(build.library(target), with_stream=True)
-        functions = {name: lambda *args, f=f: f(*args, None) for name, f in functions.items()}
-        monkeypatch.setitem(native._loaded, "cpu", native.Loaded(functions))
+        use_programs_of_gpu(monkeypatch, fast=False)
     return request.param
 
 #----------------------------------------------------------------------------

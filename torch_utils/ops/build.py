@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -25,6 +26,7 @@ import torch
 
 from dnnlib import cli
 from dnnlib.download import cache_dir
+from torch_utils.ops import strips
 
 try:
     import fcntl
@@ -52,13 +54,26 @@ def ops_cache() -> Path:
 # What is compiled with what.
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """One call of the compiler. A file can be compiled several times with different definitions."""
+
+    file: str
+    flags: tuple[str, ...] = ()
+    name: str = ""              # Of the object file, if not that of the source.
+
+    @property
+    def object(self) -> str:
+        return f"{self.name or Path(self.file).stem}.o"
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
     """One library of one kind for one machine."""
 
     kind: str
     compiler: str | None        # Path; None where there is none.
     flags: tuple[str, ...]
-    sources: tuple[str, ...]
+    sources: tuple[Source, ...]
     link: tuple[str, ...]
 
     @property
@@ -118,11 +133,29 @@ def cpu_target() -> Target:
     # No OpenMP library is named: that of PyTorch is taken, so that there is one set of threads.
     link = (f"-L{torch_root}/lib", "-ltorch_cpu", "-lc10")
     compiler = _find_program((os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++"))
-    return Target("cpu", compiler, flags, ("cpu.cpp", "threads.cpp"), link)
+    return Target("cpu", compiler, flags, (Source("cpu.cpp"), Source("threads.cpp")), link)
 
 
 def cuda_target(archs: str | None = None) -> Target:
-    """CUDA for this machine's GPU, or for `archs` ('80,90'). The compiler: $CUDA_HOME's, pip's, or on PATH."""
+    """All operations for this machine's GPU, or for `archs` ('80,90')."""
+    return _cuda_target("cuda", (Source("cuda.cu"),), archs)
+
+
+def strips_target(family: str, dtype: torch.dtype, archs: str | None = None) -> Target:
+    """The fast programs of filtered_lrelu for one family of rates and one type: a run needs few of them."""
+    kind = f"cuda-{family}-{str(dtype).removeprefix('torch.')}"
+    sources = tuple(strips_source(k, dtype) for k in strips.KINDS.values() if k.family == family)
+    return _cuda_target(kind, sources, archs)
+
+
+def strips_source(kind: strips.Strips, dtype: torch.dtype) -> Source:
+    """The programs of one kind of layer."""
+    flags = f"-DSTYLESAN_STRIPS={kind.name}", f"-DSTYLESAN_TYPE={strips.TYPES[dtype]}"
+    return Source("strips.cu", flags, f"strips-{kind.name}")
+
+
+def _cuda_target(kind: str, sources: tuple[Source, ...], archs: str | None) -> Target:
+    """The compiler: $CUDA_HOME's, pip's, or on PATH."""
     if archs is None:
         major, minor = torch.cuda.get_device_capability()
         archs = f"{major}{minor}"
@@ -130,7 +163,7 @@ def cuda_target(archs: str | None = None) -> Target:
     compiler = _find_program(("nvcc",), (*places, *_pip_compilers()))
     flags = (*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs.split(",")))
     runtime = tuple(f"-Xlinker={path}" for path in _cuda_runtimes(compiler)[:1])
-    return Target("cuda", compiler, flags, ("cuda.cu",), ("-cudart=none", "-Xlinker=--no-as-needed", *runtime))
+    return Target(kind, compiler, flags, sources, ("-cudart=none", "-Xlinker=--no-as-needed", *runtime))
 
 
 def _pip_compilers() -> tuple[Path, ...]:
@@ -218,13 +251,13 @@ def _ninja_file(target: Target) -> str:
         return " ".join(f"'{word}'".replace("$", "$$") for word in words)
     def path(name: Path | str) -> str:
         return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-    objects = [f"{Path(source).stem}.o" for source in target.sources]
-    edges = [f"build {name}: compile {path(SOURCES / source)}"
-             for name, source in zip(objects, target.sources, strict=True)]
+    compiler = quoted((target.compiler,))
+    edges = [f"build {source.object}: compile {path(SOURCES / source.file)}\n  more = {quoted(source.flags)}"
+             for source in target.sources]
     return "\n".join([
-        f"rule compile\n  command = {quoted((target.compiler,))} {quoted(target.flags)} -c $in -o $out",
-        f"rule link\n  command = {quoted((target.compiler,))} -shared $in -o $out {quoted(target.link)}",
-        *edges, f"build {LIBRARY}: link {' '.join(objects)}", ""])
+        f"rule compile\n  command = {compiler} {quoted(target.flags)} $more -c $in -o $out",
+        f"rule link\n  command = {compiler} -shared $in -o $out {quoted(target.link)}",
+        *edges, f"build {LIBRARY}: link {' '.join(source.object for source in target.sources)}", ""])
 
 
 def _run_ninja(folder: Path) -> None:
@@ -237,28 +270,58 @@ def _run_ninja(folder: Path) -> None:
     except subprocess.TimeoutExpired:
         raise BuildError(f"the compiler took more than {COMPILE_SECONDS} s") from None
     if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        lines = [line for line in lines if not line.startswith(("ninja: Entering", "[", "FAILED:"))] or lines
-        words = "error", "fatal", "not found", "no module"
-        told = [line for line in lines if any(word in line.lower() for word in words)]
-        raise BuildError(f"compilation failed: {(told or lines or ['no message'])[0][:300]}")
+        raise BuildError(f"compilation failed: {first_message(done.stdout)}")
+
+
+def first_message(text: str) -> str:
+    """The first line of a compiler's output that looks like a message."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("ninja: Entering", "[", "FAILED:"))] or lines
+    words = "error", "fatal", "not found", "no module"
+    told = [line for line in lines if any(word in line.lower() for word in words)]
+    return (told or lines or ["no message"])[0][:300]
 
 #----------------------------------------------------------------------------
+
+REPORT_ARCHS = "80,90,100"
+
+
+def all_targets(kind: str, archs: str | None) -> list[Target]:
+    """Everything there is to compile for a kind of device."""
+    if kind == "cpu":
+        return [cpu_target()]
+    return [cuda_target(archs), *(strips_target(family, dtype, archs)
+                                  for family in strips.FAMILIES for dtype in strips.TYPES)]
+
 
 @click.command(cls=cli.Command)
 @click.argument("kinds", nargs=-1, type=click.Choice(KINDS))
 @click.option("--arch", metavar="LIST", default=None, help="Compile CUDA for these compute capabilities: 80,90")
-def main(kinds: tuple[str, ...], arch: str | None) -> None:
+@click.option("--report", is_flag=True, help=f"Compile no library: print what the compiler makes of the fast CUDA "
+                                             f"programs, for --arch or {REPORT_ARCHS}")
+@click.option("--json", "as_json", is_flag=True, help="With --report: a list of objects instead of a table")
+def main(kinds: tuple[str, ...], arch: str | None, report: bool, as_json: bool) -> None:
     """Compile the native operations ahead of time: KINDS are cpu and cuda; what the machine has by default."""
+    if as_json and not report:
+        raise click.UsageError("--json is a form of the report: add --report")
+    if report:
+        from torch_utils.ops import kernel_report  # It uses this module.
+        try:
+            rows = kernel_report.make_report((arch or REPORT_ARCHS).split(","))
+        except BuildError as error:
+            raise click.ClickException(str(error)) from None
+        click.echo(json.dumps(rows, indent=1) if as_json else kernel_report.table(rows))
+        return
     kinds = kinds or ("cpu", *(["cuda"] if torch.cuda.is_available() or arch else []))
-    for kind in kinds:
+    for target in [target for kind in kinds for target in all_targets(kind, arch)]:
         start = time.perf_counter()
         try:
-            path = library(cpu_target() if kind == "cpu" else cuda_target(arch), retry=True)
+            path = library(target, retry=True)
         except BuildError as error:
-            raise click.ClickException(f"{kind}: {error}") from None
-        click.echo(f"{kind}: {path} ({time.perf_counter() - start:.1f} s)")
+            raise click.ClickException(f"{target.kind}: {error}") from None
+        click.echo(f"{target.kind}: {path} ({time.perf_counter() - start:.1f} s)")
 
 
 if __name__ == "__main__":
-    main()
+    from torch_utils.ops import build  # Or this module would exist twice, with two kinds of BuildError.
+    build.main()

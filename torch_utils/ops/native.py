@@ -11,14 +11,15 @@ import functools
 import itertools
 import os
 import struct
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from dnnlib import UserError
-from torch_utils.ops import build
+from torch_utils.ops import build, strips
 
 CHOICES = ("auto", "native", "reference")
 MAX_ELEMENTS = 2**31 - 1        # Positions inside a tensor are 32-bit numbers on GPUs.
@@ -35,6 +36,8 @@ class Loaded:
 
     functions: dict[str, Callable[..., int]] | None
     reason: str = ""
+    # On GPUs: the fast program for a kind of layer and a type, None if it cannot be had.
+    fast: Callable[[strips.Strips, torch.dtype], Callable[..., int] | None] | None = None
 
 
 _loaded: dict[str, Loaded] = {}     # Kind -> what came of loading it; filled at first use.
@@ -79,7 +82,7 @@ def load(kind: str) -> Loaded:
 def _load(kind: str) -> Loaded:
     try:
         path = build.library(build.cpu_target() if kind == "cpu" else build.cuda_target())
-        return Loaded(bind(path, with_stream=kind == "cuda"))
+        return Loaded(bind(path, with_stream=kind == "cuda"), fast=_StripLibraries() if kind == "cuda" else None)
     except build.BuildError as error:
         return Loaded(None, str(error))
     except (OSError, AttributeError) as error:
@@ -91,21 +94,77 @@ def _checked(kind: str, loaded: Loaded) -> Loaded:
     if loaded.functions is None:
         return loaded
     from torch_utils.ops import self_check  # It uses the operations, which use this module.
-    try:
-        fault = self_check.find_fault(kind)
-    except RuntimeError as error:
-        fault = str(error).splitlines()[0]
+    fault = _fault_or_error(lambda: self_check.find_fault(kind))
     return loaded if fault is None else Loaded(None, f"self-check failed: {fault}")
+
+
+def _fault_or_error(check: Callable[[], str | None]) -> str | None:
+    try:
+        return check()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
 
 
 def bind(path: str | os.PathLike, with_stream: bool) -> dict[str, Callable[..., int]]:
     """The functions of a library by name. On GPUs the last argument is the stream."""
+    return _bind(path, {name: (name, with_stream) for name in _SIGNATURES})
+
+
+def bind_strips(path: str | os.PathLike, names: Iterable[str]) -> dict[str, Callable[..., int]]:
+    """The functions of a library of strips by the kind of layer; they are called as `filtered_lrelu` of a GPU is."""
+    return _bind(path, {f"strips_{name}": ("filtered_lrelu", True) for name in names})
+
+
+def _bind(path: str | os.PathLike, signatures: dict[str, tuple[str, bool]]) -> dict[str, Callable[..., int]]:
     library, functions = ctypes.CDLL(str(path)), {}
-    for name, types in _SIGNATURES.items():
+    for name, (signature, with_stream) in signatures.items():
         functions[name] = getattr(library, f"stylesan_{name}")
-        functions[name].argtypes = (*types, ctypes.c_void_p) if with_stream else types
+        functions[name].argtypes = (*_SIGNATURES[signature], *([ctypes.c_void_p] if with_stream else []))
         functions[name].restype = ctypes.c_int
-    return functions
+    return {name.removeprefix("strips_"): function for name, function in functions.items()}
+
+
+class _StripLibraries:
+    """The libraries of fast programs, compiled, loaded and checked when a layer first asks for one."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, torch.dtype], dict[str, Callable[..., int]]] = {}      # Empty: cannot be had.
+        self._lock = threading.Lock()       # As above: not held while operations run.
+
+    def __call__(self, kind: strips.Strips, dtype: torch.dtype) -> Callable[..., int] | None:
+        key = kind.family, dtype
+        if dtype not in strips.TYPES:
+            return None
+        if key not in self._found:
+            with self._lock:
+                is_first = key not in self._found
+                if is_first:
+                    self._found[key] = self._load(*key)
+            if is_first and self._found[key]:
+                self._check(*key)
+        return self._found[key].get(kind.name)
+
+    def _load(self, family: str, dtype: torch.dtype) -> dict[str, Callable[..., int]]:
+        names = [kind.name for kind in strips.KINDS.values() if kind.family == family]
+        try:
+            return bind_strips(build.library(build.strips_target(family, dtype)), names)
+        except (build.BuildError, OSError, AttributeError) as error:
+            self._do_without(str(error).splitlines()[0])
+        return {}
+
+    def _check(self, family: str, dtype: torch.dtype) -> None:
+        from torch_utils.ops import self_check  # It uses the operations, which use this module.
+        fault = _fault_or_error(lambda: self_check.find_fault_of_strips("cuda", family, dtype))
+        if fault is not None:
+            self._do_without(f"self-check failed: {fault}")
+            self._found[family, dtype] = {}
+
+    @staticmethod
+    def _do_without(reason: str) -> None:
+        """A layer is slower then, but right, so that this is no reason to do without all native code."""
+        if choice() == "native":
+            raise UserError(f"STYLESAN_OPS=native: no fast programs: {reason}: mend that, or unset STYLESAN_OPS")
+        print(f"ops: the general program is used instead of fast ones ({reason})", file=sys.stderr, flush=True)
 
 
 def describe(device: torch.device | str) -> str:
@@ -121,7 +180,7 @@ def describe(device: torch.device | str) -> str:
 _IMAGES = struct.Struct("P 8q")         # data; n, c, h, w, strides of these.
 _FILTER = struct.Struct("2P 12q")       # taps of x and y; of x, then of y: in, out, up, down, pad, taps.
 _LAYER_START = struct.Struct("2d")      # After two filters: slope, clamp.
-_LAYER_END = struct.Struct("P 2i")      # codes; mode, variant.
+_LAYER_END = struct.Struct("P 8q i")    # codes as images; mode.
 _BIAS_ACT = struct.Struct("4P 3q 3d 2i")    # x, b, g, out; outer, channels, inner; alpha, gain, clamp; act, order.
 
 _SIGNATURES = {     # After the type; structures are passed as addresses.
@@ -130,8 +189,9 @@ _SIGNATURES = {     # After the type; structures are passed as addresses.
     "bias_act": (ctypes.c_int32, ctypes.c_void_p),
 }
 ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES = range(3)
+_NO_CODES = (0,) * 9
 _FAILURES = {-1: "the compiler that built the library has no such type", -2: "the filters have too many taps",
-             -3: "no tile of these rates fits into shared memory"}
+             -3: "no tile of these rates fits into shared memory", -4: "there is no program of this kind for the layer"}
 
 #----------------------------------------------------------------------------
 # A resampler as plain numbers.
@@ -211,26 +271,43 @@ class ResamplingPlan(Plan):
 
 
 class LayerPlan(Plan):
-    """Upsample images of `size` (height, width), activate and downsample; `variant` names a program of the GPU."""
+    """Upsample images of `size` (height, width), activate and downsample.
 
-    def __init__(self, up: Kernel, down: Kernel, size: tuple[int, int], slope: float, clamp: float, variant: int = 0):
+    Args:
+        is_general: Use the general program of a GPU, also where there is a fast one.
+    """
+
+    def __init__(self, up: Kernel, down: Kernel, size: tuple[int, int], slope: float, clamp: float,
+                 is_general: bool = False):
         super().__init__()
         self.up, self.down, self.size, self.out_size = up, down, size, down.out_size
-        self.slope, self.clamp, self.variant = slope, clamp, variant
+        self.slope, self.clamp, self.is_general = slope, clamp, is_general
+        kind = None if is_general else strips.find(up, down)
+        self._strips = tuple(kind if kind and strips.can_run(kind, down, slope, mode == READ_CODES) else None
+                             for mode in (ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES))
         (up_packed, self._up_taps), (down_packed, self._down_taps) = (
             _pack_kernel(up, size), _pack_kernel(down, up.out_size))
         self._packed = up_packed + down_packed + _LAYER_START.pack(slope, clamp)
 
+    def fast_kind(self, mode: int) -> strips.Strips | None:
+        """The kind of fast program for it, if there is one."""
+        return self._strips[mode]
+
     def packed(self, mode: int, codes: torch.Tensor | None) -> bytes:
         """For one call."""
-        address = 0 if codes is None else codes.data_ptr()
-        return self._packed + _LAYER_END.pack(address, mode, self.variant)
+        if codes is None:
+            place = _NO_CODES
+        elif codes.ndim == 4:
+            place = codes.data_ptr(), *codes.shape, *codes.stride()
+        else:
+            place = codes.data_ptr(), *_NO_CODES[1:]
+        return self._packed + _LAYER_END.pack(*place, mode)
 
     @functools.cached_property
     def transposed(self) -> "LayerPlan":
         """The gradient, which multiplies by the recorded slopes where the layer activates."""
         return LayerPlan(self.down.transposed(self.up.out_size), self.up.transposed(self.size), self.out_size,
-                         self.slope, self.clamp, self.variant)
+                         self.slope, self.clamp, self.is_general)
 
 
 class BiasActPlan(Plan):
@@ -254,41 +331,71 @@ def _pack_kernel(kernel: Kernel, size: tuple[int, int]) -> tuple[bytes, tuple[ct
 
 def resample(x: torch.Tensor, plan: ResamplingPlan, y: torch.Tensor) -> None:
     """x [N, C, H, W] -> y [N, C, H', W'], any strides."""
-    _call("resample", x, _images(x), _images(y), plan.packed)
+    _call(_functions_for(x).functions["resample"], x, _images(x), _images(y), plan.packed)
 
 
 def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int, codes: torch.Tensor | None,
                    y: torch.Tensor) -> None:
     """y = down(activation(up(x + b))), or with mode READ_CODES y = down(derivative * up(x))."""
-    _call("filtered_lrelu", x, _images(x), None if b is None else b.data_ptr(), _images(y), plan.packed(mode, codes))
+    _call(_layer_function(x, plan, mode), x, _images(x), None if b is None else b.data_ptr(), _images(y),
+          plan.packed(mode, codes))
+
+
+def _layer_function(x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
+    loaded = _functions_for(x)
+    if loaded.fast is not None and plan.fast_kind(mode) is not None:
+        function = loaded.fast(plan.fast_kind(mode), x.dtype)
+        if function is not None:
+            return function
+    return loaded.functions["filtered_lrelu"]
 
 
 def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, sizes: tuple[int, int, int],
              plan: BiasActPlan, order: int, out: torch.Tensor) -> None:
     """Derivative of that order at x + b, times g. x, g and out share one dense layout of `sizes` (see abi.h)."""
-    _call("bias_act", x, _BIAS_ACT.pack(
+    _call(_functions_for(x).functions["bias_act"], x, _BIAS_ACT.pack(
         x.data_ptr(), 0 if b is None else b.data_ptr(), 0 if g is None else g.data_ptr(), out.data_ptr(), *sizes,
         plan.alpha, plan.gain, plan.clamp, plan.act, order))
 
 
-def new_codes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-    """Room for the codes of the slopes between the filters of a layer for x: the only place that decides its shape."""
+def _codes_of_lanes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
     planes = -(-x.shape[0] * x.shape[1] // LANES) * LANES
     height, width = plan.up.out_size
     return x.new_empty(planes * height * -(-width // CODES_PER_WORD), dtype=torch.int32)
 
 
-def _call(name: str, x: torch.Tensor, *arguments: bytes | int | None) -> None:
+def _codes_of_channels(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    height, width = plan.up.out_size
+    size = *x.shape[:2], height, -(-width // CODES_PER_WORD)
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.new_empty(size, dtype=torch.int32)
+    return torch.empty(size, dtype=torch.int32, device=x.device, memory_format=torch.channels_last)
+
+
+# Processors go through blocks of planes. On GPUs neighbouring threads have neighbouring channels where x has them.
+_CODES = {"cpu": _codes_of_lanes, "cuda": _codes_of_channels}
+
+
+def new_codes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """Room for the codes of the slopes between the filters of a layer for x: the only place that decides its shape."""
+    return _CODES[x.device.type](x, plan)
+
+
+def _functions_for(x: torch.Tensor) -> Loaded:
+    kind = x.device.type
+    return _loaded.get(kind) or load(kind)
+
+
+def _call(function: Callable[..., int], x: torch.Tensor, *arguments: bytes | int | None) -> None:
     device = x.device
-    function = (_loaded.get(device.type) or load(device.type)).functions[name]
     if device.type == "cuda":
         with contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
             code = function(TYPES[x.dtype], *arguments, torch.cuda.current_stream().cuda_stream)
     else:
         code = function(TYPES[x.dtype], *arguments)
     if code:
-        raise RuntimeError(f"{name} for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
-                           "STYLESAN_OPS=reference does without native code")
+        raise RuntimeError(f"native code for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
+                           "STYLESAN_OPS=reference does without it")
 
 
 def _images(x: torch.Tensor) -> bytes:

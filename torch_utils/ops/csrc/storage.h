@@ -96,6 +96,12 @@ template <class S> STYLESAN_FN void store_if(S* to, bool wanted, S value) {
 #endif
 }
 
+template <class S> constexpr int32_t code_of_type() {
+    if constexpr (std::is_same_v<S, float>) return kFloat32;
+    if constexpr (std::is_same_v<S, double>) return kFloat64;
+    return std::is_same_v<S, BFloat16> ? kBFloat16 : kFloat16;
+}
+
 // Call f with a value of the storage type; false if the compiler has no such type.
 template <class F> bool with_type(int32_t type, F f) {
     switch (type) {

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU's fast programs for the layers of the recipes: what they are for, what they compute, what is compiled."""
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.closeness import rel_error
+from tests.ops.cases import bound, needs_compiler, randn, use_programs_of_gpu
+from torch_utils.ops import build, kernel_report, native, self_check, strips
+from torch_utils.ops.filtered_lrelu import filtered_lrelu
+from training.layer_schedule import stem_config, superres_config
+from training.networks_stylegan3 import SynthesisLayer
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+FORWARD = [kind for kind in strips.KINDS.values() if not kind.is_gradient]
+GRADIENT = {"22": "22", "42": "24", "22D": "22U", "42D": "24U"}
+
+#----------------------------------------------------------------------------
+# What there are programs for.
+
+def recipe_configs():
+    """Stems at 16 pixels and what is grown on them up to 1024, as in the recipes: T, R, and T on R."""
+    for rotation, syn_layers in ((False, 10), (False, 7), (True, 6), (True, 10)):
+        for head_layers in (4, 5, 7):
+            config = stem_config(16, syn_layers, 4096, 16, rotation=rotation)
+            yield config
+            while config.img_resolution < 1024:
+                config = superres_config(config, 2, head_layers, rotation=rotation and config.img_resolution < 32)
+                yield config
+
+
+def plans_of_recipes():
+    """A plan for every different layer that filters."""
+    found = {}
+    for config in recipe_configs():
+        for spec in config.layers:
+            layer = SynthesisLayer(dataclasses.replace(spec, in_channels=1, out_channels=1), config)
+            size = spec.in_size + spec.conv_kernel - 1
+            key = size, spec.out_size, layer.up, layer.down, spec.use_radial_filters, spec.is_critically_sampled
+            if layer.up_filter is None or key in found:
+                continue
+            plans = []
+            def keep(x, b, plan, plans=plans):
+                plans.append(plan)
+                return x
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("torch_utils.ops.library.filtered_lrelu", keep)
+                filtered_lrelu(torch.zeros(1, 1, size, size), layer.up_filter, layer.down_filter, up=layer.up,
+                               down=layer.down, padding=layer.padding, clamp=256, impl="cpu")
+            found[key] = plans[0]
+    return list(found.values())
+
+
+@needs_compiler
+def test_all_layers_of_the_recipes_have_programs():
+    plans = plans_of_recipes()
+    assert len(plans) > 20
+    names = set()
+    for plan in plans:
+        kinds = [plan.fast_kind(native.ACTIVATE), plan.fast_kind(native.ACTIVATE_AND_KEEP), plan.fast_kind(native.READ_CODES),
+                 plan.transposed.fast_kind(native.READ_CODES)]
+        assert None not in kinds, (plan.up, plan.down)
+        assert GRADIENT[kinds[0].name] == kinds[3].name
+        names |= {kind.name for kind in kinds}
+    assert names == set(strips.KINDS)       # And there are no others.
+
+
+def test_the_table_is_that_of_the_source():
+    source = (build.SOURCES / "strips.h").read_text()
+    lines = re.findall(r"using Strips(\w+) = Strips<Rates<(.*?)>, (\d+), (\d+), (\w+)>;", source)
+    found = [(name, *rates.split(", "), width, unroll, gradient) for name, rates, width, unroll, gradient in lines]
+    told = [tuple(str(value).lower() if isinstance(value, bool) else str(value)
+                  for value in dataclasses.astuple(kind)) for kind in strips.KINDS.values()]
+    assert found == told
+
+#----------------------------------------------------------------------------
+# What they compute.
+
+def layer(kind, sizes, dtype, layout, phase_of=None):
+    """(call of a layer of that kind, x, b) with taps of no symmetry. `sizes`: in (height, width)."""
+    fu, fd = (randn(*[n] * (1 + radial), seed=n + 1) for n, radial in
+              ((kind.up_taps, kind.up_radial), (kind.down_taps, kind.down_radial)))
+    low = kind.phase + 2 * kind.up
+    x = randn(2, 5, *sizes, seed=3).to(dtype).to(memory_format=layout).requires_grad_()
+    b = randn(5, seed=4).to(dtype).requires_grad_()
+
+    def call(x, b, impl, slope=0.2, clamp=2.5):
+        return filtered_lrelu(x, fu, fd, b, up=kind.up, down=kind.down, padding=(low, 9, low + kind.up, 8), gain=1.4,
+                              slope=slope, clamp=clamp, impl=impl)
+    return call, x, b
+
+
+def results(call, x, b, impl, layout):
+    """Value, gradients, and the gradient of a gradient."""
+    y = call(x, b, impl)
+    dy = randn(*y.shape, seed=5).to(x.dtype).to(memory_format=layout).requires_grad_()
+    dx, db = torch.autograd.grad(y, [x, b], dy, create_graph=True)
+    ddy, = torch.autograd.grad(dx, dy, randn(*x.shape, seed=6).to(x.dtype).to(memory_format=layout))
+    return [y.detach(), dx.detach(), db.detach(), ddy]
+
+
+@needs_compiler
+@pytest.mark.numeric
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", FORWARD, ids=strips.Strips.describe)
+@pytest.mark.parametrize("sizes", [(9, 13), (26, 21), (40, 7)], ids=str)
+def test_programs_are_ref(kind, layout, sizes, monkeypatch):
+    """Widths and heights that are no multiples of strips and chunks, and images of a single strip."""
+    called = use_programs_of_gpu(monkeypatch, fast=True)
+    call, x, b = layer(kind, sizes, torch.float64, LAYOUTS[layout])
+    found, want = (results(call, x, b, impl, LAYOUTS[layout]) for impl in ("cpu", "ref"))
+    assert called == [kind.name, GRADIENT[kind.name], kind.name]
+    for a, exact in zip(found, want, strict=True):
+        assert rel_error(a, exact) < 1e-12
+        assert a.is_contiguous(memory_format=LAYOUTS[layout]) or a.ndim == 1
+    with torch.no_grad():
+        assert torch.equal(call(x, b, "cpu"), found[0])     # Without codes.
+
+
+@needs_compiler
+@pytest.mark.numeric
+@pytest.mark.parametrize("kind", FORWARD, ids=strips.Strips.describe)
+def test_codes_are_those_of_the_general_program(kind, monkeypatch):
+    """Each reads what the other has written, in both layouts."""
+    for layout in LAYOUTS.values():
+        call, x, b = layer(kind, (23, 21), torch.float64, layout)
+        want = torch.autograd.grad(call(x, b, "ref").square().sum(), [x, b])
+        for fast in (True, False):
+            use_programs_of_gpu(monkeypatch, fast=fast)
+            loss = call(x, b, "cpu").square().sum()
+            use_programs_of_gpu(monkeypatch, fast=not fast)
+            for a, exact in zip(torch.autograd.grad(loss, [x, b]), want, strict=True):
+                assert rel_error(a, exact) < 1e-12
+
+
+@needs_compiler
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", strips.TYPES)
+@pytest.mark.parametrize("kind", FORWARD, ids=strips.Strips.describe)
+def test_types(kind, dtype, monkeypatch):
+    use_programs_of_gpu(monkeypatch, fast=True)
+    call, x, b = layer(kind, (12, 19), dtype, torch.channels_last)
+    exact = [t.detach().double().requires_grad_() for t in (x, b)]
+    found, want = results(call, x, b, "cpu", torch.channels_last), results(call, *exact, "ref", torch.channels_last)
+    for a, reference in zip(found[:2], want[:2], strict=True):
+        assert a.dtype == dtype
+        # Half precision rounds once, at the end; sums are in single precision.
+        sums = bound(torch.float32, *(torch.ones([n] * (1 + radial)) for n, radial in (
+            (kind.up_taps, kind.up_radial), (kind.down_taps, kind.down_radial))))
+        assert rel_error(a.double(), reference) < sums + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)
+
+
+@needs_compiler
+def test_what_is_left_to_the_general_program(monkeypatch):
+    called = use_programs_of_gpu(monkeypatch, fast=True)
+    f, x = randn(12, seed=1), randn(1, 3, 14, 15).requires_grad_()
+    calls = [{"fu": f, "fd": f, "up": 2, "down": 2, "padding": 10},                                 # Another phase.
+             {"fu": f, "fd": f, "up": 2, "down": 2, "padding": 9, "slope": 1.5},
+             {"fu": f, "fd": randn(24, seed=2), "up": 2, "down": 4, "padding": 9},                  # Only as a gradient.
+             {"fu": f[:8], "fd": f, "up": 2, "down": 2, "padding": 9}]
+    for options in calls:
+        found, want = (filtered_lrelu(x, **options, impl=impl) for impl in ("cpu", "ref"))
+        assert rel_error(found, want) < 1e-12
+    assert called == ["filtered_lrelu"] * len(calls)
+
+
+@needs_compiler
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_not_a_number_stays_one_and_zero_has_the_slope(clamp, monkeypatch):
+    use_programs_of_gpu(monkeypatch, fast=True)
+    f = torch.ones(12, dtype=torch.float64)
+    x = torch.full((1, 1, 12, 12), math.nan, dtype=torch.float64).requires_grad_()
+    assert filtered_lrelu(x, f, f, up=2, down=2, padding=9, clamp=clamp, impl="cpu").isnan().all()
+    with torch.no_grad():
+        assert filtered_lrelu(x, f, f, up=2, down=2, padding=9, clamp=clamp, impl="cpu").isnan().all()
+    zeros = torch.zeros_like(x).requires_grad_()
+    grads = [torch.autograd.grad(filtered_lrelu(zeros, f, f, up=2, down=2, padding=9, clamp=clamp, impl=impl).sum(),
+                                 zeros)[0] for impl in ("cpu", "ref")]
+    assert rel_error(*grads) < 1e-12
+
+#----------------------------------------------------------------------------
+# Before they are trusted.
+
+@needs_compiler
+@pytest.mark.parametrize("family", strips.FAMILIES)
+@pytest.mark.parametrize("dtype", strips.TYPES)
+def test_self_check(family, dtype, monkeypatch):
+    called = use_programs_of_gpu(monkeypatch, fast=True)
+    assert self_check.find_fault_of_strips("cpu", family, dtype) is None
+    assert set(called) == {kind.name for kind in strips.KINDS.values() if kind.family == family}
+
+
+@needs_compiler
+def test_a_wrong_program_is_not_used(monkeypatch, capsys):
+    """The general one is, and it is said."""
+    use_programs_of_gpu(monkeypatch, fast=True)
+    loaded, libraries = native._loaded["cpu"], native._StripLibraries()
+    def do_nothing(*args):
+        return 0
+    monkeypatch.setattr(libraries, "_load", lambda family, dtype: {"22": do_nothing, "42": do_nothing, "24": do_nothing})
+    monkeypatch.setattr(self_check, "find_fault_of_strips",
+                        lambda kind, *args, check=self_check.find_fault_of_strips: check("cpu", *args))
+    monkeypatch.setitem(native._loaded, "cpu", native.Loaded(loaded.functions, fast=libraries))
+    f, x = randn(12, seed=1, dtype=torch.float32), randn(1, 3, 14, 15, dtype=torch.float32)
+    found, want = (filtered_lrelu(x, f, f, up=2, down=2, padding=9, impl=impl) for impl in ("cpu", "ref"))
+    assert rel_error(found, want) < 1e-5
+    assert "ops: the general program is used instead of fast ones (self-check failed: filtered_lrelu 2/2 12/12" in \
+        capsys.readouterr().err
+
+
+def test_a_library_that_cannot_be_had_is_said_once(monkeypatch, capsys):
+    def fail(target):
+        raise build.BuildError("no nvcc on PATH")
+    monkeypatch.setattr(build, "strips_target", lambda *args: None)
+    monkeypatch.setattr(build, "library", fail)
+    monkeypatch.delenv("STYLESAN_OPS", raising=False)
+    libraries = native._StripLibraries()
+    for _ in range(2):
+        assert libraries(strips.KINDS["22"], torch.float16) is None
+    assert libraries(strips.KINDS["22"], torch.float64) is None
+    assert capsys.readouterr().err == "ops: the general program is used instead of fast ones (no nvcc on PATH)\n"
+
+#----------------------------------------------------------------------------
+# What is compiled.
+
+BOUNDS = {"2/2 12/12": 240, "4/2 24/12": 330}      # Instructions per value, forward.
+GRADIENT_FACTOR = 1.3
+MIN_FFMA_SHARE = 0.45
+RESULTS = ROOT / "benchmarks" / "results" / "kernels.json"
+
+
+def assert_within_bounds(rows):
+    for row in rows:
+        assert tuple(row) == kernel_report.KEYS
+        assert row["spill_bytes"] == row["local_bytes"] == 0, row
+        assert row["registers"] <= 255, row
+        assert row["ffma_share"] >= MIN_FFMA_SHARE, row
+        _, rates, taps, _, *mode = row["kernel"].split()
+        backwards = {"2/4": "4/2"}.get(rates, rates)
+        bound = BOUNDS.get(f"{backwards} {'24/12' if backwards == '4/2' else '12/12'}") if "r" not in taps else None
+        if bound is not None:
+            factor = GRADIENT_FACTOR if mode == ["gradient"] else 1
+            assert row["instructions_per_output"] <= factor * bound, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "archs"), [("t", ["80", "90", "100"]), ("r", ["90"])])
+def test_what_the_compiler_makes_of_it(family, archs):
+    """In half precision, the type of most layers; benchmarks/results/kernels.json has all of it."""
+    if build.cuda_target("90").compiler is None:
+        pytest.skip("no nvcc: neither a CUDA toolkit nor the package nvidia-cuda-nvcc")
+    kinds = [kind for kind in strips.KINDS.values() if kind.family == family]
+    rows = kernel_report.make_report(archs, [torch.float16], kinds)
+    assert len(rows) == len(archs) * sum(1 if kind.is_gradient else 3 for kind in kinds)
+    assert_within_bounds(rows)
+
+
+def test_the_whole_report_is_of_these_sources():
+    """`make kernel-report` makes it anew, in some minutes."""
+    found = json.loads(RESULTS.read_text())
+    assert found["sources"] == kernel_report.sources_hash(), "the sources have changed: run make kernel-report"
+    rows = found["rows"]
+    programs = sum(1 if kind.is_gradient else 3 for kind in strips.KINDS.values())
+    assert len({(row["kernel"], row["arch"]) for row in rows}) == len(rows) == programs * len(strips.TYPES) * 3
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert_within_bounds(rows)
