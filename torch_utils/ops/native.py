@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -269,6 +269,11 @@ def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, si
     _call("bias_act", x, _BIAS_ACT.pack(
         x.data_ptr(), 0 if b is None else b.data_ptr(), 0 if g is None else g.data_ptr(), out.data_ptr(), *sizes,
         plan.alpha, plan.gain, plan.clamp, plan.act, order))
+
+
+def layer_variants(plan: LayerPlan) -> Sequence[int]:
+    """Programs that can compute a layer, the default first: on a GPU the fastest is chosen (see `tune`)."""
+    return (plan.variant,)
 
 
 def new_codes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
