@@ -5,7 +5,8 @@
 
 On a GPU small layers take as long as the processor needs to start them, so this is what the path around the kernels
 takes. All calls are measured in turn within one run, on one thread; the table gives medians and quartiles of rounds of
-calls. On a GPU the time is that of the processor, which waits for the GPU only after a round. Writes
+calls. Without a GPU it is CPU time, so that other programs disturb little. With one it is time of day, because backward
+passes run in a thread of their own; the processor waits for the GPU only after a round. Writes
 benchmarks/results/overhead.md, a section for each device; the last line on stdout is JSON.
 """
 import datetime
@@ -68,14 +69,15 @@ def make_calls(device: torch.device) -> dict[str, dict[str, Call]]:
 
 def measure(calls: dict[str, dict[str, Call]], device: torch.device, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Microseconds per call in each round, all measured in turn; the first round does not count."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     found: dict[str, dict[str, list[float]]] = {name: {what: [] for what in kinds} for name, kinds in calls.items()}
     for number in range(rounds + 1):
         for name, kinds in calls.items():
             for what, call in kinds.items():
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(CALLS):
                     call()
-                seconds = time.perf_counter() - start
+                seconds = clock() - start
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 if number:

@@ -11,6 +11,7 @@ import torch
 
 from torch_utils import distributed, misc
 from torch_utils.ops import tune
+from training.batch_size import explained_memory_errors
 from training.config import TrainConfig
 from training.networks_stylegan3 import PRECISIONS, Generator
 from training.run_folder import add_run_info
@@ -33,7 +34,8 @@ def settle_forms(state: TrainingState, config: TrainConfig, device: torch.device
             tune.use(choices)
             say(choices.describe())
             if choices.store is not None:
-                rehearse(state.G, config)
+                with explained_memory_errors("rehearsal", config, device):
+                    rehearse(state.G, config)
             found = choices.values
         state.forms = distributed.broadcast_object(found)       # The others wait for it, however long it takes.
     tune.use(tune.Choices(state.forms, "as this run was started"))

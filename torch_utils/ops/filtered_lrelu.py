@@ -81,24 +81,11 @@ def filtered_lrelu(
 def _fastest(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None, b: torch.Tensor | None, up: int,
              down: int, padding: tuple[int, int, int, int], *settings: Any) -> tune.Form:
     """The form that is fastest on the device of x, which is found out at the first call of a shape."""
-    gradient = torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad))
-    taps = None if fu is None else fu.shape, None if fd is None else fd.shape
-    layout = tune.layout_name(x)
-    facts = x.shape, x.dtype, layout, taps, up, down, padding, b is not None, gradient
-
-    def name() -> str:
-        size, *taps_of = ("x".join(map(str, shape or [1])) for shape in (x.shape, *taps))
-        return (f"filtered_lrelu {size} {str(x.dtype).removeprefix('torch.')} {layout} up {up} down {down} padding "
-                f"{','.join(map(str, padding))} taps {'/'.join(taps_of)}{' bias' if b is not None else ''}"
-                f"{' gradient' if gradient else ''}")
-
-    def seconds(form: tune.Form) -> float:
-        def call(x: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-            return form(x, fu, fd, b, up, down, padding, *settings)
-        return tune.seconds_of(tune.trial(call, (x, b), gradient), x.device)
-
-    return tune.current(x.device).fastest(
-        facts, name, lambda: candidates(x, fu, fd, up, down, padding, *settings), seconds)
+    facts = {"up": up, "down": down, "padding": padding, "up taps": None if fu is None else fu.shape,
+             "down taps": None if fd is None else fd.shape}
+    return tune.fastest("filtered_lrelu", (x, b), facts,
+                        lambda: candidates(x, fu, fd, up, down, padding, *settings),
+                        lambda form, x, b: form(x, fu, fd, b, up, down, padding, *settings))
 
 
 def candidates(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,

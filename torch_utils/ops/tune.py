@@ -70,20 +70,24 @@ def _host_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def trial(call: Form, inputs: Sequence[torch.Tensor | None], gradient: bool) -> Callable[[], None]:
+def trial(call: Form, inputs: Sequence[torch.Tensor | None]) -> Callable[[], None]:
     """A call to be timed: the forward pass and, where a gradient is wanted, the backward pass.
 
     It works on the values of the inputs and leaves no trace in the graph that they belong to.
     """
-    leaves = [None if t is None else t.detach().requires_grad_(gradient and t.requires_grad) for t in inputs]
+    leaves = [None if t is None else t.detach().requires_grad_(wants_gradient(t)) for t in inputs]
     wanted = [t for t in leaves if t is not None and t.requires_grad]
 
     def run() -> None:
-        with torch.set_grad_enabled(gradient):
-            y = call(*leaves)
-            if gradient:
-                torch.autograd.grad(y, wanted, y.detach())
+        y = call(*leaves)
+        if wanted:
+            torch.autograd.grad(y, wanted, y.detach())
     return run
+
+
+def wants_gradient(x: torch.Tensor) -> bool:
+    """Whether a gradient of x may be asked for after what is done now."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 #----------------------------------------------------------------------------
 # The file of choices.
@@ -241,8 +245,43 @@ def describe(device: torch.device | str) -> str | None:
     return current(device).describe() if device.type in KINDS else None
 
 
-def layout_name(x: torch.Tensor) -> str:
-    """How images lie in memory."""
+#----------------------------------------------------------------------------
+# What operations call.
+
+def fastest(op: str, inputs: Sequence[torch.Tensor | None], facts: Mapping[str, Hashable],
+            candidates: Callable[[], Mapping[str, Form]], call: Callable[..., torch.Tensor]) -> Form:
+    """The form of an operation that is fastest for these inputs, on a device of KINDS.
+
+    Args:
+        op: Its name.
+        inputs: Tensors that gradients are taken of, and others whose size matters; the first one is on the device.
+        facts: What else matters to the speed, by name.
+        candidates: The forms by name, the default first; only called for a new shape.
+        call: `call(form, *inputs)` runs a form.
+    """
+    device = inputs[0].device
+    kinds = [None if t is None else (t.shape, t.dtype, _layout(t), wants_gradient(t)) for t in inputs]
+
+    def name() -> str:
+        tensors = ["none" if kind is None else " ".join(filter(None, [
+            _text(kind[0]), str(kind[1]).removeprefix("torch."), kind[2], "gradient" if kind[3] else ""]))
+            for kind in kinds]
+        return f"{op} {', '.join(tensors)}; {', '.join(f'{what} {_text(value)}' for what, value in facts.items())}"
+
+    def seconds(form: Form) -> float:
+        return seconds_of(trial(lambda *leaves: call(form, *leaves), inputs), device)
+
+    return current(device).fastest((op, *kinds, *facts.values()), name, candidates, seconds)
+
+
+def _layout(x: torch.Tensor) -> str:
+    """How a tensor lies in memory; nothing if its last dimension is the innermost one."""
     if x.is_contiguous():
-        return "contiguous"
-    return "channels-last" if x.is_contiguous(memory_format=torch.channels_last) else "strided"
+        return ""
+    return "channels-last" if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else "strided"
+
+
+def _text(value: Hashable) -> str:
+    if isinstance(value, torch.Size):
+        return "x".join(map(str, value)) or "scalar"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
