@@ -6,7 +6,7 @@ SEED ?= 0
 SAN ?= 1
 JOBS ?= 2
 
-.PHONY: demo test test-fast test-gpu test-arithmetics test-arithmetics-quick lint clean
+.PHONY: demo test test-fast test-gpu kernel-report test-arithmetics test-arithmetics-quick lint clean
 
 # The stamp is written last, so that an interrupted installation starts again.
 $(VENV)/.installed: requirements.lock
@@ -33,6 +33,10 @@ test-fast: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+# What nvcc makes of the fast CUDA programs, for three generations of GPUs (some minutes, no GPU needed).
+kernel-report: $(VENV)/.installed
+	$(PY) benchmarks/kernel_report.py
 
 # The numeric tests under arithmetics that round differently; the table goes to docs/arithmetics.md (about an hour).
 test-arithmetics: $(VENV)/.installed

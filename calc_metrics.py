@@ -197,7 +197,7 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
     if opts.network is not None:
         from legacy import load_network
         network = load_network(opts.network, device)
-        distributed.print0(dispatch.describe(device), file=sys.stderr)
+        distributed.print0(dispatch.start_lines(device), file=sys.stderr)
     wants_labels = network is not None and network.G_ema.c_dim > 0 and opts.labels == "dataset"
     path = opts.data or opts.ref
     reference = None if path is None else open_reference(path, wants_labels, workers)

@@ -133,7 +133,7 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
     if noise_mode != "const":
         click.echo(f"NOTE: --noise-mode={noise_mode} has no effect: these generators have no noise inputs", err=True)
     target = misc.select_device(device)
-    click.echo(dispatch.describe(target), err=True)
+    click.echo(dispatch.start_lines(target), err=True)
     loaded = load_network(network, target)
     G = loaded.G_ema
     class_idx = None if class_name is None else find_class(class_name, loaded.class_names, G.c_dim)

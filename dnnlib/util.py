@@ -6,9 +6,15 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:     # Not on Windows.
+    fcntl = None
 
 #----------------------------------------------------------------------------
 
@@ -134,3 +140,22 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file so that readers see the old or the new content, never a part."""
     with atomic_file(path) as f:
         f.write(text.encode())
+
+
+@contextlib.contextmanager
+def file_lock(path: str | os.PathLike, seconds: float) -> Iterator[None]:
+    """Hold a lock for the block; it ends with this process, however that ends.
+
+    After so many seconds, or where locks do not work, the block runs without it.
+    """
+    with open(path, "w") as file:
+        deadline = time.monotonic() + seconds
+        while fcntl is not None and time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield

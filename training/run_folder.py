@@ -221,6 +221,14 @@ def create_run(choice: RunChoice, config: TrainConfig, info: dict[str, Any]) -> 
                         "name a folder that you may write to") from err
 
 
+def add_run_info(folder: Path, **facts: Any) -> None:
+    """Write what became known of a run after its start beside what `run_info` said."""
+    options = read_options(folder)
+    if options is not None:
+        options[RUN_INFO] = options.get(RUN_INFO, {}) | facts
+        atomic_write_text(folder / OPTIONS_FILE, json.dumps(options, indent=2) + "\n")
+
+
 def run_start(folder: Path) -> int:
     """How often the run was started, this time included; 0 without a run."""
     return int(((read_options(folder) or {}).get(RUN_INFO) or {}).get("starts", 0))

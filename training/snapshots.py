@@ -90,6 +90,7 @@ class TrainingState:
     bad_evals: int = 0          # Evaluations since then.
     tick_start_nimg: int = 0    # Where the current tick began: a state may be of any iteration.
     snapshot_due: bool = True   # The snapshot of this moment is not complete: a new run, or killed in its evaluation.
+    forms: dict[str, str] = dataclasses.field(default_factory=dict)     # Of operations on a GPU: `training.forms`.
 
     COUNTERS = ("cur_nimg", "batch_idx", "cur_tick", "elapsed", "best_value", "best_nimg", "best_metric", "bad_evals",
                 "tick_start_nimg", "snapshot_due")
@@ -113,6 +114,7 @@ class TrainingState:
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers().items()},
             "pl_mean": self.loss.pl_mean,
             "counters": self.counters(),
+            "forms": self.forms,
             # What a network snapshot needs on top.
             "generator_config": to_dict(self.G.config),
             "discriminator_config": to_dict(self.D.config),
@@ -130,5 +132,6 @@ class TrainingState:
             groups = [old | new for old, new in zip(saved["param_groups"], settings, strict=True)]
             opt.load_state_dict(saved | {"param_groups": groups})
         self.loss.pl_mean.copy_(content["pl_mean"])
+        self.forms = dict(content.get("forms", {}))     # Older states have none.
         for name, value in content["counters"].items():
             setattr(self, name, value)

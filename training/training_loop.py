@@ -24,6 +24,7 @@ from training.discriminators.projected import ProjectedDiscriminator
 from training.diversity import real_pair_distance
 from training.ema import update_ema
 from training.feature_networks.registry import load_backbone
+from training.forms import settle_forms
 from training.health import EXIT_COLLAPSE, EXIT_NONFINITE, GradientGuard, HealthCheck
 from training.init_from import start_from
 from training.loss import StyleSanLoss
@@ -139,6 +140,7 @@ def training_loop(
         report.say(f"resuming at kimg {state.cur_nimg / 1e3:.1f}, after {format_time(state.elapsed)} of training")
     elif start is not None:
         report.say(start_from(state, start, dataset.class_names, config))
+    settle_forms(state, config, device, folder, resumed, report.say)
 
     # Data.
     order = EpochOrder(len(dataset), config.seed)

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
 from tests.ops.cases import needs_compiler
 from torch_utils.ops import build
@@ -108,7 +110,8 @@ def test_two_kinds_of_machine_share_a_cache(folder, monkeypatch):
         without = build.Target("cpu", None, ("-fPIC",), (build.Source("small.cpp"),), ())
         with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
             build.library(without)
-        paths[machine] = build.library(build.Target("cpu", shutil.which("c++"), ("-fPIC",), (build.Source("small.cpp"),), ()))
+        source = build.Source("small.cpp")
+        paths[machine] = build.library(build.Target("cpu", shutil.which("c++"), ("-fPIC",), (source,), ()))
         assert build.library(without) == paths[machine]
     assert len(set(paths.values())) == 2
     assert [answer(str(path)) for path in paths.values()] == [42, 42]
@@ -166,11 +169,24 @@ def test_without_a_compiler(tmp_path):
 
 
 @pytest.mark.slow
-def test_cuda_sources_compile_and_link(tmp_path, monkeypatch):
-    """For three generations of GPUs; they run where there is one (tests marked gpu)."""
-    target = build.cuda_target("80,90,100")
+@pytest.mark.parametrize("target", ["cuda", "strips"])
+def test_cuda_sources_compile_and_link(tmp_path, monkeypatch, target):
+    """For three generations of GPUs, or one for the fast programs; they run where there is one (tests marked gpu)."""
+    target = build.cuda_target("80,90,100") if target == "cuda" else build.strips_target("t", torch.float32, "80")
     if target.compiler is None:
         pytest.skip("no nvcc: neither a CUDA toolkit nor the package nvidia-cuda-nvcc")
     monkeypatch.setenv("STYLESAN_OPS_CACHE", str(tmp_path))
     library = ctypes.CDLL(str(build.library(target)))
-    assert all(hasattr(library, f"stylesan_{name}") for name in ("resample", "filtered_lrelu", "bias_act"))
+    general, fast = ("resample", "filtered_lrelu", "bias_act"), ("strips_22", "strips_42", "strips_24")
+    names = general if target.kind == "cuda" else fast
+    assert all(hasattr(library, f"stylesan_{name}") for name in names)
+
+
+@pytest.mark.parametrize(("args", "told"), [
+    (["--json"], "--json is a form of the report: add --report"),
+    (["--report", "--arch=90"], "no nvcc: install a CUDA toolkit")])
+def test_mistakes_of_the_report(args, told, monkeypatch):
+    monkeypatch.setattr(build, "_find_program", lambda *args: None)
+    done = CliRunner().invoke(build.main, args)
+    assert done.exit_code == 2
+    assert told in done.output

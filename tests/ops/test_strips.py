@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import needs_cuda
 from tests.closeness import rel_error
 from tests.ops.cases import bound, needs_compiler, randn, use_programs_of_gpu
 from torch_utils.ops import build, kernel_report, native, self_check, strips
@@ -63,7 +64,7 @@ def test_all_layers_of_the_recipes_have_programs():
     assert len(plans) > 20
     names = set()
     for plan in plans:
-        kinds = [plan.fast_kind(native.ACTIVATE), plan.fast_kind(native.ACTIVATE_AND_KEEP), plan.fast_kind(native.READ_CODES),
+        kinds = [*map(plan.fast_kind, (native.ACTIVATE, native.ACTIVATE_AND_KEEP, native.READ_CODES)),
                  plan.transposed.fast_kind(native.READ_CODES)]
         assert None not in kinds, (plan.up, plan.down)
         assert GRADIENT[kinds[0].name] == kinds[3].name
@@ -99,9 +100,9 @@ def layer(kind, sizes, dtype, layout, phase_of=None):
 def results(call, x, b, impl, layout):
     """Value, gradients, and the gradient of a gradient."""
     y = call(x, b, impl)
-    dy = randn(*y.shape, seed=5).to(x.dtype).to(memory_format=layout).requires_grad_()
+    dy = randn(*y.shape, seed=5).to(x).to(memory_format=layout).requires_grad_()
     dx, db = torch.autograd.grad(y, [x, b], dy, create_graph=True)
-    ddy, = torch.autograd.grad(dx, dy, randn(*x.shape, seed=6).to(x.dtype).to(memory_format=layout))
+    ddy, = torch.autograd.grad(dx, dy, randn(*x.shape, seed=6).to(x).to(memory_format=layout))
     return [y.detach(), dx.detach(), db.detach(), ddy]
 
 
@@ -160,9 +161,9 @@ def test_types(kind, dtype, monkeypatch):
 def test_what_is_left_to_the_general_program(monkeypatch):
     called = use_programs_of_gpu(monkeypatch, fast=True)
     f, x = randn(12, seed=1), randn(1, 3, 14, 15).requires_grad_()
-    calls = [{"fu": f, "fd": f, "up": 2, "down": 2, "padding": 10},                                 # Another phase.
+    calls = [{"fu": f, "fd": f, "up": 2, "down": 2, "padding": 10},                                 # The phase.
              {"fu": f, "fd": f, "up": 2, "down": 2, "padding": 9, "slope": 1.5},
-             {"fu": f, "fd": randn(24, seed=2), "up": 2, "down": 4, "padding": 9},                  # Only as a gradient.
+             {"fu": f, "fd": randn(24, seed=2), "up": 2, "down": 4, "padding": 9},                  # A gradient.
              {"fu": f[:8], "fd": f, "up": 2, "down": 2, "padding": 9}]
     for options in calls:
         found, want = (filtered_lrelu(x, **options, impl=impl) for impl in ("cpu", "ref"))
@@ -184,6 +185,23 @@ def test_not_a_number_stays_one_and_zero_has_the_slope(clamp, monkeypatch):
                                  zeros)[0] for impl in ("cpu", "ref")]
     assert rel_error(*grads) < 1e-12
 
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", strips.TYPES)
+@pytest.mark.parametrize("kind", FORWARD, ids=strips.Strips.describe)
+def test_gpu_is_ref(kind, dtype, layout):
+    """Value, gradients, second order; sizes of several strips, chunks and blocks."""
+    assert native.load("cuda").fast(kind, dtype) is not None
+    call, x, b = layer(kind, (61, 43), dtype, LAYOUTS[layout])
+    exact = [t.detach().double().requires_grad_() for t in (x, b)]
+    on_gpu = [t.detach().cuda().requires_grad_() for t in (x, b)]
+    found = results(call, *on_gpu, "cuda", LAYOUTS[layout])
+    want = results(call, *exact, "ref", LAYOUTS[layout])
+    for a, reference in zip(found, want, strict=True):
+        # Values next to a bound or to zero may fall on the other side of it, in their gradients.
+        assert rel_error(a.cpu().double(), reference) < max(8 * torch.finfo(dtype).eps, 5e-5)
+
 #----------------------------------------------------------------------------
 # Before they are trusted.
 
@@ -203,7 +221,7 @@ def test_a_wrong_program_is_not_used(monkeypatch, capsys):
     loaded, libraries = native._loaded["cpu"], native._StripLibraries()
     def do_nothing(*args):
         return 0
-    monkeypatch.setattr(libraries, "_load", lambda family, dtype: {"22": do_nothing, "42": do_nothing, "24": do_nothing})
+    monkeypatch.setattr(libraries, "_load", lambda family, dtype: dict.fromkeys(["22", "42", "24"], do_nothing))
     monkeypatch.setattr(self_check, "find_fault_of_strips",
                         lambda kind, *args, check=self_check.find_fault_of_strips: check("cpu", *args))
     monkeypatch.setitem(native._loaded, "cpu", native.Loaded(loaded.functions, fast=libraries))

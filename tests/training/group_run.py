@@ -4,11 +4,19 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from torch_utils import distributed, watch
+from torch_utils.misc import one_hot
+from torch_utils.ops import tune
+from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
+from training.forms import settle_forms
 from training.gradients import FlatGradients
+from training.layer_schedule import stem_config
+from training.networks_stylegan3 import Generator
+from training.snapshots import TrainingState
 
 CASES = {}
 
@@ -54,6 +62,44 @@ def works(rank: int) -> None:
     print(f"rank {rank} of {distributed.world_size()} is happy")
 
 
+def small_config(**changed) -> TrainConfig:
+    """Of a run with 16 pixels and 4 classes."""
+    generator = stem_config(16, 4, 128, 16, 2, c_dim=4, w_dim=32)
+    values = dict(data=DataConfig("none", 16, 4), generator=generator, loss=LossConfig(),
+                  discriminator=DiscriminatorConfig(("local:random",), 16, 4), optim=OptimConfig.official(8), batch=8,
+                  batch_gpu=4, total_kimg=1, kimg_per_tick=1, snapshot_ticks=1)
+    return TrainConfig(**(values | changed))
+
+
+@case
+def chooses_forms(rank: int) -> None:
+    """Forms of operations are timed by rank 0, which takes its time, and both use what it found."""
+    timed = []
+
+    def seconds_of(call, device):       # Matrices are faster on rank 0, native code on rank 1.
+        call()
+        timed.append(call)
+        time.sleep(0.3)                 # Together longer than a collective may take.
+        return 1.0 + (len(timed) + rank) % 2
+
+    tune.KINDS, tune.seconds_of = ("cpu",), seconds_of
+    config = small_config()
+    torch.manual_seed(0)
+    G = Generator(config.generator).train().requires_grad_(False)
+    state, said = TrainingState(G, G, None, None, []), []
+    settle_forms(state, config, torch.device("cpu"), Path("nowhere"), False, said.append)
+    assert (len(timed) > 10) == (rank == 0)
+    assert len(state.forms) * 2 == distributed.broadcast_object(len(timed))
+    assert set(state.forms.values()) == {"matrix"}
+    assert distributed.all_gather_object(state.forms) == [state.forms] * 2
+    before = len(timed)
+    images = G(torch.ones(config.batch_gpu, G.z_dim), one_hot(torch.arange(config.batch_gpu), 4))
+    first, second = distributed.all_gather_object(images)
+    assert torch.equal(first, second)
+    assert len(timed) == before
+    print(f"rank {rank} of {distributed.world_size()} is happy")
+
+
 def assert_equal_sums(rank: int, bucket_bytes: int) -> None:
     """Overlapped sums over micro-batches of two backward passes are those of one message at the end, bit for bit."""
     sums = []
@@ -83,7 +129,7 @@ def main(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    distributed.TIMEOUT = datetime.timedelta(seconds=2 if sys.argv[1] == "works" else 1800)
+    distributed.TIMEOUT = datetime.timedelta(seconds=2 if sys.argv[1] in ("works", "chooses_forms") else 1800)
     watch.SILENT_SECONDS = 3.0
     watch.BEAT_SECONDS = 0.5
     sys.exit(distributed.run_in_group("cpu", main))

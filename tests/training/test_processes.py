@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from legacy import open_snapshot
+from tests.ops.cases import needs_compiler
 from torch_utils.launch import children_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +131,13 @@ def group(case: str, ranks: range = range(2), **env: str) -> list[tuple[int, str
 def test_a_group_works():
     """Long work of rank 0, downloads one by one, gradients exchanged during the backward pass."""
     for rank, (code, output) in enumerate(group("works")):
+        assert code == 0, output
+        assert f"rank {rank} of 2 is happy" in output
+
+
+@needs_compiler
+def test_forms_are_chosen_by_the_first_process(tmp_path):
+    for rank, (code, output) in enumerate(group("chooses_forms", STYLESAN_CACHE=str(tmp_path))):
         assert code == 0, output
         assert f"rank {rank} of 2 is happy" in output
 

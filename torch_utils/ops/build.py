@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 import torch
 
-from dnnlib import cli
+from dnnlib import UserError, cli
 from dnnlib.download import cache_dir
 from torch_utils.ops import strips
 
@@ -309,7 +309,7 @@ def main(kinds: tuple[str, ...], arch: str | None, report: bool, as_json: bool) 
         try:
             rows = kernel_report.make_report((arch or REPORT_ARCHS).split(","))
         except BuildError as error:
-            raise click.ClickException(str(error)) from None
+            raise UserError(str(error)) from None
         click.echo(json.dumps(rows, indent=1) if as_json else kernel_report.table(rows))
         return
     kinds = kinds or ("cpu", *(["cuda"] if torch.cuda.is_available() or arch else []))
@@ -318,7 +318,7 @@ def main(kinds: tuple[str, ...], arch: str | None, report: bool, as_json: bool) 
         try:
             path = library(target, retry=True)
         except BuildError as error:
-            raise click.ClickException(f"{target.kind}: {error}") from None
+            raise UserError(f"{target.kind}: {error}") from None
         click.echo(f"{target.kind}: {path} ({time.perf_counter() - start:.1f} s)")
 
 

@@ -5,14 +5,14 @@ Every operation registers its forms here under a name:
     'ref'     plain PyTorch, written to be read; the oracle of all others
     'matrix'  plain PyTorch, the same numbers through matrix products; faster
     'cpu', 'cuda'  native code for that kind of device, if it can be had (see `native`)
-A caller says `impl='auto'` or names a form.
+A caller says `impl='auto'` or names a form. On GPUs an operation may choose among its forms by their speed (`tune`).
 """
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from torch_utils.ops import native
+from torch_utils.ops import native, tune
 
 FORMS = ("ref", "matrix", "cpu", "cuda")
 NATIVE = ("cpu", "cuda")
@@ -62,3 +62,8 @@ def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
 def describe(device: torch.device | str) -> str:
     """One line for the start of a run: what `impl='auto'` will use on that device."""
     return native.describe(device)
+
+
+def start_lines(device: torch.device | str) -> str:
+    """For programs that leave the choice of forms to the machine: that line, and on GPUs where choices come from."""
+    return "\n".join(filter(None, [describe(device), tune.describe(device)]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import dispatch, library, native
+from torch_utils.ops import dispatch, library, native, tune
 from torch_utils.ops.arguments import check_images, filter_size, output_size, parse_padding
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.bias_act import native_plan as bias_act_plan
@@ -72,7 +72,34 @@ def filtered_lrelu(
     if b is not None and b.shape != x.shape[1:2]:
         raise ValueError(f"b of shape {list(b.shape)}: x of shape {list(x.shape)} takes [{x.shape[1]}]")
     function = dispatch.select("filtered_lrelu", impl, x.device)
-    return function(x, fu, fd, b, int(up), int(down), pad, float(gain), float(slope), clamp, flip_filter)
+    arguments = x, fu, fd, b, int(up), int(down), pad, float(gain), float(slope), clamp, flip_filter
+    if impl == "auto" and function is filtered_lrelu_native and x.device.type in tune.KINDS:
+        function = _fastest(*arguments)
+    return function(*arguments)
+
+
+def _fastest(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None, b: torch.Tensor | None, up: int,
+             down: int, padding: tuple[int, int, int, int], *settings: Any) -> tune.Form:
+    """The form that is fastest on the device of x, which is found out at the first call of a shape."""
+    facts = {"up": up, "down": down, "padding": padding, "up taps": None if fu is None else fu.shape,
+             "down taps": None if fd is None else fd.shape}
+    return tune.fastest("filtered_lrelu", (x, b), facts,
+                        lambda: candidates(x, fu, fd, up, down, padding, *settings),
+                        lambda form, x, b: form(x, fu, fd, b, up, down, padding, *settings))
+
+
+PROGRAM_NAMES = {native.DEFAULT_PROGRAM: "", native.GENERAL_PROGRAM: " general"}     # Behind the kind of device.
+
+
+def candidates(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,
+               *settings: Any) -> dict[str, tune.Form]:
+    """The forms among which the fastest is chosen, by name, the default first: programs of native code, matrices."""
+    plan, kind = _native_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), *settings, variant=0), x.device.type
+    if isinstance(plan, native.BiasActPlan):    # One pass over the values.
+        return {kind: filtered_lrelu_native}
+    programs = {f"{kind}{PROGRAM_NAMES[variant]}": functools.partial(filtered_lrelu_native, variant=variant)
+                for variant in native.layer_variants(plan, kind)}
+    return programs | {"matrix": filtered_lrelu_matrix}
 
 #----------------------------------------------------------------------------
 
@@ -143,10 +170,14 @@ def filtered_lrelu_native(
     slope: float,
     clamp: float | None,
     flip_filter: bool,
+    variant: int = 0,
 ) -> torch.Tensor:
-    """Row by row: nothing of the upsampled size is stored but two bits per value, and these only for a gradient."""
+    """Row by row: nothing of the upsampled size is stored but two bits per value, and these only for a gradient.
+
+    `variant` is one of `native.layer_variants`.
+    """
     plan = _native_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), up, down, padding, gain, slope, clamp,
-                        flip_filter)
+                        flip_filter, variant)
     if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
         b = b.to(x.dtype).contiguous()
     if isinstance(plan, native.BiasActPlan):
@@ -167,6 +198,7 @@ def _native_plan(
     slope: float,
     clamp: float | None,
     flip_filter: bool,
+    variant: int,
 ) -> native.LayerPlan | native.BiasActPlan:
     """What native code is told of such a call; made once. Without filters the layer is an activation."""
     if up == down == 1 and not any(padding) and up_taps == down_taps == IDENTITY:
@@ -176,7 +208,8 @@ def _native_plan(
     upsample = make_kernel(up_taps, dtype, tuple(size), (up, up), (1, 1), padding, flip_filter, up**2 * gain)
     downsample = make_kernel(down_taps, dtype, upsample.out_size, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
     library.check_size("filtered_lrelu", math.prod(shape), n * c * math.prod(downsample.out_size))
-    return native.LayerPlan(upsample, downsample, tuple(size), slope, math.inf if clamp is None else float(clamp))
+    return native.LayerPlan(upsample, downsample, tuple(size), slope, math.inf if clamp is None else float(clamp),
+                            variant)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -189,6 +189,7 @@ _SIGNATURES = {     # After the type; structures are passed as addresses.
     "bias_act": (ctypes.c_int32, ctypes.c_void_p),
 }
 ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES = range(3)
+DEFAULT_PROGRAM, GENERAL_PROGRAM = range(2)
 _NO_CODES = (0,) * 9
 _FAILURES = {-1: "the compiler that built the library has no such type", -2: "the filters have too many taps",
              -3: "no tile of these rates fits into shared memory", -4: "there is no program of this kind for the layer"}
@@ -274,15 +275,15 @@ class LayerPlan(Plan):
     """Upsample images of `size` (height, width), activate and downsample.
 
     Args:
-        is_general: Use the general program of a GPU, also where there is a fast one.
+        variant: DEFAULT_PROGRAM is the fast one of a GPU where it has one; GENERAL_PROGRAM is not.
     """
 
     def __init__(self, up: Kernel, down: Kernel, size: tuple[int, int], slope: float, clamp: float,
-                 is_general: bool = False):
+                 variant: int = DEFAULT_PROGRAM):
         super().__init__()
         self.up, self.down, self.size, self.out_size = up, down, size, down.out_size
-        self.slope, self.clamp, self.is_general = slope, clamp, is_general
-        kind = None if is_general else strips.find(up, down)
+        self.slope, self.clamp, self.variant = slope, clamp, variant
+        kind = None if variant == GENERAL_PROGRAM else strips.find(up, down)
         self._strips = tuple(kind if kind and strips.can_run(kind, down, slope, mode == READ_CODES) else None
                              for mode in (ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES))
         (up_packed, self._up_taps), (down_packed, self._down_taps) = (
@@ -307,7 +308,7 @@ class LayerPlan(Plan):
     def transposed(self) -> "LayerPlan":
         """The gradient, which multiplies by the recorded slopes where the layer activates."""
         return LayerPlan(self.down.transposed(self.up.out_size), self.up.transposed(self.size), self.out_size,
-                         self.slope, self.clamp, self.is_general)
+                         self.slope, self.clamp, self.variant)
 
 
 class BiasActPlan(Plan):
@@ -331,14 +332,14 @@ def _pack_kernel(kernel: Kernel, size: tuple[int, int]) -> tuple[bytes, tuple[ct
 
 def resample(x: torch.Tensor, plan: ResamplingPlan, y: torch.Tensor) -> None:
     """x [N, C, H, W] -> y [N, C, H', W'], any strides."""
-    _call(_functions_for(x).functions["resample"], x, _images(x), _images(y), plan.packed)
+    _call("resample", _functions_for(x).functions["resample"], x, _images(x), _images(y), plan.packed)
 
 
 def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int, codes: torch.Tensor | None,
                    y: torch.Tensor) -> None:
     """y = down(activation(up(x + b))), or with mode READ_CODES y = down(derivative * up(x))."""
-    _call(_layer_function(x, plan, mode), x, _images(x), None if b is None else b.data_ptr(), _images(y),
-          plan.packed(mode, codes))
+    _call("filtered_lrelu", _layer_function(x, plan, mode), x, _images(x), None if b is None else b.data_ptr(),
+          _images(y), plan.packed(mode, codes))
 
 
 def _layer_function(x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
@@ -353,9 +354,16 @@ def _layer_function(x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[...
 def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, sizes: tuple[int, int, int],
              plan: BiasActPlan, order: int, out: torch.Tensor) -> None:
     """Derivative of that order at x + b, times g. x, g and out share one dense layout of `sizes` (see abi.h)."""
-    _call(_functions_for(x).functions["bias_act"], x, _BIAS_ACT.pack(
+    _call("bias_act", _functions_for(x).functions["bias_act"], x, _BIAS_ACT.pack(
         x.data_ptr(), 0 if b is None else b.data_ptr(), 0 if g is None else g.data_ptr(), out.data_ptr(), *sizes,
         plan.alpha, plan.gain, plan.clamp, plan.act, order))
+
+
+def layer_variants(plan: LayerPlan, kind: str) -> Sequence[int]:
+    """Programs of a kind of device for a layer, the default first: on a GPU the fastest is chosen (see `tune`)."""
+    if load(kind).fast is None or plan.fast_kind(ACTIVATE) is None:
+        return (DEFAULT_PROGRAM,)
+    return DEFAULT_PROGRAM, GENERAL_PROGRAM
 
 
 def _codes_of_lanes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
@@ -386,7 +394,7 @@ def _functions_for(x: torch.Tensor) -> Loaded:
     return _loaded.get(kind) or load(kind)
 
 
-def _call(function: Callable[..., int], x: torch.Tensor, *arguments: bytes | int | None) -> None:
+def _call(name: str, function: Callable[..., int], x: torch.Tensor, *arguments: bytes | int | None) -> None:
     device = x.device
     if device.type == "cuda":
         with contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
@@ -394,8 +402,8 @@ def _call(function: Callable[..., int], x: torch.Tensor, *arguments: bytes | int
     else:
         code = function(TYPES[x.dtype], *arguments)
     if code:
-        raise RuntimeError(f"native code for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
-                           "STYLESAN_OPS=reference does without it")
+        raise RuntimeError(f"{name} for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
+                           "STYLESAN_OPS=reference does without native code")
 
 
 def _images(x: torch.Tensor) -> bytes:

@@ -14,7 +14,7 @@
 
 namespace stylesan {
 
-constexpr int kStripThreads = 128;      // Per block. Two blocks with 255 registers per thread fill a processor.
+constexpr int kStripThreads = 128, kStripBlocks = 2;    // Blocks of so many threads with 255 registers fill a processor.
 constexpr int kOverheadRows = 6;        // What a chunk of rows costs beside its own, in rows.
 constexpr int kMaxChunks = 32;
 
@@ -60,6 +60,7 @@ template <class S, class R, int kMode, int kWidth, int kUnroll> struct StripProg
     // A strip writes the codes of this many columns, which is a whole number of bytes; the last strip those after it, too.
     static constexpr int kOwnCodes = kWidth * R::kDown;
     static_assert(kMode != kActivateAndKeep || kOwnCodes == 8 || kOwnCodes == 16);
+    static constexpr bool kHasBias = kMode != kReadCodes;
     using Code = std::conditional_t<kOwnCodes == 8, uint16_t, uint32_t>;
 
     StylesanImages x, y, codes;
@@ -89,13 +90,13 @@ template <class S, class R, int kMode, int kWidth, int kUnroll> struct StripProg
     // threads waits another one computes.
     STYLESAN_FN void load(const Place& at, int row, T* values) const {
         const uint32_t columns = row >= 0 && row < int(x.h) ? at.columns : 0;
-        const char* from = at.inputs + row * row_bytes;
+        const char* from = at.inputs + int64_t(row) * row_bytes;
         WideBits<S> bits[kInputs];
 #pragma unroll
         for (int c = 0; c < kInputs; c++)
-            bits[c] = load_or<S>(from + int64_t(c) * column_bytes, columns >> c & 1, at.nothing);
+            bits[c] = load_or<S>(from + int64_t(c) * column_bytes, columns >> c & 1, kHasBias ? at.nothing : 0);
 #pragma unroll
-        for (int c = 0; c < kInputs; c++) values[c] = to_compute(from_bits<S>(bits[c])) + at.bias;
+        for (int c = 0; c < kInputs; c++) values[c] = to_compute(from_bits<S>(bits[c])) + (kHasBias ? at.bias : T(0));
     }
 
     STYLESAN_FN void run(uint32_t index) const {
@@ -333,7 +334,7 @@ template <class T> void copy_taps(const StylesanFilter& f, T* values) {
 
 // Rows are cut into chunks where there are too few planes and strips to fill the GPU.
 inline int choose_chunks(int64_t threads, int64_t rows) {
-    const int64_t at_once = int64_t(processors()) * 2 * kStripThreads;
+    const int64_t at_once = int64_t(processors()) * kStripBlocks * kStripThreads;
     int best = 1;
     int64_t best_cost = 0;
     for (int chunks = 1; chunks <= kMaxChunks && chunks <= rows; chunks++) {

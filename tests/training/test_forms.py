@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forms of operations in a run: found out before the first iteration without a trace, fixed, and recorded.
+
+On processors nothing is timed; here one plays a GPU, with a clock for which matrices are faster.
+"""
+import copy
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ops.cases import needs_compiler
+from tests.training.group_run import small_config
+from tests.training.test_loop import assert_equal_states, only_run, train
+from torch_utils import checkpoint
+from torch_utils.ops import tune
+from training.config import LossConfig
+from training.forms import path_length_samples, rehearse, settle_forms
+from training.networks_stylegan3 import Generator
+from training.run_folder import OPTIONS_FILE, PREVIOUS_STATE_FILE, RUN_INFO, STATE_FILE
+from training.snapshots import STATE_FORMAT, TrainingState
+
+CPU = torch.device("cpu")
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture
+def timed(tmp_path, monkeypatch):
+    """A cache folder of the test's own; how often a form was timed. `timed.matrix` is what matrices take."""
+    class Timed(list):
+        matrix = 1.0
+
+    timed = Timed()
+
+    def seconds_of(call, device):
+        call()
+        timed.append(call)
+        return 2.0 if len(timed) % 2 else timed.matrix
+
+    monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("STYLESAN_TUNE", raising=False)
+    monkeypatch.delenv("STYLESAN_OPS", raising=False)
+    monkeypatch.setattr(tune, "_current", None)
+    monkeypatch.setattr(tune, "KINDS", ("cpu",))
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    return timed
+
+
+def generator(config) -> Generator:
+    torch.manual_seed(0)
+    return Generator(config.generator).train().requires_grad_(False)
+
+
+def test_a_rehearsal_leaves_no_trace(timed):
+    config = small_config()
+    G = generator(config)
+    before = copy.deepcopy(G.state_dict())
+    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    rehearse(G, config)
+    assert len(timed) > 0
+    assert_equal_states(G.state_dict(), before)
+    assert all(p.grad is None and not p.requires_grad for p in G.parameters())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), str(np.random.get_state())) == states[1:]
+
+
+def test_a_rehearsal_has_all_calls_of_an_iteration(timed):
+    """Micro-batches with and without gradient, and the path lengths' part of one with it."""
+    config = small_config()
+    G, per_layer = generator(config), {}
+    rehearse(G, config)
+    for name in tune.current(CPU).values:
+        assert name.startswith("filtered_lrelu ")
+        size, _, rest = name.removeprefix("filtered_lrelu ").partition("x")
+        per_layer.setdefault(rest.replace(" gradient", ""), []).append((int(size), " gradient" in rest))
+    assert len(per_layer) >= 3
+    for calls in per_layer.values():
+        assert sorted(calls) == [(2, True), (4, False), (4, True)]
+
+
+def test_samples_of_path_lengths():
+    config = small_config()
+    G = generator(config)
+    for batch_gpu, group, shrink, want in ((8, 0, 2, 4), (1, 0, 2, 1), (8, 4, 2, 4), (8, 2, 4, 4)):
+        config = small_config(batch_gpu=batch_gpu, loss=LossConfig(pl_batch_shrink=shrink))
+        config = dataclasses.replace(config, discriminator=dataclasses.replace(config.discriminator, split_group=group))
+        # As training.loss chooses them.
+        count = max((group or batch_gpu) // shrink, 1)
+        assert len([k for k in range(batch_gpu) if k % (group or batch_gpu) < count]) == want
+        assert path_length_samples(G, config) == want
+    assert path_length_samples(G, small_config(loss=LossConfig(pl_weight=0.0))) == 0
+
+
+def test_switched_off(timed, monkeypatch, tmp_path):
+    monkeypatch.setenv("STYLESAN_TUNE", "0")
+    config, said = small_config(), []
+    G = generator(config)
+    state = TrainingState(G, G, None, None, [])
+    settle_forms(state, config, CPU, tmp_path, False, said.append)
+    assert said == ["tuned: off (STYLESAN_TUNE=0)"]
+    assert state.forms == {}
+    rehearse(G, config)
+    assert not timed
+
+
+def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "KINDS", ("cuda",))
+    state = TrainingState(None, None, None, None, [], forms={"a call": "matrix"})
+    settle_forms(state, small_config(), CPU, tmp_path, False, print)
+    assert state.forms == {"a call": "matrix"}      # Of a run that began on a GPU, and may return to one.
+    assert tune._current is None
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, data16):
+    """A run of 24 images with native code, which is the default."""
+    outdir = tmp_path_factory.mktemp("unbroken")
+    train(outdir, data16, "--kimg=0.024", "--tick=0.008", "--snap=1")
+    return checkpoint.load(only_run(outdir) / STATE_FILE, STATE_FORMAT)
+
+
+def test_a_run_keeps_the_forms_it_was_started_with(timed, data16, tmp_path):
+    """Continued, it takes them although the cache says something else, times nothing, and gives the same bits."""
+    options = "--tick=0.008", "--snap=1"
+    output = train(tmp_path / "whole", data16, "--kimg=0.024", *options)
+    assert "tuned: 0 choices of cpu from" in output
+    assert "new shapes are timed" in output
+    want = checkpoint.load(only_run(tmp_path / "whole") / STATE_FILE, STATE_FORMAT)
+    assert set(want["forms"].values()) == {"matrix"}
+
+    folder = tmp_path / "cut"
+    train(folder, data16, "--kimg=0.008", *options)
+    record = json.loads((only_run(folder) / OPTIONS_FILE).read_text())[RUN_INFO]
+    assert record["forms"] == want["forms"]
+    store, before = tune.Store(CPU), len(timed)
+    store.path.write_text(store.path.read_text().replace('"form": "matrix"', '"form": "cpu"'))
+    assert set(store.read().values()) == {"cpu"}
+    output = train(folder, data16, "--kimg=0.024", *options)
+    assert f"tuned: as this run was started ({len(want['forms'])} choices)" in output
+    assert len(timed) == before
+    found = checkpoint.load(only_run(folder) / STATE_FILE, STATE_FORMAT)
+    assert_equal_states(found, want)
+    assert json.loads((only_run(folder) / OPTIONS_FILE).read_text())[RUN_INFO]["forms"] == want["forms"]
+    # A new run takes what the cache says. (The other form leaves other layouts to the layers behind it.)
+    cached = store.read()
+    train(tmp_path / "new", data16, "--kimg=0.008", *options)
+    new = checkpoint.load(only_run(tmp_path / "new") / STATE_FILE, STATE_FORMAT)["forms"]
+    assert {form for name, form in new.items() if name in cached} == {"cpu"}
+
+
+def test_an_older_run_takes_the_defaults(timed, data16, tmp_path, unbroken, monkeypatch):
+    """Its state has no choices: what it computed so far was native code."""
+    options = "--tick=0.008", "--snap=1"
+    monkeypatch.setattr(tune, "KINDS", ("cuda",))
+    train(tmp_path, data16, "--kimg=0.008", *options)
+    folder = only_run(tmp_path)
+    for name in (STATE_FILE, PREVIOUS_STATE_FILE):
+        state = checkpoint.load(folder / name, STATE_FORMAT)
+        del state["forms"]
+        checkpoint.save(folder / name, state)
+    monkeypatch.setattr(tune, "KINDS", ("cpu",))
+    assert "tuned: as this run was started (0 choices)" in train(tmp_path, data16, "--kimg=0.024", *options)
+    assert not timed
+    assert_equal_states(checkpoint.load(folder / STATE_FILE, STATE_FORMAT), unbroken)
