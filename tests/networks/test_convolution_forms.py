@@ -47,11 +47,11 @@ def measured(synthesis: SynthesisNetwork, ws: torch.Tensor) -> dict[str, torch.T
                                  for name, g in zip(("ws", *parameters), found, strict=True)}
 
 
-@pytest.mark.parametrize("rotation", [False, True], ids=["t", "r"])
-def test_the_numbers_are_those_of_processors(rotation, as_on_a_gpu):
+@pytest.mark.parametrize(("rotation", "samples"), [(False, 2), (False, 1), (True, 2)], ids=["t", "t, one", "r"])
+def test_the_numbers_are_those_of_processors(rotation, samples, as_on_a_gpu):
     """In float64, where rounding takes no unit to its other side: images, gradients, those of gradients, magnitudes."""
     G = small_generator(rotation)
-    ws = torch.randn(2, G.num_ws, 16).double()
+    ws = torch.randn(samples, G.num_ws, 16).double()
     before = {name: x.clone() for name, x in G.state_dict().items()}
     wanted = measured(G.synthesis, ws)
     G.synthesis(ws, update_magnitude_ema=True)
@@ -104,7 +104,8 @@ def imagenet_256() -> Generator:
     return Generator(config).requires_grad_(False)
 
 
-def test_nothing_is_copied_between_layers(as_on_a_gpu, monkeypatch):
+@pytest.mark.parametrize("samples", [1, 2])
+def test_nothing_is_copied_between_layers(samples, as_on_a_gpu, monkeypatch):
     """Forward and backward pass of training. Half precision is bfloat16 here, which processors can multiply.
 
     What is left: both changes of type at the input, the image's type and layout, the same for its gradient, and the
@@ -117,7 +118,7 @@ def test_nothing_is_copied_between_layers(as_on_a_gpu, monkeypatch):
     as_on_a_gpu()
     for p in G.trainable_parameters():
         p.requires_grad_(True)
-    ws, layouts = torch.randn(1, G.num_ws, 16), []
+    ws, layouts = torch.randn(samples, G.num_ws, 16), []
 
     def note(_module: torch.nn.Module, _inputs: tuple, y: torch.Tensor) -> None:
         layouts.append(y.is_contiguous(memory_format=torch.channels_last))
@@ -135,12 +136,14 @@ def test_nothing_is_copied_between_layers(as_on_a_gpu, monkeypatch):
     for event in profile.events():
         maps = [tuple(shape) for shape in event.input_shapes or () if len(shape) == 4 and math.prod(shape) >= MAP_SIZE]
         shapes[event.name] += maps[:1]
-    first, image, filled = (1, 16, 36, 36), (1, 3, 256, 256), (1, 8, 256, 256)
+    first, image, filled = ((samples, *shape) for shape in ((16, 36, 36), (3, 256, 256), (8, 256, 256)))
     # Every copy, whatever asks for it: `clone`, `contiguous`, `to`, `pad`, `cat` of maps.
     assert sorted(shapes["aten::copy_"]) == sorted([first, image, image, image, filled, first])
     assert not shapes["aten::cat"]
     # Besides convolutions and nonlinearities: two multiplications per layer, forward and backward. Where styles and
-    # weights are trained, the gradients of both factors and of the bias: a product and a sum, and a sum.
-    assert len(shapes["aten::mul"]) == 4 * layers + 2 * heads + 2       # The image's scale, forward and backward.
-    assert len(shapes["aten::sum"]) == 3 * heads + 1 + 1                # The bias of ToRGB; the sum above.
+    # weights are trained, the gradients of both factors and of the bias: a product and a sum, and a sum. For a single
+    # sample the factors are in the weight. Then the image: its scale, both ways; ToRGB's bias; the sum above.
+    is_scaled = samples > 1
+    assert len(shapes["aten::mul"]) == (4 * layers + 2 * heads) * is_scaled + 2
+    assert len(shapes["aten::sum"]) == 2 * heads * is_scaled + heads + 2
     assert len(shapes["aten::convolution"]) == len(shapes["aten::convolution_backward"]) == layers

@@ -17,10 +17,10 @@ CHANNELS = [(5, 11), (8, 13), (9, 16), (16, 8)]
 
 
 def arguments(kernel: int, channels: tuple[int, int] = (5, 11), dtype: torch.dtype = torch.float64,
-              seed: int = 0) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    shapes = {"x": [3, channels[0], 7, 6], "weight": [channels[1], channels[0], kernel, kernel],
-              "styles": [3, channels[0]]}
+              samples: int = 3) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = {"x": [samples, channels[0], 7, 6], "weight": [channels[1], channels[0], kernel, kernel],
+              "styles": [samples, channels[0]]}
     tensors = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
     tensors["weight"] /= math.sqrt(channels[0] * kernel ** 2)       # Results are about 1, demodulated or not.
     return {name: x.to(dtype) for name, x in tensors.items()}
@@ -48,34 +48,34 @@ def definition(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demo
     return torch.cat(found)
 
 
-def forms(kernel: int) -> list[str]:
-    return [form for form in FORMS if form != "products" or kernel == 1]
+def forms(tensors: dict[str, torch.Tensor]) -> list[str]:
+    return forms_for("cpu", tensors["x"], tensors["weight"], tensors["weight"].shape[-1] - 1)
 
 
 @pytest.mark.parametrize("demodulate", [True, False], ids=["demodulated", "plain"])
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_every_form_is_the_definition(kernel, channels, demodulate):
+@pytest.mark.parametrize("samples", [1, 3])
+def test_every_form_is_the_definition(samples, kernel, channels, demodulate):
     """Also of maps that were filled up before, and whatever their layout is."""
-    tensors = arguments(kernel, channels)
+    tensors = arguments(kernel, channels, samples=samples)
     wanted = definition(**tensors, demodulate=demodulate)
     filled = fit_channels(tensors["x"], padded_channels(channels[0]))
-    for form in forms(kernel):
+    for form in forms(tensors):
         for x in (tensors["x"], filled, filled.to(memory_format=torch.channels_last)):
             assert rel_error(convolve(tensors | {"x": x}, demodulate, form), wanted) < 1e-12, form
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_added_channels_are_zero(kernel):
-    tensors = arguments(kernel)
-    for form in ("padded", "products")[:2 if kernel == 1 else 1]:
+    tensors = arguments(kernel, samples=1)
+    filling = ("padded", "folded", "products")
+    assert sorted(forms(tensors)) == sorted(FORMS if kernel == 1 else FORMS.keys() - {"products"})
+    for form in forms(tensors):
         y = modulated_conv2d(**tensors, demodulate=True, padding=kernel - 1, input_gain=torch.ones([]), impl=form)
-        assert y.shape[1] == 16
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        assert not y[:, 11:].any()
-    for form in ("shared", "channels_last", "grouped"):
-        assert modulated_conv2d(**tensors, demodulate=True, padding=kernel - 1, input_gain=torch.ones([]),
-                                impl=form).shape[1] == 11
+        assert y.shape[1] == (16 if form in filling else 11), form
+        assert not y[:, 11:].any(), form
+        assert y.is_contiguous(memory_format=torch.channels_last) or form not in ("channels_last", *filling), form
 
 
 def derivatives(tensors: dict[str, torch.Tensor], demodulate: bool, impl: str) -> dict[str, torch.Tensor]:
@@ -91,11 +91,12 @@ def derivatives(tensors: dict[str, torch.Tensor], demodulate: bool, impl: str) -
 
 @pytest.mark.parametrize("demodulate", [True, False], ids=["demodulated", "plain"])
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_forms_have_equal_derivatives(kernel, demodulate):
+@pytest.mark.parametrize("samples", [1, 3])
+def test_forms_have_equal_derivatives(samples, kernel, demodulate):
     """Of the first and of the second order, which path lengths need."""
-    tensors = arguments(kernel)
+    tensors = arguments(kernel, samples=samples)
     wanted = derivatives(tensors, demodulate, "shared")
-    for form in forms(kernel):
+    for form in forms(tensors):
         for name, found in derivatives(tensors, demodulate, form).items():
             assert rel_error(found, wanted[name]) < 1e-12, (form, name)
 
@@ -112,10 +113,10 @@ def test_filling_channels_up_is_exact_in_single_precision(kernel, demodulate):
 
 def test_half_precision_stays_in_range():
     """Weights of 1000 and activations of 100 leave the range of float16 in a plain sum of 9 * 64 terms."""
-    tensors = arguments(3, (64, 9))
+    tensors = arguments(3, (64, 9), samples=1)
     tensors |= {"x": tensors["x"] * 100, "weight": tensors["weight"] * 1000}
     wanted = definition(**tensors, demodulate=True)
-    for form in forms(3):
+    for form in forms(tensors):
         found = convolve({name: x.to(torch.float16 if name == "x" else torch.float32) for name, x in tensors.items()}
                          | {"x": tensors["x"].half()}, True, form)
         assert found.dtype == torch.float16
@@ -125,16 +126,14 @@ def test_half_precision_stays_in_range():
 # Which form.
 
 def test_each_kind_of_device_has_its_form():
-    x, weight = torch.zeros(2, 5, 20, 20), torch.zeros(11, 5, 3, 3)
+    x, weight, torgb = torch.zeros(2, 5, 20, 20), torch.zeros(11, 5, 3, 3), torch.zeros(3, 5, 1, 1)
     assert forms_for("cpu", x, weight, 2)[0] == "shared"
     assert forms_for("cpu", x.bfloat16(), weight, 2)[0] == "channels_last"
     assert forms_for("cuda", x, weight, 2) == ["padded", "shared", "channels_last", "grouped"]
-    image, square = torch.zeros(3, 5, 1, 1), torch.zeros(2, 5, 3, 3)
-    assert forms_for("cuda", x, image, 0)[0] == "products"
+    assert forms_for("cuda", x[:1], weight, 2) == ["folded", "shared", "channels_last", "padded", "grouped"]
+    assert forms_for("cuda", x, torgb, 0)[0] == forms_for("cuda", x[:1], torgb, 0)[0] == "products"
     # 1x1 layers of config R: a weight per sample would be larger than the maps.
-    assert forms_for("cuda", square, torch.zeros(11, 5, 1, 1), 0)[:2] == ["padded", "shared"]
-    for device in ("cpu", "cuda"):
-        assert sorted(forms_for(device, x, image, 0)) == sorted(FORMS)
+    assert forms_for("cuda", x[:, :, :3, :3], torch.zeros(11, 5, 1, 1), 0)[:2] == ["padded", "shared"]
 
 
 def test_channels_that_fit_cost_nothing():

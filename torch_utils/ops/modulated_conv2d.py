@@ -52,10 +52,13 @@ def forms_for(device_type: str, x: torch.Tensor, weight: torch.Tensor, padding: 
     The device is named apart from the tensors so that the choice of one can be asked for on another.
     """
     possible = ["shared", "channels_last", "padded", "grouped"]
+    if len(x) == 1:
+        possible.append("folded")
     if weight.shape[2:] == (1, 1) and padding == 0:
         possible.append("products")
     if device_type == "cuda":
-        first = "products" if "products" in possible and _maps_are_large(x, weight) else "padded"
+        first = "products" if "products" in possible and _maps_are_large(x, weight) else \
+            "folded" if "folded" in possible else "padded"
     elif device_type == "cpu" and x.dtype == torch.bfloat16:
         first = "channels_last"
     else:
@@ -64,8 +67,8 @@ def forms_for(device_type: str, x: torch.Tensor, weight: torch.Tensor, padding: 
 
 
 def _maps_are_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a weight per sample is little beside the maps. Making one takes about 20 bytes per value in single
-    precision, and the two passes over the maps that it saves move 4 bytes per value in half precision each."""
+    """Whether a weight per sample is little beside the maps. Making one moves about 10 bytes per value, and the two
+    passes over maps that it saves move 4 bytes per value each in half precision. Gradients take more of both."""
     return 4 * weight.shape[0] <= x.shape[2] * x.shape[3]
 
 #----------------------------------------------------------------------------
@@ -114,6 +117,14 @@ def _factors(weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, input
     return weight, styles * input_gain, demodulation * norm
 
 
+def _weight_per_sample(weight: torch.Tensor, styles: torch.Tensor, demodulate: bool,
+                       input_gain: torch.Tensor) -> torch.Tensor:
+    """[N, O, I, k, k] with all factors. Demodulated, it is in the range of any type."""
+    weight, scale, demodulation = _factors(weight, styles, demodulate, input_gain, weight.dtype)
+    factors = scale[:, None, :] if demodulation is None else demodulation[:, :, None] * scale[:, None, :]
+    return weight * factors[:, :, :, None, None]
+
+
 def _scaled(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Maps times a factor per sample and channel."""
     return x * factors.to(x.dtype)[:, :, None, None]
@@ -156,17 +167,23 @@ def _convolve_channels_last(x: torch.Tensor, weight: torch.Tensor, styles: torch
     return y if demodulation is None else _scaled(y, fit_channels(demodulation, out_channels))
 
 
+def _folded(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
+            input_gain: torch.Tensor) -> torch.Tensor:
+    """A single sample: its factors go into the weight; channels last and filled up."""
+    out_channels, in_channels = map(padded_channels, weight.shape[:2])
+    weight = _weight_per_sample(weight, styles, demodulate, input_gain)[0]
+    weight = _fill_weight(weight.to(x.dtype, memory_format=torch.channels_last), out_channels, in_channels, dim=0)
+    x = fit_channels(x, in_channels).contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, weight, padding=padding)
+
+
 def _products(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
               input_gain: torch.Tensor) -> torch.Tensor:
-    """1x1 kernels with a weight per sample, which saves the passes that scale maps; channels filled up."""
+    """1x1 kernels with a weight per sample, which saves the passes that scale maps; channels last and filled up."""
     out_channels, in_channels = map(padded_channels, weight.shape[:2])
-    x = fit_channels(x, in_channels).contiguous(memory_format=torch.channels_last)
-    # Demodulated weights are in range, whatever the type.
-    weight, scale, demodulation = _factors(weight, styles, demodulate, input_gain, weight.dtype)
-    weights = weight.flatten(1) * scale[:, None, :]                                     # [N, O, I]
-    if demodulation is not None:
-        weights = weights * demodulation[:, :, None]
+    weights = _weight_per_sample(weight, styles, demodulate, input_gain).flatten(2)     # [N, O, I]
     weights = _fill_weight(weights.to(x.dtype), out_channels, in_channels, dim=1)
+    x = fit_channels(x, in_channels).contiguous(memory_format=torch.channels_last)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)                                        # [N, H*W, I], a view.
     y = torch.bmm(pixels, weights.transpose(1, 2))
     return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
@@ -176,13 +193,11 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodu
              input_gain: torch.Tensor) -> torch.Tensor:
     """A weight per sample, and the samples as groups of one convolution: contiguous."""
     x = fit_channels(x, weight.shape[1])
-    weight, scale, demodulation = _factors(weight, styles, demodulate, input_gain, weight.dtype)
-    weights = weight * scale[:, None, :, None, None]                                    # [N, O, I, k, k]
-    if demodulation is not None:
-        weights = weights * demodulation[:, :, None, None, None]
-    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weights.flatten(0, 1).to(x.dtype), padding=padding, groups=len(x))
+    weights = _weight_per_sample(weight, styles, demodulate, input_gain).flatten(0, 1).to(x.dtype)
+    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weights, padding=padding, groups=len(x))
     return y.reshape(len(x), -1, *y.shape[2:])
 
 
 FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, int, torch.Tensor], torch.Tensor]] = {
-    "shared": _shared, "channels_last": _channels_last, "padded": _padded, "grouped": _grouped, "products": _products}
+    "shared": _shared, "channels_last": _channels_last, "padded": _padded, "grouped": _grouped, "folded": _folded,
+    "products": _products}
