@@ -189,7 +189,7 @@ def measure_simple(context: Context, bandwidth: float, forms: list[str]) -> None
 # Convolutions.
 
 # Forms in the order of interest: what runs on GPUs first, so that a short time has it.
-CONV_FORMS = ("products", "padded", "channels_last", "shared", "grouped")
+CONV_FORMS = ("products", "padded", "per_sample", "channels_last", "shared", "grouped")
 
 
 def conv_input(case: ConvCase, form: str, device: torch.device, batch: int) -> torch.Tensor:
@@ -197,7 +197,7 @@ def conv_input(case: ConvCase, form: str, device: torch.device, batch: int) -> t
     from torch_utils.ops.modulated_conv2d import fit_channels, padded_channels
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     x = torch.randn(batch, case.in_channels, case.size, case.size, device=device, dtype=dtype)
-    if form in ("padded", "products"):
+    if form in ("padded", "per_sample", "products"):
         x = fit_channels(x, padded_channels(case.in_channels))
     contiguous = form in ("shared", "grouped")
     return x.contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)

@@ -13,7 +13,7 @@ FORMS = ("cuda", "cpu", "matrix", "ref")       # The first that exists is the on
 LAYOUTS = ("contiguous", "channels last")
 # Of the generator's convolutions -> column.
 CONV_FORMS = {"padded": "shared, padded, channels last", "channels_last": "shared, unpadded, channels last",
-              "shared": "shared, contiguous", "grouped": "grouped", "products": "products"}
+              "shared": "shared, contiguous", "grouped": "grouped", "per_sample": "per sample", "products": "products"}
 OFFICIAL = ("Official: its own code with its CUDA plugins, one iteration of the same recipe with the same networks, "
             "measured on an H200 with torch 2.11 and CUDA 13.0 on 2026-11-27.")
 # Milliseconds, forward / forward and backward, contiguous, of the kernels of 2026-11-27 on that H200.

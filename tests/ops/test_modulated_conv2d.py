@@ -67,9 +67,10 @@ def test_every_form_is_the_definition(samples, kernel, channels, demodulate):
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_added_channels_are_zero(kernel):
-    tensors = arguments(kernel, samples=1)
-    filling = ("padded", "folded", "products")
+@pytest.mark.parametrize("samples", [1, 3])
+def test_added_channels_are_zero(samples, kernel):
+    tensors = arguments(kernel, samples=samples)
+    filling = ("padded", "per_sample", "products")
     assert sorted(forms(tensors)) == sorted(FORMS if kernel == 1 else FORMS.keys() - {"products"})
     for form in forms(tensors):
         y = modulated_conv2d(**tensors, demodulate=True, padding=kernel - 1, input_gain=torch.ones([]), impl=form)
@@ -113,7 +114,7 @@ def test_filling_channels_up_is_exact_in_single_precision(kernel, demodulate):
 
 def test_half_precision_stays_in_range():
     """Weights of 1000 and activations of 100 leave the range of float16 in a plain sum of 9 * 64 terms."""
-    tensors = arguments(3, (64, 9), samples=1)
+    tensors = arguments(3, (64, 9))
     tensors |= {"x": tensors["x"] * 100, "weight": tensors["weight"] * 1000}
     wanted = definition(**tensors, demodulate=True)
     for form in forms(tensors):
@@ -129,8 +130,8 @@ def test_each_kind_of_device_has_its_form():
     x, weight, torgb = torch.zeros(2, 5, 20, 20), torch.zeros(11, 5, 3, 3), torch.zeros(3, 5, 1, 1)
     assert forms_for("cpu", x, weight, 2)[0] == "shared"
     assert forms_for("cpu", x.bfloat16(), weight, 2)[0] == "channels_last"
-    assert forms_for("cuda", x, weight, 2) == ["padded", "shared", "channels_last", "grouped"]
-    assert forms_for("cuda", x[:1], weight, 2) == ["folded", "shared", "channels_last", "padded", "grouped"]
+    assert forms_for("cuda", x, weight, 2) == ["padded", "shared", "channels_last", "grouped", "per_sample"]
+    assert forms_for("cuda", x[:1], weight, 2) == ["per_sample", "shared", "channels_last", "padded", "grouped"]
     assert forms_for("cuda", x, torgb, 0)[0] == forms_for("cuda", x[:1], torgb, 0)[0] == "products"
     # 1x1 layers of config R: a weight per sample would be larger than the maps.
     assert forms_for("cuda", x[:, :, :3, :3], torch.zeros(11, 5, 1, 1), 0)[:2] == ["padded", "shared"]

@@ -51,14 +51,12 @@ def forms_for(device_type: str, x: torch.Tensor, weight: torch.Tensor, padding: 
 
     The device is named apart from the tensors so that the choice of one can be asked for on another.
     """
-    possible = ["shared", "channels_last", "padded", "grouped"]
-    if len(x) == 1:
-        possible.append("folded")
+    possible = ["shared", "channels_last", "padded", "grouped", "per_sample"]
     if weight.shape[2:] == (1, 1) and padding == 0:
         possible.append("products")
     if device_type == "cuda":
         first = "products" if "products" in possible and _maps_are_large(x, weight) else \
-            "folded" if "folded" in possible else "padded"
+            "per_sample" if len(x) == 1 else "padded"
     elif device_type == "cpu" and x.dtype == torch.bfloat16:
         first = "channels_last"
     else:
@@ -167,14 +165,18 @@ def _convolve_channels_last(x: torch.Tensor, weight: torch.Tensor, styles: torch
     return y if demodulation is None else _scaled(y, fit_channels(demodulation, out_channels))
 
 
-def _folded(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
-            input_gain: torch.Tensor) -> torch.Tensor:
-    """A single sample: its factors go into the weight; channels last and filled up."""
+def _per_sample(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
+                input_gain: torch.Tensor) -> torch.Tensor:
+    """A convolution per sample with a weight of its own, which saves the passes that scale maps, and costs one that
+    puts the results together if there are several samples; channels last and filled up."""
     out_channels, in_channels = map(padded_channels, weight.shape[:2])
-    weight = _weight_per_sample(weight, styles, demodulate, input_gain)[0]
-    weight = _fill_weight(weight.to(x.dtype, memory_format=torch.channels_last), out_channels, in_channels, dim=0)
+    weights = _weight_per_sample(weight, styles, demodulate, input_gain)
+    weights = [_fill_weight(w.to(x.dtype, memory_format=torch.channels_last), out_channels, in_channels, dim=0)
+               for w in weights.unbind()]
     x = fit_channels(x, in_channels).contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, weight, padding=padding)
+    if len(weights) == 1:
+        return F.conv2d(x, weights[0], padding=padding)
+    return torch.cat([F.conv2d(part, w, padding=padding) for part, w in zip(x.split(1), weights, strict=True)])
 
 
 def _products(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
@@ -199,5 +201,5 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodu
 
 
 FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, int, torch.Tensor], torch.Tensor]] = {
-    "shared": _shared, "channels_last": _channels_last, "padded": _padded, "grouped": _grouped, "folded": _folded,
-    "products": _products}
+    "shared": _shared, "channels_last": _channels_last, "padded": _padded, "grouped": _grouped,
+    "per_sample": _per_sample, "products": _products}
