@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tests import needs_cuda
 from tests.closeness import rel_error
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.modulated_conv2d import forms_for, modulated_conv2d, padded_channels
@@ -106,28 +107,43 @@ def imagenet_256() -> Generator:
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_nothing_is_copied_between_layers(samples, as_on_a_gpu, monkeypatch):
-    """Forward and backward pass of training. Half precision is bfloat16 here, which processors can multiply.
+    """Half precision is bfloat16 here, which processors can multiply."""
+    as_on_a_gpu()
+    check_passes("cpu", samples, torch.bfloat16, monkeypatch)
 
-    What is left: both changes of type at the input, the image's type and layout, the same for its gradient, and the
-    gradient of the cut of ToRGB's 8 channels to 3, which is made contiguous and then has to be channels last.
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("samples", [1, 2])
+def test_nothing_is_copied_between_layers_on_a_gpu(samples, as_on_a_gpu, monkeypatch):
+    as_on_a_gpu()
+    check_passes("cuda", samples, None, monkeypatch)
+
+
+def check_passes(device: str, samples: int, low_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass of training: layouts, copies, and the operations that work on maps.
+
+    Copies that are left: both changes of type at the input, the image's type and layout, the same for its gradient, and
+    the gradient of the cut of ToRGB's 8 channels to 3, which is made contiguous and then has to be channels last.
     """
     torch.manual_seed(0)
-    G = imagenet_256()
+    G = imagenet_256().to(device)
     monkeypatch.delenv("STYLESAN_OPS", raising=False)
-    monkeypatch.setattr(networks_stylegan3, "filtered_lrelu", functools.partial(filtered_lrelu, impl="cpu"))
-    as_on_a_gpu()
+    monkeypatch.setattr(networks_stylegan3, "filtered_lrelu", functools.partial(filtered_lrelu, impl=device))
     for p in G.trainable_parameters():
         p.requires_grad_(True)
-    ws, layouts = torch.randn(samples, G.num_ws, 16), []
+    ws, layouts = torch.randn(samples, G.num_ws, 16, device=device), []
 
     def note(_module: torch.nn.Module, _inputs: tuple, y: torch.Tensor) -> None:
         layouts.append(y.is_contiguous(memory_format=torch.channels_last))
         y.register_hook(lambda grad: layouts.append(grad.is_contiguous(memory_format=torch.channels_last)))
 
+    with torch.no_grad():
+        G.synthesis(ws, low_dtype=low_dtype)        # Filters are read and operations are compiled once.
     for name in G.synthesis.layer_names[:-1]:
         getattr(G.synthesis, name).register_forward_hook(note)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        G.synthesis(ws, low_dtype=torch.bfloat16).sum().backward()
+        G.synthesis(ws, low_dtype=low_dtype).sum().backward()
 
     layers, heads = len(G.synthesis.layer_names) - 1, len(G.config.layers) - 1 - G.config.num_frozen_layers
     assert (layers, heads) == (30, 7)

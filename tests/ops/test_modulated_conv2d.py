@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import needs_cuda
 from tests.closeness import l2_error, rel_error
 from torch_utils.ops import modulated_conv2d as ops
 from torch_utils.ops.modulated_conv2d import FORMS, fit_channels, forms_for, modulated_conv2d, padded_channels
@@ -29,8 +30,8 @@ def arguments(kernel: int, channels: tuple[int, int] = (5, 11), dtype: torch.dty
 def convolve(tensors: dict[str, torch.Tensor], demodulate: bool, impl: str) -> torch.Tensor:
     """With the channels that are no filling."""
     kernel = tensors["weight"].shape[-1]
-    y = modulated_conv2d(**tensors, demodulate=demodulate, padding=kernel - 1,
-                         input_gain=torch.tensor(0.7, dtype=tensors["x"].dtype), impl=impl)
+    gain = torch.tensor(0.7, dtype=tensors["styles"].dtype, device=tensors["styles"].device)
+    y = modulated_conv2d(**tensors, demodulate=demodulate, padding=kernel - 1, input_gain=gain, impl=impl)
     return fit_channels(y, tensors["weight"].shape[0])
 
 
@@ -122,6 +123,25 @@ def test_half_precision_stays_in_range():
                          | {"x": tensors["x"].half()}, True, form)
         assert found.dtype == torch.float16
         assert rel_error(found, wanted) < 0.01, form
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_forms_in_half_precision_on_a_gpu(kernel):
+    tensors = arguments(kernel, (61, 43))
+    wanted = first_derivatives(tensors, "shared")
+    low = {name: x.to("cuda", torch.float16 if name == "x" else torch.float32) for name, x in tensors.items()}
+    for form in forms(tensors):
+        for found, value in zip(first_derivatives(low, form), wanted, strict=True):
+            assert rel_error(found, value) < 0.02, form
+
+
+def first_derivatives(tensors: dict[str, torch.Tensor], impl: str) -> list[torch.Tensor]:
+    """Result and gradients."""
+    tensors = {name: x.clone().requires_grad_(True) for name, x in tensors.items()}
+    y = convolve(tensors, True, impl)
+    probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return [y, *torch.autograd.grad(y, list(tensors.values()), probe.to(y))]
 
 #----------------------------------------------------------------------------
 # Which form.
