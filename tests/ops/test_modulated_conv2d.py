@@ -113,6 +113,29 @@ def test_filling_channels_up_is_exact_in_single_precision(kernel, demodulate):
         assert l2_error(found, wanted[name]) < 1e-6, name
 
 
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_frozen_layers(kernel):
+    """Only the map has a gradient, which has one again; and but for the shared form nothing of the map is kept."""
+    tensors = arguments(kernel)
+
+    def run(impl: str) -> tuple[list[torch.Tensor], int]:
+        kept = []
+        mine = tensors | {"x": tensors["x"].clone().requires_grad_(True)}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            y = convolve(mine, True, impl)
+        grad, = torch.autograd.grad(y.square().sum(), mine["x"], create_graph=True)
+        second, = torch.autograd.grad(grad.square().sum(), mine["x"])
+        return [y, grad, second], max(kept)
+
+    wanted, _ = run("shared")
+    for form in forms(tensors):
+        found, largest = run(form)
+        for one, other in zip(found, wanted, strict=True):
+            assert rel_error(one, other) < 1e-12, form
+        if form in ("channels_last", "padded"):
+            assert largest <= 16 * 8 * kernel ** 2, form       # The weight.
+
+
 def test_half_precision_stays_in_range():
     """Weights of 1000 and activations of 100 leave the range of float16 in a plain sum of 9 * 64 terms."""
     tensors = arguments(3, (64, 9))

@@ -8,6 +8,7 @@ exactly zero from layer to layer and add exactly nothing: a zero channel meets z
 zero and a bias of zero is zero. So a map is filled up once, at the network's input, and cut once, at its image.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,27 @@ def _scaled(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Maps times a factor per sample and channel."""
     return x * factors.to(x.dtype)[:, :, None, None]
 
+class _FixedWeightConv(torch.autograd.Function):
+    """A convolution with a weight that is not trained. Nothing of the size of a map is kept for its gradient, while
+    PyTorch's own keeps its input in any case."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.padding = padding
+        return F.conv2d(x, weight, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        weight, = ctx.saved_tensors
+        return F.conv_transpose2d(grad, weight, padding=ctx.padding), None, None
+
+
+def _conv2d(x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
+    if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
+        return _FixedWeightConv.apply(x, weight, padding)
+    return F.conv2d(x, weight, padding=padding)
+
 #----------------------------------------------------------------------------
 # Forms. The weights stay shared over the batch where they can: inputs are scaled by the styles, outputs by the
 # demodulation factors. Equal to a weight per sample up to rounding, and on processors several times faster.
@@ -161,7 +183,7 @@ def _convolve_channels_last(x: torch.Tensor, weight: torch.Tensor, styles: torch
     # One pass for type and layout, and a second one over what is then half as large where channels are added.
     weight = weight.to(x.dtype, memory_format=torch.channels_last)
     weight = _fill_weight(weight, out_channels, in_channels, dim=0)
-    y = F.conv2d(_scaled(x, fit_channels(scale, in_channels)), weight, padding=padding)
+    y = _conv2d(_scaled(x, fit_channels(scale, in_channels)), weight, padding)
     return y if demodulation is None else _scaled(y, fit_channels(demodulation, out_channels))
 
 
@@ -175,8 +197,8 @@ def _per_sample(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, dem
                for w in weights.unbind()]
     x = fit_channels(x, in_channels).contiguous(memory_format=torch.channels_last)
     if len(weights) == 1:
-        return F.conv2d(x, weights[0], padding=padding)
-    return torch.cat([F.conv2d(part, w, padding=padding) for part, w in zip(x.split(1), weights, strict=True)])
+        return _conv2d(x, weights[0], padding)
+    return torch.cat([_conv2d(part, w, padding) for part, w in zip(x.split(1), weights, strict=True)])
 
 
 def _products(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
