@@ -89,12 +89,10 @@ def fit_channels(x: torch.Tensor, channels: int, dim: int = 1) -> torch.Tensor:
     return x.narrow(dim, 0, channels) if missing < 0 else F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, missing])
 
 
-def _fill_weight(weight: torch.Tensor, out_channels: int, in_channels: int, dim: int) -> torch.Tensor:
-    """Weights with that many channels, of the output along `dim` and of the input along the next: one pass or none."""
-    missing = out_channels - weight.shape[dim], in_channels - weight.shape[dim + 1]
-    if missing == (0, 0):
-        return weight
-    return F.pad(weight, [0, 0] * (weight.ndim - 2 - dim) + [0, missing[1], 0, missing[0]])
+def _fill_weight(weight: torch.Tensor, out_channels: int, in_channels: int) -> torch.Tensor:
+    """Weights [O, I, k, k] with zeros up to these numbers of channels: one pass, or none."""
+    missing = out_channels - weight.shape[0], in_channels - weight.shape[1]
+    return weight if missing == (0, 0) else F.pad(weight, [0, 0, 0, 0, 0, missing[1], 0, missing[0]])
 
 #----------------------------------------------------------------------------
 # Factors.
@@ -116,17 +114,23 @@ def _factors(weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, input
     return weight, styles * input_gain, demodulation * norm
 
 
-def _weight_per_sample(weight: torch.Tensor, styles: torch.Tensor, demodulate: bool,
-                       input_gain: torch.Tensor) -> torch.Tensor:
-    """[N, O, I, k, k] with all factors. Demodulated, it is in the range of any type."""
+def _weight_per_sample(weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, input_gain: torch.Tensor,
+                       out_channels: int, in_channels: int) -> torch.Tensor:
+    """[N, out_channels, in_channels, k, k] with all factors. Demodulated, it is in the range of any type."""
     weight, scale, demodulation = _factors(weight, styles, demodulate, input_gain, weight.dtype)
-    factors = scale[:, None, :] if demodulation is None else demodulation[:, :, None] * scale[:, None, :]
-    return weight * factors[:, :, :, None, None]
+    factors = fit_channels(scale, in_channels)[:, None, :]
+    if demodulation is not None:
+        factors = fit_channels(demodulation, out_channels)[:, :, None] * factors
+    # Filled up while there is one for all samples.
+    return _fill_weight(weight, out_channels, in_channels) * factors[:, :, :, None, None]
 
 
 def _scaled(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Maps times a factor per sample and channel."""
     return x * factors.to(x.dtype)[:, :, None, None]
+
+#----------------------------------------------------------------------------
+# The convolution itself.
 
 class _FixedWeightConv(torch.autograd.Function):
     """A convolution with a weight that is not trained. Nothing of the size of a map is kept for its gradient, while
@@ -182,7 +186,7 @@ def _convolve_channels_last(x: torch.Tensor, weight: torch.Tensor, styles: torch
     weight, scale, demodulation = _factors(weight, styles, demodulate, input_gain, x.dtype)
     # One pass for type and layout, and a second one over what is then half as large where channels are added.
     weight = weight.to(x.dtype, memory_format=torch.channels_last)
-    weight = _fill_weight(weight, out_channels, in_channels, dim=0)
+    weight = _fill_weight(weight, out_channels, in_channels)
     y = _conv2d(_scaled(x, fit_channels(scale, in_channels)), weight, padding)
     return y if demodulation is None else _scaled(y, fit_channels(demodulation, out_channels))
 
@@ -192,21 +196,21 @@ def _per_sample(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, dem
     """A convolution per sample with a weight of its own, which saves the passes that scale maps, and costs one that
     puts the results together if there are several samples; channels last and filled up."""
     out_channels, in_channels = map(padded_channels, weight.shape[:2])
-    weights = _weight_per_sample(weight, styles, demodulate, input_gain)
-    weights = [_fill_weight(w.to(x.dtype, memory_format=torch.channels_last), out_channels, in_channels, dim=0)
-               for w in weights.unbind()]
+    weights = _weight_per_sample(weight, styles, demodulate, input_gain, out_channels, in_channels).flatten(0, 1)
+    weights = weights.to(x.dtype, memory_format=torch.channels_last)
     x = fit_channels(x, in_channels).contiguous(memory_format=torch.channels_last)
-    if len(weights) == 1:
-        return _conv2d(x, weights[0], padding)
-    return torch.cat([_conv2d(part, w, padding) for part, w in zip(x.split(1), weights, strict=True)])
+    if len(x) == 1:
+        return _conv2d(x, weights, padding)
+    pairs = zip(x.split(1), weights.split(out_channels), strict=True)
+    return torch.cat([_conv2d(part, w, padding) for part, w in pairs])
 
 
 def _products(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
               input_gain: torch.Tensor) -> torch.Tensor:
     """1x1 kernels with a weight per sample, which saves the passes that scale maps; channels last and filled up."""
     out_channels, in_channels = map(padded_channels, weight.shape[:2])
-    weights = _weight_per_sample(weight, styles, demodulate, input_gain).flatten(2)     # [N, O, I]
-    weights = _fill_weight(weights.to(x.dtype), out_channels, in_channels, dim=1)
+    weights = _weight_per_sample(weight, styles, demodulate, input_gain, out_channels, in_channels)
+    weights = weights.flatten(2).to(x.dtype)                                            # [N, O, I]
     x = fit_channels(x, in_channels).contiguous(memory_format=torch.channels_last)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)                                        # [N, H*W, I], a view.
     y = torch.bmm(pixels, weights.transpose(1, 2))
@@ -217,8 +221,8 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodu
              input_gain: torch.Tensor) -> torch.Tensor:
     """A weight per sample, and the samples as groups of one convolution: contiguous."""
     x = fit_channels(x, weight.shape[1])
-    weights = _weight_per_sample(weight, styles, demodulate, input_gain).flatten(0, 1).to(x.dtype)
-    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weights, padding=padding, groups=len(x))
+    weights = _weight_per_sample(weight, styles, demodulate, input_gain, *weight.shape[:2]).flatten(0, 1)
+    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weights.to(x.dtype), padding=padding, groups=len(x))
     return y.reshape(len(x), -1, *y.shape[2:])
 
 
