@@ -111,3 +111,31 @@ def layer_cases(config: GeneratorConfig) -> list[LayerCase]:
                          tuple(layer.padding), spec.conv_kernel)
         found[case] = found.get(case, 0) + 1
     return [dataclasses.replace(case, count=count) for case, count in found.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvCase:
+    """A convolution of a network, and how often the network has it."""
+
+    size: int                   # Of the map, before padding.
+    in_channels: int
+    out_channels: int
+    kernel: int
+    is_torgb: bool
+    is_trained: bool            # Gradients of weights and styles, not only of the map.
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        return (f"{self.size}, {self.kernel}x{self.kernel}, {self.in_channels} -> {self.out_channels}"
+                f"{', trained' if self.is_trained else ''}")
+
+
+def conv_cases(config: GeneratorConfig) -> list[ConvCase]:
+    """The different convolutions of a generator in training, those near the image first."""
+    found: dict[ConvCase, int] = {}
+    for index, spec in reversed(list(enumerate(config.layers))):
+        case = ConvCase(spec.in_size, spec.in_channels, spec.out_channels, spec.conv_kernel, spec.is_torgb,
+                        index >= config.num_frozen_layers)
+        found[case] = found.get(case, 0) + 1
+    return [dataclasses.replace(case, count=count) for case, count in found.items()]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_results import CLASSES, Context, LayerCase, layer_cases, recipe_config, stem_of_recipe
+from gpu_results import CLASSES, Context, ConvCase, LayerCase, conv_cases, layer_cases, recipe_config, stem_of_recipe
 
 from training.config import GeneratorConfig
 
@@ -96,10 +96,13 @@ def layer_calls(case: LayerCase, form: str, layout: torch.memory_format, device:
                 batch: int) -> tuple[dict[str, Callable[[], Any]], int]:
     """Forward pass, forward and backward pass of a layer's nonlinearity, and the bytes of its input and output."""
     from torch_utils.ops.filtered_lrelu import filtered_lrelu
+    from torch_utils.ops.modulated_conv2d import padded_channels
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     size = case.in_size + case.kernel - 1
-    x = torch.randn(batch, case.channels, size, size, device=device, dtype=dtype).to(memory_format=layout)
-    b = torch.randn(case.channels, device=device, dtype=dtype)
+    # Channels last, the network has them filled up.
+    channels = padded_channels(case.channels) if layout == torch.channels_last else case.channels
+    x = torch.randn(batch, channels, size, size, device=device, dtype=dtype).to(memory_format=layout)
+    b = torch.randn(channels, device=device, dtype=dtype)
     fu, fd = (None if taps == 1 else (torch.hann_window(taps + 2, periodic=False)[1:-1] * 2 / (taps + 1)).to(device)
               for taps in (case.up_taps, case.down_taps))     # Values of the taps move no time.
 
@@ -149,8 +152,8 @@ def ops(context: Context) -> None:
     forms = forms_on(device, quick)
     cases = layer_cases(recipe_config(quick))
     batch = 2 if quick else OPS_BATCH
-    layouts = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-    # The form and layout of today's networks first, at all layers: their sum is what an iteration pays.
+    layouts = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
+    # The form and layout of the networks on GPUs first, at all layers: their sum is what an iteration pays.
     order = [(form, layout) for layout in layouts for form in forms]
     for form, layout in order:
         for case in cases:
@@ -181,6 +184,83 @@ def measure_simple(context: Context, bandwidth: float, forms: list[str]) -> None
         for name, (call, moved) in simple_calls(context.quick, context.device, form).items():
             share = moved / op_seconds(call, context.device) / bandwidth
             context.results.put(**{f"{name}/{form}": share})
+
+#----------------------------------------------------------------------------
+# Convolutions.
+
+# Forms in the order of interest: what runs on GPUs first, so that a short time has it.
+CONV_FORMS = ("products", "padded", "per_sample", "channels_last", "shared", "grouped")
+
+
+def conv_input(case: ConvCase, form: str, device: torch.device, batch: int) -> torch.Tensor:
+    """A map as the form gets it from a layer of the same form."""
+    from torch_utils.ops.modulated_conv2d import fit_channels, padded_channels
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    x = torch.randn(batch, case.in_channels, case.size, case.size, device=device, dtype=dtype)
+    if form in ("padded", "per_sample", "products"):
+        x = fit_channels(x, padded_channels(case.in_channels))
+    contiguous = form in ("shared", "grouped")
+    return x.contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+
+
+def conv_calls(case: ConvCase, form: str, device: torch.device, batch: int) -> dict[str, Callable[[], Any]]:
+    """Forward pass, forward and backward pass of a layer's convolution with everything that the form needs around it.
+
+    The backward pass of a frozen layer has the gradient of the map only.
+    """
+    from torch_utils.ops.modulated_conv2d import modulated_conv2d
+    x = conv_input(case, form, device, batch)
+    weight = torch.randn(case.out_channels, case.in_channels, case.kernel, case.kernel, device=device)
+    styles, gain = torch.randn(batch, case.in_channels, device=device), torch.ones([], device=device)
+    if case.is_torgb:
+        styles = styles / math.sqrt(case.in_channels)
+
+    def forward() -> torch.Tensor:
+        return modulated_conv2d(x, weight, styles, not case.is_torgb, case.kernel - 1, gain, impl=form)
+
+    def forward_only() -> None:
+        with torch.no_grad():
+            forward()
+
+    with torch.no_grad():
+        dy = torch.randn_like(forward())
+
+    def both() -> None:
+        wanted = [x, weight, styles] if case.is_trained else [x]
+        for t in wanted:
+            t.requires_grad_(True)
+        torch.autograd.grad(forward(), wanted, dy)
+
+    return {"forward": forward_only, "both": both}
+
+
+def convolutions(context: Context) -> None:
+    """The convolutions of the generator at the layers of the recipe in every form."""
+    from torch_utils.ops.modulated_conv2d import forms_for
+    torch.backends.cudnn.benchmark = True       # As in training.
+    device, results, values = context.device, context.results, context.results.content["values"]
+    cases, batch = conv_cases(recipe_config(context.quick)), 2 if context.quick else OPS_BATCH
+    possible = {case: forms_for("cuda", torch.empty(batch, case.in_channels, case.size, case.size, device="meta"),
+                                torch.empty(case.out_channels, case.in_channels, case.kernel, case.kernel,
+                                            device="meta"), case.kernel - 1) for case in cases}
+    results.put(runs={case.name: forms[0] for case, forms in possible.items()})
+    for form in CONV_FORMS:
+        for case in [case for case in cases if form in possible[case]]:
+            for what, call in conv_calls(case, form, device, batch).items():
+                results.put(**{f"{case.name}/{form}/{what}": op_seconds(call, device)})
+            release_memory(device)
+        if all(form in forms for forms in possible.values()):
+            results.put(**{f"iteration/{form}": conv_seconds(values, [(case, form) for case in cases])})
+        if form == "padded":
+            total = conv_seconds(values, [(case, possible[case][0]) for case in cases])
+            results.put(iteration=total)
+            results.found(f"convolutions of an iteration, the forms that run: {1e3 * total:.3g} ms")
+
+
+def conv_seconds(values: dict[str, float], cases: list[tuple[ConvCase, str]]) -> float:
+    """Sums the convolutions of an iteration in these forms: a forward pass for D, both passes for G."""
+    return sum(case.count * values[f"{case.name}/{form}/{what}"] for case, form in cases
+               for what in ("forward", "both"))
 
 #----------------------------------------------------------------------------
 # Training iterations.

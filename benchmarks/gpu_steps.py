@@ -309,8 +309,8 @@ def tests(context: Context) -> None:
 
 STEPS: dict[str, Callable[[Context], None]] = {
     "versions": versions, "build": build, "self_check": self_check, "training": training, "ops": gpu_speed.ops,
-    "iteration": gpu_speed.iteration, "stem": gpu_speed.stem, "sampling": gpu_speed.sampling, "loading": loading,
-    "two_processes": two_processes, "tests": tests}
+    "iteration": gpu_speed.iteration, "convolutions": gpu_speed.convolutions, "stem": gpu_speed.stem,
+    "sampling": gpu_speed.sampling, "loading": loading, "two_processes": two_processes, "tests": tests}
 
 
 @click.command(cls=cli.Command)

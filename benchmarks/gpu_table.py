@@ -4,13 +4,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpu_results import layer_cases, recipe_config
+from gpu_results import ConvCase, conv_cases, layer_cases, recipe_config
 
 from dnnlib.util import format_bytes
 
 MISSING = "not measured"
 FORMS = ("cuda", "cpu", "matrix", "ref")       # The first that exists is the one that runs.
 LAYOUTS = ("contiguous", "channels last")
+# Of the generator's convolutions -> column.
+CONV_FORMS = {"padded": "shared, padded, channels last", "channels_last": "shared, unpadded, channels last",
+              "shared": "shared, contiguous", "grouped": "grouped", "per_sample": "per sample", "products": "products"}
 OFFICIAL = ("Official: its own code with its CUDA plugins, one iteration of the same recipe with the same networks, "
             "measured on an H200 with torch 2.11 and CUDA 13.0 on 2026-11-27.")
 # Milliseconds, forward / forward and backward, contiguous, of the kernels of 2026-11-27 on that H200.
@@ -103,8 +106,9 @@ def iteration_lines(report: Report) -> list[str]:
             row("images per second", f"{small}/images_per_s", number, "13.3", "40"),
             row("peak memory", f"{small}/peak", format_bytes, "27.7 GiB", "27.7 GiB"),
             ["all filtered_lrelu of it, the form that runs",
-             next((report.cell("ops", f"iteration/{form}/contiguous", ms) for form in FORMS
-                   if report.value("ops", f"iteration/{form}/contiguous") is not None), MISSING), "", "40 ms"],
+             next((report.cell("ops", f"iteration/{form}/channels last", ms) for form in FORMS
+                   if report.value("ops", f"iteration/{form}/channels last") is not None), MISSING), "", "40 ms"],
+            ["all convolutions of G in it, the forms that run", report.cell("convolutions", "iteration", ms), "", ""],
             row("first iteration", f"{small}/first", seconds, "18.3 s"),
             row("until Python has given all work to the GPU", f"{small}/host", ms),
             row("inside kernels (profiler)", f"{small}/kernel_seconds", ms),
@@ -142,6 +146,28 @@ def layer_lines(report: Report) -> list[str]:
             "with the kernels of that day.\n",
             *grid(["in -> out, up/down, taps, channels", "floor", *(", ".join(column) for column in columns), "aim",
                    "cuda then", "matrix then"], [*rows, sums])]
+
+
+def conv_lines(report: Report) -> list[str]:
+    runs = report.value("convolutions", "runs") or {}
+
+    def cell(case: ConvCase, form: str) -> str:
+        if form == "products" and case.kernel > 1:
+            return ""
+        found = [report.value("convolutions", f"{case.name}/{form}/{what}") for what in ("forward", "both")]
+        return MISSING if None in found else " / ".join(f"{1e3 * x:.3g}" for x in found)
+
+    rows = [[case.name, *(cell(case, form) for form in CONV_FORMS), runs.get(case.name, "")]
+            for case in conv_cases(recipe_config(report.quick))]
+    total = report.cell("convolutions", "iteration", lambda x: f"{1e3 * x:.3g}")
+    sums = ["sum of an iteration", *("" if form == "products" else report.cell(
+        "convolutions", f"iteration/{form}", lambda x: f"{1e3 * x:.3g}") for form in CONV_FORMS), total]
+    return ["## Convolutions of the generator at the layers of this stage\n",
+            "Milliseconds, forward / forward and backward, batch 8, fp16, with the changes of type and the scaling of "
+            "maps and weights that a form needs. Frozen layers have the gradient of the map, trained ones also those "
+            "of weights and styles. The sum counts every layer of the network: a forward pass for D, both passes for "
+            "G; the last column has the sum of what runs. 69 TFLOP at 600 TFLOP/s are 116 ms.\n",
+            *grid(["size, kernel, channels", *CONV_FORMS.values(), "what runs"], [*rows, sums])]
 
 
 def simple_lines(report: Report) -> list[str]:
@@ -185,5 +211,5 @@ def other_lines(report: Report) -> list[str]:
 
 def table(report: Report) -> str:
     """Markdown."""
-    parts = (head_lines, step_lines, iteration_lines, layer_lines, simple_lines, stem_lines, other_lines)
+    parts = (head_lines, step_lines, iteration_lines, layer_lines, conv_lines, simple_lines, stem_lines, other_lines)
     return "\n".join(line for part in parts for line in part(report))

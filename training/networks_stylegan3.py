@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch_utils.misc import assert_shape
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
-from torch_utils.ops.winograd import conv2d
+from torch_utils.ops.modulated_conv2d import fit_channels, modulated_conv2d, padded_channels
 from training.config import GeneratorConfig, InputSpec, LayerSpec
 
 #----------------------------------------------------------------------------
@@ -152,11 +152,12 @@ class SynthesisInput(torch.nn.Module):
         amplitudes = amplitudes.clamp(0, 1)                                                 # [N, C]
 
         scale = 0.5 * spec.size / spec.sampling_rate
-        theta = torch.tensor([[[scale, 0, 0], [0, scale, 0]]], device=w.device, dtype=w.dtype)
-        grid = F.affine_grid(theta, [1, 1, spec.size, spec.size], align_corners=False)      # [1, H, W, 2]
+        theta = torch.eye(2, 3, device=w.device, dtype=w.dtype) * scale     # Made there: a copy would be waited for.
+        grid = F.affine_grid(theta[None], [1, 1, spec.size, spec.size], align_corners=False)    # [1, H, W, 2]
         x = grid.reshape(1, -1, 2) @ freqs.transpose(1, 2) + phases.unsqueeze(1)            # [N, H*W, C]
         x = torch.sin(x * (2 * math.pi)) * amplitudes.unsqueeze(1)
         x = x @ (self.weight / math.sqrt(spec.channels)).t()
+        # A view, which is channels last.
         return x.transpose(1, 2).reshape(-1, spec.channels, spec.size, spec.size)
 
 #----------------------------------------------------------------------------
@@ -181,38 +182,6 @@ def design_lowpass_filter(num_taps: int, cutoff: float, width: float, sampling_r
     window = np.kaiser(num_taps, beta)
     f *= np.outer(window, window)
     return torch.as_tensor(f / f.sum(), dtype=torch.float32)
-
-
-def modulated_conv2d(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
-                     input_gain: torch.Tensor) -> torch.Tensor:
-    """Convolution whose input channels are scaled per sample (Karras et al. 2020, equations 1-3).
-
-    The weights stay shared over the batch: inputs are scaled by the styles, outputs by the demodulation factors. Equal
-    to a grouped convolution with a weight per sample up to rounding, and several times faster.
-
-    Args:
-        x: [N, I, H, W].
-        weight: [O, I, k, k].
-        styles: [N, I].
-        demodulate: Give every output feature map unit expected variance.
-        padding: Zeros on every side.
-        input_gain: Scalar on the input, after demodulation was worked out.
-    """
-    if demodulate:
-        # Pre-normalisation keeps half precision in range; demodulation takes it out again. Where the range is no
-        # concern the weights stay as they are and their norm goes to the outputs, which are fewer.
-        power = weight.square().sum(dim=[2, 3])                                 # [O, I]
-        norm = (power.sum(dim=1) / weight[0].numel()).rsqrt()                   # [O]
-        styles = styles * styles.square().mean().rsqrt()
-        energy = styles.square() @ power.t() * norm.square()
-        demodulation = (energy + 1e-8).rsqrt()                                  # [N, O]
-        if x.dtype == torch.float16:
-            weight = weight * norm[:, None, None, None]
-        else:
-            demodulation = demodulation * norm
-    scale = (styles * input_gain).to(x.dtype)
-    x = conv2d(x * scale[:, :, None, None], weight.to(x.dtype), padding)
-    return x * demodulation.to(x.dtype)[:, :, None, None] if demodulate else x
 
 
 class SynthesisLayer(torch.nn.Module):
@@ -247,13 +216,19 @@ class SynthesisLayer(torch.nn.Module):
         self.padding = [low, total - low] * 2
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, force_fp32: bool = False,
-                update_magnitude_ema: bool = False, low_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[N, in_channels, in_size, in_size], w [N, w_dim] -> [N, out_channels, out_size, out_size]."""
+                update_magnitude_ema: bool = False, low_dtype: torch.dtype | None = None,
+                keep_zeros: bool = False) -> torch.Tensor:
+        """[N, in_channels, in_size, in_size], w [N, w_dim] -> [N, out_channels, out_size, out_size].
+
+        With `keep_zeros`, the channels of zeros that the form of the convolution may add stay at the end of the result;
+        the next layer takes them as they are (`torch_utils.ops.modulated_conv2d`).
+        """
         spec = self.spec
-        assert_shape(x, [None, spec.in_channels, spec.in_size, spec.in_size])
+        channels = spec.in_channels if x.shape[1] == spec.in_channels else padded_channels(spec.in_channels)
+        assert_shape(x, [None, channels, spec.in_size, spec.in_size])
         if update_magnitude_ema:
             with torch.no_grad():
-                power = x.to(self.magnitude_ema.dtype).square().mean()
+                power = fit_channels(x, spec.in_channels).to(self.magnitude_ema.dtype).square().mean()
                 self.magnitude_ema.copy_(power.lerp(self.magnitude_ema, self.magnitude_ema_beta))
         styles = self.affine(w)
         if spec.is_torgb:
@@ -262,13 +237,13 @@ class SynthesisLayer(torch.nn.Module):
             low_dtype = torch.float16       # A network in double precision is meant to stay in it.
         is_low = spec.use_fp16 and not force_fp32 and low_dtype is not None
         x = x.to(low_dtype if is_low else self.weight.dtype)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)     # As its convolutions want it.
         x = modulated_conv2d(x, self.weight, styles, demodulate=not spec.is_torgb, padding=self.conv_kernel - 1,
                              input_gain=self.magnitude_ema.rsqrt())
+        bias = fit_channels(self.bias.to(x.dtype), x.shape[1], dim=0)
         gain, slope = (1.0, 1.0) if spec.is_torgb else (math.sqrt(2), 0.2)
-        return filtered_lrelu(x, fu=self.up_filter, fd=self.down_filter, b=self.bias.to(x.dtype), up=self.up,
-                              down=self.down, padding=self.padding, gain=gain, slope=slope, clamp=self.conv_clamp)
+        x = filtered_lrelu(x, fu=self.up_filter, fd=self.down_filter, b=bias, up=self.up, down=self.down,
+                           padding=self.padding, gain=gain, slope=slope, clamp=self.conv_clamp)
+        return x if keep_zeros else fit_channels(x, spec.out_channels)
 
     def extra_repr(self) -> str:
         return (f"{self.spec.name}, up={self.up}, down={self.down}, padding={self.padding}, "
@@ -284,7 +259,11 @@ PRECISIONS: dict[str, dict[str, Any]] = {       # --precision -> settings of the
 
 
 class SynthesisNetwork(torch.nn.Module):
-    """ws -> image: the input, then the layers of the table in turn."""
+    """ws -> image: the input, then the layers of the table in turn.
+
+    Between layers maps may have channels of zeros at their end, and on GPUs they have them (`SynthesisLayer.forward`).
+    This is between the layers of a network: a layer that is called by itself has the channels of its table.
+    """
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
@@ -309,8 +288,10 @@ class SynthesisNetwork(torch.nn.Module):
         first, *rest = ws.to(self.input.weight.dtype).unbind(dim=1)
         x = self.input(first)
         for name, w in zip(self.layer_names, rest, strict=True):
-            x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema, low_dtype)
-        return x.to(self.input.weight.dtype) * self.output_scale
+            keep_zeros = name != self.layer_names[-1]
+            x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema, low_dtype, keep_zeros)
+        # Type and layout in one pass over the image.
+        return x.to(self.input.weight.dtype, memory_format=torch.contiguous_format) * self.output_scale
 
 #----------------------------------------------------------------------------
 
