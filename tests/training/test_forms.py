@@ -44,7 +44,7 @@ def timed(tmp_path, monkeypatch):
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("STYLESAN_TUNE", raising=False)
     monkeypatch.delenv("STYLESAN_OPS", raising=False)
-    monkeypatch.setattr(tune, "_current", None)
+    monkeypatch.setattr(tune, "_current", {})
     monkeypatch.setattr(tune, "KINDS", ("cpu",))
     monkeypatch.setattr(tune, "seconds_of", seconds_of)
     return timed
@@ -112,7 +112,7 @@ def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
     state = TrainingState(None, None, None, None, [], forms={"a call": "matrix"})
     settle_forms(state, small_config(), CPU, tmp_path, False, print)
     assert state.forms == {"a call": "matrix"}      # Of a run that began on a GPU, and may return to one.
-    assert tune._current is None
+    assert not tune._current
 
 
 @pytest.fixture(scope="module")
