@@ -24,7 +24,11 @@ def settle_forms(state: TrainingState, config: TrainConfig, device: torch.device
 
     A new run times forms on rank 0, at the calls that its generator makes in an iteration. The choices are part of the
     state and of the run's record; what they do not know takes the default, in states without any everything.
+
+    Raises:
+        UserError: STYLESAN_TUNE has a wrong value.
     """
+    tune.is_on()
     if device.type not in tune.KINDS:
         return
     if not resumed:

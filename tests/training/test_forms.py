@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dnnlib import UserError
 from tests.ops.cases import needs_compiler
 from tests.training.group_run import small_config
 from tests.training.test_loop import assert_equal_states, only_run, train
@@ -112,6 +113,9 @@ def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
     state = TrainingState(None, None, None, None, [], forms={"a call": "matrix"})
     settle_forms(state, small_config(), CPU, tmp_path, False, print)
     assert state.forms == {"a call": "matrix"}      # Of a run that began on a GPU, and may return to one.
+    monkeypatch.setenv("STYLESAN_TUNE", "no")
+    with pytest.raises(UserError, match="STYLESAN_TUNE=no"):
+        settle_forms(state, small_config(), CPU, tmp_path, False, print)
     assert not tune._current
 
 
