@@ -91,10 +91,15 @@ def cell(times: list[float]) -> str:
 
 
 def table(found: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown."""
+    """Markdown: times, and how many times those of the convolution they are."""
     kinds = list(next(iter(found.values())))
-    rows = [f"| {name} | {' | '.join(cell(times[what]) for what in kinds)} |" for name, times in found.items()]
-    return "\n".join([f"| microseconds per call | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}", *rows])
+    rows = []
+    for name, times in found.items():
+        ratios = (statistics.median(times[what]) / statistics.median(found["F.conv2d"][what]) for what in kinds[1:])
+        rows.append(f"| {name} | {' | '.join(cell(times[what]) for what in kinds)} | "
+                    f"{' | '.join(f'{ratio:.1f}' for ratio in ratios)} |")
+    head = [*kinds, *(f"{what}, times F.conv2d" for what in kinds[1:])]
+    return "\n".join([f"| microseconds per call | {' | '.join(head)} |", f"|---|{'---|' * len(head)}", *rows])
 
 
 def with_section(content: str, title: str, section: str) -> str:

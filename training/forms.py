@@ -24,21 +24,25 @@ def settle_forms(state: TrainingState, config: TrainConfig, device: torch.device
 
     A new run times forms on rank 0, at the calls that its generator makes in an iteration. The choices are part of the
     state and of the run's record; what they do not know takes the default, in states without any everything.
+
+    Raises:
+        UserError: STYLESAN_TUNE has a wrong value.
     """
+    tune.is_on()
     if device.type not in tune.KINDS:
         return
     if not resumed:
         found: dict[str, str] = {}
         if distributed.rank() == 0:
             choices = tune.open_choices(device)
-            tune.use(choices)
+            tune.use(device, choices)
             say(choices.describe())
             if choices.store is not None:
                 with explained_memory_errors("rehearsal", config, device):
                     rehearse(state.G, config)
             found = choices.values
         state.forms = distributed.broadcast_object(found)       # The others wait for it, however long it takes.
-    tune.use(tune.Choices(state.forms, "as this run was started"))
+    tune.use(device, tune.Choices(state.forms, "as this run was started"))
     if resumed:
         say(f"{tune.describe(device)} ({len(state.forms)} choices)")
     if distributed.rank() == 0:

@@ -194,6 +194,21 @@ def test_the_compiler_sees_the_same(number, layout):
         assert a.stride() == want.stride()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")     # The compiler's own.
+@pytest.mark.parametrize("number", range(3), ids=["filtered_lrelu", "upfirdn2d", "bias_act"])
+def test_the_compiler_leaves_what_is_remembered_alone(number):
+    """The operations as users call them, in code that is compiled, also when sizes change."""
+    f = randn(12, seed=7)
+    def function(x, b):
+        return calls_of_everything(2 * x, b, f)[number] + 1
+    compiled = torch.compile(function, backend="aot_eager")
+    for size in (9, 11, 12):
+        x, b = randn(2, 3, size, size).requires_grad_(), randn(3, seed=1).requires_grad_()
+        for order, (a, want) in enumerate(zip(*([y, *torch.autograd.grad(y, [x, b], torch.ones_like(y))]
+                                                for y in (compiled(x, b), function(x, b))), strict=True)):
+            assert torch.equal(a, want), (size, order)
+
+
 def test_codes_are_kept_for_gradients_only(monkeypatch):
     made, new_codes = [], native.new_codes
     monkeypatch.setattr(native, "new_codes", lambda *args: made.append(args) or new_codes(*args))

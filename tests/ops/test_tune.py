@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
     """A cache folder of the test's own, and no choices yet."""
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path))
     monkeypatch.delenv("STYLESAN_TUNE", raising=False)
-    monkeypatch.setattr(tune, "_current", None)
+    monkeypatch.setattr(tune, "_current", {})
     return tmp_path / "tuned"
 
 
@@ -212,7 +212,7 @@ def test_the_layer_takes_the_fastest_form(clock, monkeypatch):
     name = "filtered_lrelu 2x19x21x23 float32, 19 float32; up 2, down 2, padding 9,8,9,8, up taps 12, down taps 12"
     assert tune.current(CPU).values == {name: "matrix", name.replace(" 2x", " 1x"): "cpu"}
     assert tune.describe(CPU).startswith("tuned: 0 choices of cpu from")
-    tune.use(None)
+    tune.use(CPU, None)
     ops, tuned = dispatch.start_lines(CPU).splitlines()
     assert ops == "ops: cpu native"
     assert tuned.startswith("tuned: 2 choices of cpu from")
@@ -278,7 +278,7 @@ def test_the_clock():
 
 def test_nothing_is_tuned_on_processors(folder):
     layer(randn(1, 3, 9, 8))
-    assert tune._current is None
+    assert not tune._current
     assert tune.describe("cpu") is None
     assert dispatch.start_lines("cpu") == dispatch.describe("cpu")
     assert not folder.exists()

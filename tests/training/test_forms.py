@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dnnlib import UserError
 from tests.ops.cases import needs_compiler
 from tests.training.group_run import small_config
 from tests.training.test_loop import assert_equal_states, only_run, train
@@ -44,7 +45,7 @@ def timed(tmp_path, monkeypatch):
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("STYLESAN_TUNE", raising=False)
     monkeypatch.delenv("STYLESAN_OPS", raising=False)
-    monkeypatch.setattr(tune, "_current", None)
+    monkeypatch.setattr(tune, "_current", {})
     monkeypatch.setattr(tune, "KINDS", ("cpu",))
     monkeypatch.setattr(tune, "seconds_of", seconds_of)
     return timed
@@ -112,7 +113,10 @@ def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
     state = TrainingState(None, None, None, None, [], forms={"a call": "matrix"})
     settle_forms(state, small_config(), CPU, tmp_path, False, print)
     assert state.forms == {"a call": "matrix"}      # Of a run that began on a GPU, and may return to one.
-    assert tune._current is None
+    monkeypatch.setenv("STYLESAN_TUNE", "no")
+    with pytest.raises(UserError, match="STYLESAN_TUNE=no"):
+        settle_forms(state, small_config(), CPU, tmp_path, False, print)
+    assert not tune._current
 
 
 @pytest.fixture(scope="module")

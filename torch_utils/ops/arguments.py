@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of the resampling operations: parsed, checked, and the sizes that follow from them."""
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -86,20 +85,10 @@ def check_images(
     """Check `x` and `f` and return the (width, height) of the result."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x {describe_tensor(x)}: expected floating-point images [N, C, H, W]")
-    return _output_sizes(x.shape, filter_size(f), up, down, padding)
-
-
-@functools.lru_cache(maxsize=1024)
-def _output_sizes(
-    shape: torch.Size,
-    taps: tuple[int, int],
-    up: tuple[int, int],
-    down: tuple[int, int],
-    padding: tuple[int, int, int, int],
-) -> tuple[int, int]:
-    width = output_size(shape[3], taps[0], up[0], down[0], padding[0], padding[1])
-    height = output_size(shape[2], taps[1], up[1], down[1], padding[2], padding[3])
+    taps = filter_size(f)
+    width = output_size(x.shape[3], taps[0], up[0], down[0], padding[0], padding[1])
+    height = output_size(x.shape[2], taps[1], up[1], down[1], padding[2], padding[3])
     if min(width, height) < 1:
-        raise ValueError(f"padding={list(padding)}: images of {shape[2]}x{shape[3]} upsampled by {list(up)} (x, y) "
+        raise ValueError(f"padding={list(padding)}: images of {x.shape[2]}x{x.shape[3]} upsampled by {list(up)} (x, y) "
                          f"become smaller than the filter of {taps[1]}x{taps[0]}")
     return width, height

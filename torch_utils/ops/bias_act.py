@@ -117,7 +117,8 @@ def _bias_act_native(
     return library.bias_act(x, b, native_plan(dim % max(x.ndim, 1), act, alpha, gain, clamp))
 
 
-@functools.lru_cache(maxsize=256)
+@torch.compiler.disable
+@functools.lru_cache(maxsize=native.MAX_PLANS)
 def native_plan(dim: int, act: str, alpha: float, gain: float, clamp: float | None) -> native.BiasActPlan:
     """What native code is told of an activation."""
     return native.BiasActPlan(dim, library.ACTS.index(act), alpha, gain, math.inf if clamp is None else float(clamp))

@@ -185,6 +185,7 @@ def filtered_lrelu_native(
     return library.filtered_lrelu(x, b, plan)
 
 
+@torch.compiler.disable
 @functools.lru_cache(maxsize=native.MAX_PLANS)
 def _native_plan(
     shape: torch.Size,

@@ -41,6 +41,7 @@ IDENTITY = Taps((1,), np.ones(1).tobytes())
 _read: dict[int, tuple[weakref.ref, tuple[int, int], Taps]] = {}
 
 
+@torch.compiler.disable     # As all that is remembered between calls.
 def read_taps(f: torch.Tensor | None) -> Taps:
     """The content of a filter, read anew only if the tensor is new or was written to since."""
     if f is None:
@@ -59,6 +60,7 @@ def _copy_taps(f: torch.Tensor) -> Taps:
     return Taps(tuple(f.shape), f.detach().cpu().double().numpy().tobytes())
 
 
+@torch.compiler.disable
 @functools.lru_cache(maxsize=512)
 def split_axes(taps: Taps, eps: float) -> tuple[Taps, Taps] | None:
     """The filters along x and y whose outer product is `taps`; None if there are none to within `eps`."""
@@ -120,6 +122,7 @@ class _MatrixCache:
 _matrices = _MatrixCache(CACHE_BYTES)
 
 
+@torch.compiler.disable
 def axis_matrix(axis: Axis, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The matrix [out, in] of an axis. Shared between callers: not to be written to."""
     return _matrices.get(axis, dtype, device)

@@ -208,7 +208,7 @@ class Choices:
         return min(times, key=times.get, default=next(iter(forms))), times
 
 
-_current: Choices | None = None     # Of this process; made at the first call.
+_current: dict[str, Choices] = {}       # Of this process, by type of device; made at the first call.
 
 
 def open_choices(device: torch.device) -> Choices:
@@ -220,18 +220,17 @@ def open_choices(device: torch.device) -> Choices:
     return Choices(store=Store(device)) if is_on() else Choices(origin="off (STYLESAN_TUNE=0)")
 
 
-def use(choices: Choices | None) -> None:
-    """Let all operations of this process take these choices from now on; None: those of the cache folder."""
-    global _current
-    _current = choices
+def use(device: torch.device, choices: Choices | None) -> None:
+    """Let all operations on devices of that type take these choices; None: those of the cache folder."""
+    _current.pop(device.type, None)
+    if choices is not None:
+        _current[device.type] = choices
 
 
 def current(device: torch.device) -> Choices:
     """The choices that operations take."""
-    global _current
-    if _current is None:
-        _current = open_choices(device)
-    return _current
+    found = _current.get(device.type)
+    return found if found is not None else _current.setdefault(device.type, open_choices(device))
 
 
 def describe(device: torch.device | str) -> str | None:

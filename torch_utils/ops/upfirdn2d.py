@@ -130,6 +130,7 @@ def upfirdn2d_native(
     return library.resample(x, _native_plan(x.shape, x.dtype, read_taps(f), up, down, padding, flip_filter, gain))
 
 
+@torch.compiler.disable
 @functools.lru_cache(maxsize=native.MAX_PLANS)
 def _native_plan(
     shape: torch.Size,
