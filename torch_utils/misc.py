@@ -82,6 +82,20 @@ def requires_grad(module: torch.nn.Module, parameters: Sequence[torch.nn.Paramet
 
 
 @contextlib.contextmanager
+def without_autotuning() -> Iterator[None]:
+    """No choosing of convolution algorithms by timing them (cudnn.benchmark) for the block.
+
+    For shapes that come seldom: to choose for one would take longer than to compute with it.
+    """
+    old = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = old
+
+
+@contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """No TF32 in matrix products and convolutions for the block (the default for convolutions is TF32)."""
     old = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision

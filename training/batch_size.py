@@ -18,11 +18,11 @@ from training.config import GeneratorConfig, TrainConfig
 from training.diffaug import NUM_UNIFORMS
 from training.discriminators.projected import ProjectedDiscriminator
 from training.health import GradientGuard
+from training.layer_schedule import MAX_ELEMENTS, map_sizes
 from training.loss import MicroBatch, StyleSanLoss
 from training.networks_stylegan3 import Generator
 from training.phases import make_phases, run_phase
 
-MAX_ELEMENTS = 2 ** 31      # Convolutions, interpolation and native kernels index a tensor with 32 bits.
 GPU_SHARE = 0.95            # Of a GPU's memory: data, statistics and fragments need the rest.
 CPU_SHARE = 0.5             # Of the free memory of a machine.
 CPU_COPIES = 3              # Values, gradients and temporary copies of every map: an estimate.
@@ -37,24 +37,13 @@ def micro_batch_sizes(batch: int, world_size: int, even: bool = False) -> list[i
     return [n for n in range(1, share + 1) if share % n == 0 and not (even and n % 2)]
 
 
-def _map_sizes(config: GeneratorConfig) -> Iterator[tuple[str, int]]:
-    """(layer, elements per image) of the tensors that synthesis layers make for a whole micro-batch.
-
-    The upsampled maps inside the nonlinearity are not among them: they are made in pieces.
-    """
-    for layer in config.layers:
-        yield layer.name, layer.in_channels * layer.in_size ** 2
-        yield layer.name, layer.out_channels * (layer.in_size + layer.conv_kernel - 1) ** 2
-        yield layer.name, layer.out_channels * layer.out_size ** 2
-
-
 def largest_tensor(config: GeneratorConfig) -> tuple[int, str]:
     """Elements per image of the largest tensor in a training step, and where it is.
 
     D's maps are those of the official feature networks; the generated and the real image count together.
     """
     side = max(config.img_resolution, 224)
-    maps = [*((size, f"layer {name}") for name, size in _map_sizes(config)),
+    maps = [*((size, f"layer {name}") for name, size in map_sizes(config)),
             (int(D_ELEMENTS * side ** 2), "the discriminator")]
     return max(maps)
 
@@ -127,7 +116,7 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | 
 
 def cpu_bytes_per_image(config: GeneratorConfig) -> int:
     """An estimate of what a training step takes per image, without the networks themselves."""
-    maps = sum(size for _, size in _map_sizes(config)) + 8 * int(D_ELEMENTS * max(config.img_resolution, 224) ** 2)
+    maps = sum(size for _, size in map_sizes(config)) + 8 * int(D_ELEMENTS * max(config.img_resolution, 224) ** 2)
     return maps * CPU_COPIES * 4
 
 
@@ -206,6 +195,17 @@ class Trial:
 #----------------------------------------------------------------------------
 # Out of memory in training.
 
+# What PyTorch's own class does not cover: the processor's allocator, libraries that found no room for their workspaces,
+# and a kernel of ours that CUDA could not start for want of memory.
+MEMORY_WORDS = ("DefaultCPUAllocator", "ALLOC_FAILED", "out of memory", "CUDA error 2;")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says, in whatever words, that memory was too small."""
+    return (isinstance(error, torch.OutOfMemoryError | MemoryError)
+            or isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS))
+
+
 @contextlib.contextmanager
 def explained_memory_errors(phase: str, config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Say in one message what ran out of memory, and what to do.
@@ -215,9 +215,8 @@ def explained_memory_errors(phase: str, config: TrainConfig, device: torch.devic
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
-        if isinstance(err, RuntimeError) and not isinstance(err, torch.OutOfMemoryError) \
-                and "DefaultCPUAllocator" not in str(err):
+    except (MemoryError, RuntimeError) as err:
+        if not is_out_of_memory(err):
             raise
         peak = "unknown"
         if device.type == "cuda":

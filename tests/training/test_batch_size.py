@@ -24,7 +24,7 @@ from training.batch_size import (
 )
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
 from training.discriminators.projected import ProjectedDiscriminator
-from training.layer_schedule import stem_config, superres_config
+from training.layer_schedule import map_sizes, stem_config, superres_config
 from training.networks_stylegan3 import Generator
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_largest_tensor_is_what_a_forward_makes(tiny):
         getattr(G.synthesis, name).register_forward_hook(note)
     with torch.no_grad():
         G(torch.randn(1, 64), torch.eye(3)[:1])
-    made = [size for _, size in batch_size._map_sizes(tiny)]
+    made = [size for _, size in map_sizes(tiny)]
     assert set(seen) <= set(made)
     assert max(seen) <= max(made)
     assert largest_tensor(tiny)[1] == "the discriminator"
