@@ -20,9 +20,10 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import format_bytes, format_time
-from torch_utils import distributed
+from torch_utils import distributed, misc
 from training.batch_size import explained_memory_errors
 from training.batches import BatchSource
+from training.beginning import autotunes
 from training.classifier import load_classifier
 from training.config import TrainConfig
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
@@ -121,7 +122,8 @@ class Rehearsal:
         self.runs = runs_of_stage(config, phases)
         self.phases = [phase for phase in phases if phase.name in self.runs]
         self.stream = TrainingStream(dataset, EpochOrder(len(dataset), config.seed), distributed.rank(),
-                                     distributed.world_size(), config.batch_gpu, 0, config.data.workers)
+                                     distributed.world_size(), config.batch_gpu, 0, config.data.workers,
+                                     pin_memory=device.type == "cuda")
         self.probs = dataset.label_distribution() if self.G.c_dim > 0 else None
         self.guard = GradientGuard(config.batch)
 
@@ -178,6 +180,7 @@ def full_phases(few: dict[str, float], one: dict[str, float], num_few: int, num_
             else few[name] for name in few}
 
 
+@misc.full_precision()
 def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> StageTime:
     """Run a few iterations; every process calls this.
 
@@ -192,7 +195,7 @@ def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device)
     if config.total_kimg * 1000 < 1:
         raise UserError(f"--kimg={config.total_kimg:g} beside --bench: a run without images takes no time: give the "
                         "length that the run will have")
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cudnn.benchmark = autotunes(config, 0, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     rehearsal = Rehearsal(config, dataset, device)
