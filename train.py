@@ -434,8 +434,8 @@ def option(names: str, help: str, **settings: Any):
 @option("--fp32", "Disable mixed precision: the official name of --precision=fp32", metavar="BOOL", type=bool,
         default=False)
 @cli.precision_option()
-@option("--feature-precision", "Of the frozen feature networks of D; bf16 is faster where the hardware has it "
-        "(docs/performance.md)", type=click.Choice(["fp32", "bf16"]), default="fp32")
+@option("--feature-precision", "Of the frozen networks: tf32 (on GPUs) and bf16 are faster where the hardware has them "
+        "(docs/performance.md)", type=click.Choice(["fp32", "tf32", "bf16"]), default="fp32")
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool, default=False)
 @option("--workers", "Loader processes", metavar="INT", default=3, type=click.IntRange(min=0))
 @option("--stage-to", "Copy --data to this folder of a local disk first, once per node, and read it there",

@@ -115,6 +115,7 @@ class Rehearsal:
             names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
             classifier = distributed.node_first(
                 lambda: load_classifier(config.loss.cls_model, self.G.c_dim, names)).to(device)
+            classifier.make_fast_(config.feature_precision)
         self.loss = StyleSanLoss(self.G, self.D, config.loss, device, classifier, precision=config.precision,
                                  real_distance=1.0)
         self.loss.set_progress(int(config.total_kimg * 500))        # Half-way: the blur is gone, if it goes.

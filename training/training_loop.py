@@ -66,6 +66,8 @@ def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, An
     G, D = G.train().requires_grad_(False).to(device), D.train().requires_grad_(False).to(device)
     D.project_()
     D.make_fast_(config.feature_precision)
+    if config.feature_precision == "tf32" and device.type != "cuda":
+        say("NOTE: --feature-precision=tf32 has an effect on GPUs only: here it is fp32")
     for tensor in [*G.parameters(), *G.buffers(), *D.own_state_dict().values()]:
         distributed.broadcast(tensor.data)
     return G, D
@@ -121,6 +123,7 @@ def training_loop(
             names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
             classifier = distributed.node_first(
                 lambda: load_classifier(config.loss.cls_model, G.c_dim, names)).to(device)
+            classifier.make_fast_(config.feature_precision)
     report.say(stage_table(G.config, generator_config(stem) if stem else None))
     trained = [sum(p.numel() for p in net.trainable_parameters()) for net in (G, D)]
     report.say(f"parameters: G {misc.count_parameters(G):,}, trained {trained[0]:,}; D trained {trained[1]:,}")

@@ -5,10 +5,12 @@ import timm.models
 import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from torch_utils import misc
 from training.feature_networks.backbones import Backbone
+from training.feature_networks.within import Surroundings
 
-# --feature-precision -> type of the large products inside frozen networks; None: all in float32.
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+# --feature-precision -> type of the large products inside frozen networks; None: float32.
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}
 
 #----------------------------------------------------------------------------
 
@@ -41,6 +43,14 @@ def pays_off(backbone: Backbone, device: torch.device) -> bool:
     bfloat16 than in float32; transformers are matrix products.
     """
     return device.type != "cpu" or backbone.isotropic
+
+
+def surroundings_of(precision: str, device: torch.device) -> Surroundings | None:
+    """Switches that hold while a frozen network runs there, forward and backward; None: those of what is around it.
+
+    Elsewhere than on NVIDIA's GPUs there is no TF32, and 'tf32' is 'fp32'.
+    """
+    return misc.tf32 if precision == "tf32" and device.type == "cuda" else None
 
 
 def make_fast(backbone: Backbone, precision: str, device: torch.device) -> None:
