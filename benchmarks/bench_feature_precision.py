@@ -5,11 +5,11 @@
 
 A training step of G as on the command line (D of DeiT-base and EfficientNet-lite0, classifier guidance of weight 8,
 1000 classes, micro-batch 8, a 32-pixel generator) is computed on the CPU, once with everything in float64 and then in
-float32 with the frozen networks in each precision. TF32 is emulated: the arguments of every convolution and matrix
-product of the frozen networks, and the gradients that come into their backward passes, are rounded to 10 bits of
-mantissa (to nearest, ties to even) and multiplied and added in float32. bf16 is what a GPU does with that setting. In
---weights published weights are looked for by the names of `training.feature_networks.registry`; networks whose weights
-are not there have random ones, and the table says so. Writes benchmarks/results/feature_precision.md.
+float32 with the frozen networks in each precision: transformers only, as the option has it, and all of them. TF32 is
+emulated: the arguments of every convolution and matrix product of these networks, and the gradients that come into
+their backward passes, are rounded to 10 bits of mantissa (to nearest, ties to even), then multiplied and added in
+float32. In --weights published weights are looked for by the names of `training.feature_networks.registry`; networks
+whose weights are not there have random ones, and the table says so. Writes benchmarks/results/feature_precision.md.
 """
 import copy
 import datetime
@@ -35,6 +35,8 @@ from training.classifier import Classifier, load_classifier  # noqa: E402
 from training.config import DiscriminatorConfig, LossConfig  # noqa: E402
 from training.diffaug import NUM_UNIFORMS  # noqa: E402
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402
+from training.feature_networks import fast  # noqa: E402
+from training.feature_networks.backbones import is_isotropic  # noqa: E402
 from training.feature_networks.fast import make_fast  # noqa: E402
 from training.feature_networks.registry import find_weights  # noqa: E402
 from training.layer_schedule import stem_config  # noqa: E402
@@ -44,9 +46,9 @@ from training.networks_stylegan3 import Generator  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "feature_precision.md"
 BACKBONES = ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0")
 CLASSES, SIZE, BATCH = 1000, 32, 8
-PRECISIONS = ("fp32", "tf32", "bf16")
+EVERYWHERE = ", all networks"
+PRECISIONS = ("fp32", "tf32", "bf16", f"tf32{EVERYWHERE}", f"bf16{EVERYWHERE}")
 BOUND, FP16_IN_G = 1e-3, 2.9e-2     # For a default: of a gradient; what fp16 in G does to it, measured on an H200.
-GPU = torch.device("cuda")          # Only named, so that networks are prepared as there.
 
 #----------------------------------------------------------------------------
 # TF32 by hand.
@@ -132,10 +134,14 @@ class Step:
         if precision == "float64":
             for network in (self.G, self.D, self.classifier):
                 network.double()
+        kind, everywhere = precision.removesuffix(EVERYWHERE), precision.endswith(EVERYWHERE)
         for network in self.D.feature_networks.values():
-            make_fast(network.backbone, "fp32" if precision == "float64" else precision, GPU)
-        if precision == "tf32":
-            for network in (*self.D.feature_networks.values(), self.classifier):
+            make_fast(network.backbone, kind if kind in fast.PRECISIONS else "fp32")
+            if kind == "bf16" and everywhere:
+                fast.reduce_(network.backbone, torch.bfloat16)
+        frozen = [(network, network.backbone.net) for network in self.D.feature_networks.values()]
+        for network, net in (*frozen, (self.classifier, self.classifier.net)):
+            if kind == "tf32" and (everywhere or is_isotropic(net)):
                 network.surroundings = EmulatedTF32
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         self.loss = StyleSanLoss(self.G, self.D, LossConfig(cls_weight=8.0), torch.device("cpu"), self.classifier)
@@ -195,15 +201,13 @@ def distance(x: torch.Tensor, base: torch.Tensor) -> float:
 
 def measure(names: tuple[str, ...], classifier: str, folder: str | None, width: int, batch: int,
             seed: int) -> dict[str, dict[str, float]]:
-    """Result -> 'fp32', 'tf32', 'bf16': distance from float64; 'tf32 from fp32', 'bf16 from fp32'."""
+    """Result -> precision -> distance from float64."""
     networks = make_networks(names, classifier, folder, width, seed)
     data = make_batch(len(names), batch, seed)
     found = {precision: Step(networks, precision).results(data) for precision in ("float64", *PRECISIONS)}
     table: dict[str, dict[str, float]] = {}
     for what, base in found["float64"].items():
         table[what] = {precision: distance(found[precision][what], base) for precision in PRECISIONS}
-        table[what] |= {f"{precision} from fp32": distance(found[precision][what], found["fp32"][what])
-                        for precision in PRECISIONS[1:]}
     return table
 
 
@@ -213,7 +217,8 @@ def markdown(tables: list[dict[str, dict[str, float]]], weights: dict[str, str],
     rows = [f"# Precision of the frozen networks\n\n`python benchmarks/bench_feature_precision.py`, {today}, "
             f"{platform.machine()}, torch {torch.__version__}. Micro-batch {batch}, a generator of {SIZE} pixels and "
             f"{width} channels, {len(tables)} draw(s) of G, heads, latents and augmentation. Median relative distances "
-            "(the largest in brackets) from the same step in float64, and from fp32.\n",
+            "(the largest in brackets) from the same step in float64. `tf32` and `bf16` are those of the option, "
+            "which concerns transformers; in the last two columns all frozen networks are in that precision.\n",
             "Weights: " + "; ".join(f"{name}: {what}" for name, what in weights.items()) + ".\n",
             "TF32 is emulated by rounding the arguments of products to nearest. Libraries that cut off instead are "
             "twice as far away.\n",
@@ -221,9 +226,9 @@ def markdown(tables: list[dict[str, dict[str, float]]], weights: dict[str, str],
     for what in tables[0]:
         values = [[table[what][column] for table in tables] for column in columns]
         rows.append(f"| {what} | " + " | ".join(f"{statistics.median(v):.1e} ({max(v):.1e})" for v in values) + " |")
-    worst = statistics.median(table["gradient of G"]["tf32 from fp32"] for table in tables)
-    rows += ["", f"The gradient of G moves by {worst:.1e} through TF32; a default would need less than {BOUND:g}, and "
-             f"float16 in G moves it by {FP16_IN_G:g} (measured on an H200)."]
+    found = statistics.median(table["gradient of G"]["tf32"] for table in tables)
+    rows += ["", f"With `tf32` the gradient of G is off by {found:.1e}. As a default it would have to be below "
+             f"{BOUND:g}; float16 in G moves the gradient by {FP16_IN_G:g} (measured on an H200)."]
     return "\n".join([*rows, ""])
 
 

@@ -48,7 +48,7 @@ class Classifier(torch.nn.Module):
 
     def make_fast_(self, precision: str) -> "Classifier":
         """Prepare it, on the device where it is, for a run with this --feature-precision. bf16 does not concern it."""
-        self.surroundings = surroundings_of(precision, next(self.net.parameters()).device)
+        self.surroundings = surroundings_of(self.net, precision, next(self.net.parameters()).device)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from training.feature_networks.within import run_within
 
 pytestmark = pytest.mark.numeric
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TRANSFORMER = "vit_tiny_patch16_224:random"
 
 
@@ -53,7 +53,7 @@ def test_folded_batch_norm_is_the_same_function(name):
 def test_other_networks_keep_their_batch_norm():
     b = load_backbone("resnet18:random")
     before = set(b.net.state_dict())
-    make_fast(b, "fp32", CPU)
+    make_fast(b, "fp32")
     assert set(b.net.state_dict()) == before
 
 
@@ -61,7 +61,7 @@ def test_transformer_in_fp32_is_untouched():
     b = load_backbone(TRANSFORMER)
     x = torch.randn(1, 3, 224, 224)
     expected = b.maps(x)
-    make_fast(b, "fp32", CPU)
+    make_fast(b, "fp32")
     assert all(torch.equal(a, c) for a, c in zip(b.maps(x), expected, strict=True))
 
 
@@ -70,7 +70,7 @@ def test_reduced_precision():
     x = torch.randn(2, 3, 224, 224)
     results = []
     for precision in ("fp32", "bf16"):
-        make_fast(b, precision, CPU)
+        make_fast(b, precision)
         y = x.clone().requires_grad_(True)
         maps = b.maps(y)
         assert all(m.dtype == torch.float32 for m in maps)
@@ -81,11 +81,11 @@ def test_reduced_precision():
     assert all(1e-4 < error < 3e-2 for error in errors), errors
 
 
-def test_convolutions_stay_in_float32_on_a_cpu():
+def test_convolutional_networks_stay_in_float32():
     b = efficientnet()
     full = copy.deepcopy(b)
-    make_fast(b, "bf16", CPU)
-    make_fast(full, "fp32", CPU)
+    make_fast(b, "bf16")
+    make_fast(full, "fp32")
     x = torch.randn(1, 3, 64, 64)
     assert all(torch.equal(a, c) for a, c in zip(b.maps(x), full.maps(x), strict=True))
 
@@ -155,8 +155,14 @@ def test_tf32_is_fp32_without_a_gpu():
     D, classifier = with_classifier()
     assert all(network.surroundings is None for network in D.feature_networks.values())
     assert classifier.surroundings is None
-    assert fast.surroundings_of("tf32", torch.device("cuda", 0)) is misc.tf32
-    assert fast.surroundings_of("bf16", torch.device("cuda", 0)) is None
+
+
+def test_tf32_is_for_transformers_on_gpus():
+    transformer, convolutional = (load_backbone(name).net for name in (TRANSFORMER, "test_efficientnet:random"))
+    assert fast.surroundings_of(transformer, "tf32", GPU) is misc.tf32
+    for net, precision, device in ((transformer, "tf32", CPU), (transformer, "bf16", GPU),
+                                   (convolutional, "tf32", GPU)):
+        assert fast.surroundings_of(net, precision, device) is None
 
 
 def test_tf32_holds_in_frozen_networks_only_forward_and_backward():

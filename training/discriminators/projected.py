@@ -123,8 +123,8 @@ class ProjectedDiscriminator(torch.nn.Module):
         """Prepare the backbones, on the device where they are, for a run: `training.feature_networks.fast`."""
         for network in self.feature_networks.values():
             device = next(network.backbone.parameters()).device
-            make_fast(network.backbone, precision, device)
-            network.surroundings = surroundings_of(precision, device)
+            make_fast(network.backbone, precision)
+            network.surroundings = surroundings_of(network.backbone.net, precision, device)
 
     def features(self, img: torch.Tensor, augment: torch.Tensor | None = None) -> Features:
         """Mixed feature maps per backbone.
