@@ -83,14 +83,14 @@ def requires_grad(module: torch.nn.Module, parameters: Sequence[torch.nn.Paramet
 
 
 @contextlib.contextmanager
-def without_autotuning() -> Iterator[None]:
-    """No choosing of convolution algorithms by timing them (cudnn.benchmark) for the block.
+def autotuning(wanted: bool) -> Iterator[None]:
+    """Whether GPUs choose convolution algorithms by timing them, once per shape, for the block (cudnn.benchmark).
 
-    For shapes that come seldom: to choose for one would take longer than to compute with it.
+    For shapes that come seldom it takes longer to choose than to compute.
     """
     old = torch.backends.cudnn.benchmark
     try:
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = wanted
         yield
     finally:
         torch.backends.cudnn.benchmark = old

@@ -267,7 +267,7 @@ def diagnosis_of(state: TrainingState, diagnose: Diagnosis, report: Reporter) ->
     numbers: dict[str, float] = {}
     if distributed.rank() == 0:
         try:
-            with misc.without_autotuning():
+            with misc.autotuning(False):
                 numbers = diagnose(state.G, state.D, state.loss.blur_sigma)
         except Exception as err:
             report.say(f"NOTE: no diagnosis of D at this snapshot: {type(err).__name__}: {err}")
@@ -275,7 +275,7 @@ def diagnosis_of(state: TrainingState, diagnose: Diagnosis, report: Reporter) ->
     return numbers
 
 
-@misc.without_autotuning()
+@misc.autotuning(False)
 def take_snapshot(config: TrainConfig, saver: Saver, state: TrainingState, sheets: SampleSheets, report: Reporter,
                   evaluate: Evaluator | None, device: torch.device) -> None:
     """Samples, metrics, network snapshot, best model, training state.
