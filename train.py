@@ -250,14 +250,22 @@ def resolve_run(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any]
 
 
 def choose_batch_gpu(setup: EasyDict, gpus: int, device: Any) -> None:
-    """--batch-gpu=auto: what the run had before, if it can have that again; else what fits."""
-    from training.batch_size import find_batch_gpu
+    """--batch-gpu=auto: what the run had before, if it can have that again; else what fits and is fast."""
+    from training.batch_size import find_batch_gpu, usable_sizes
     from training.run_folder import read_options
+    config = setup.config
     before = (distributed.broadcast_object(read_options(setup.run.folder)) or {}).get("batch_gpu", 0)
-    share = setup.config.batch // gpus
-    found = before if setup.run.resumed and before and share % before == 0 else find_batch_gpu(setup.config, device)
-    setup.config = dataclasses.replace(setup.config, batch_gpu=found)
-    distributed.print0(f"--batch-gpu=auto: {found}")
+    if setup.run.resumed and before in usable_sizes(config, gpus):
+        distributed.print0(f"--batch-gpu=auto: {before}, as before")
+    else:
+        before = find_batch_gpu(config, device, distributed.print0)
+        distributed.print0(f"--batch-gpu=auto: {before}")
+    setup.config = dataclasses.replace(config, batch_gpu=before)
+    official = config.loss.reference_micro_batch
+    if config.discriminator.split_group == 0 and before != official:
+        remedy = f": --split-group={official} keeps that" if config.batch // gpus % official == 0 else ""
+        distributed.print0("NOTE: D's heads normalise over a micro-batch, and path lengths take their mean from it: "
+                           f"here it has {before} image(s), in the published runs {official}{remedy}")
 
 
 def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: Any) -> int:
@@ -398,7 +406,7 @@ def option(names: str, help: str, **settings: Any):
 @option("--embedding", "Class table: from the data, random, or a file", metavar="data|random|FILE", default="data")
 @option("--san", "SAN heads; 0 for plain hinge heads", metavar="BOOL", type=bool, default=True)
 # Hyperparameters.
-@option("--batch-gpu", "Images per micro-batch; auto: as many as fit  [default: batch/gpus, or what 32 bits index]",
+@option("--batch-gpu", "Images per micro-batch; auto: what fits and is fast  [default: batch/gpus, if 32 bits reach]",
         metavar="INT|auto", type=cli.IntOrAuto())
 @option("--cbase", "Capacity multiplier  [default: by preset]", metavar="INT", type=click.IntRange(min=1))
 @option("--cmax", "Max. feature maps  [default: by preset]", metavar="INT", type=click.IntRange(min=1))
@@ -434,8 +442,8 @@ def option(names: str, help: str, **settings: Any):
 @option("--fp32", "Disable mixed precision: the official name of --precision=fp32", metavar="BOOL", type=bool,
         default=False)
 @cli.precision_option()
-@option("--feature-precision", "Of the frozen feature networks of D; bf16 is faster where the hardware has it "
-        "(docs/performance.md)", type=click.Choice(["fp32", "bf16"]), default="fp32")
+@option("--feature-precision", "Of the frozen networks: tf32 (on GPUs) and bf16 are faster where the hardware has them "
+        "(docs/performance.md)", type=click.Choice(["fp32", "tf32", "bf16"]), default="fp32")
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool, default=False)
 @option("--workers", "Loader processes", metavar="INT", default=3, type=click.IntRange(min=0))
 @option("--stage-to", "Copy --data to this folder of a local disk first, once per node, and read it there",

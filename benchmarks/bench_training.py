@@ -31,6 +31,7 @@ from official_step import OfficialStep  # noqa: E402
 
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import atomic_write_text  # noqa: E402
+from torch_utils import misc  # noqa: E402
 from torch_utils.misc import one_hot, requires_grad  # noqa: E402
 from torch_utils.ops import dispatch  # noqa: E402
 from torch_utils.training_stats import Collector  # noqa: E402
@@ -316,6 +317,7 @@ def cell(times: list[float]) -> str:
     return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
+@misc.full_precision()          # As training, and as officially.
 def measure(case: Case, device: torch.device, rounds: int) -> tuple[str, dict[str, float]]:
     """Markdown, and speedups by precision."""
     steps = make_steps(case, device)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from gpu_results import CLASSES, Context, ConvCase, LayerCase, conv_cases, layer_cases, recipe_config, stem_of_recipe
 
+from torch_utils import misc
 from training.config import GeneratorConfig
 
 OPS_BATCH = 8
-STEM_BATCH = 512            # The largest micro-batch that is tried.
+STEM_BATCH = 512            # Of which --batch-gpu=auto chooses a micro-batch.
 SECONDS = {"cuda": 0.15, "cpu": 0.02}      # For repetitions of one operation.
 SMALL_NETWORKS = {"backbones": ("test_efficientnet:random",), "classifier": "deit_tiny_distilled_patch16_224:random"}
 
@@ -309,6 +310,17 @@ def measure_parts(prefix: str, step: Any, for_G: Any, for_D: Any, context: Conte
         context.results.put(**{f"{prefix}/part/{name}": statistics.median(times)})
 
 
+def measure_tf32(prefix: str, step: Any, for_G: Any, for_D: Any, context: Context) -> None:
+    """The iteration with --feature-precision=tf32. The step has it from then on."""
+    import bench_training as bench
+    step.D.make_fast_("tf32")
+    step.loss.classifier.make_fast_("tf32")
+    call = lambda: step.iteration(for_G, for_D, bench.CUR_NIMG)
+    times = bench.in_turn({"": call}, 1 if context.quick else 3, context.device)[""]
+    context.results.put(**{f"{prefix}/tf32": statistics.median(times)})
+
+
+@misc.full_precision()          # As training.
 def iteration(context: Context) -> None:
     """One iteration of the 128 -> 256 stage at micro-batches of 8 and 32, as a whole and by part."""
     config, sizes = recipe_config(context.quick), (2,) if context.quick else (8, 32)
@@ -323,20 +335,22 @@ def iteration(context: Context) -> None:
                         f"{values[f'{batch}/images_per_s']:.3g} images/s")
             context.results.found("; ".join(told))
             measure_parts(str(batch), step, for_G, for_D, context)
+            measure_tf32(str(batch), step, for_G, for_D, context)
         except torch.OutOfMemoryError:
             told.append(f"micro-batch {batch} does not fit into the memory")
             context.results.found("; ".join(told))
         step = for_G = for_D = None         # Frees their memory for the next size.
 
 
+@misc.full_precision()
 def stem(context: Context) -> None:
-    """The stem at 16 pixels at a micro-batch of 8 and at the largest that fits."""
+    """The stem at 16 pixels at a micro-batch of 8 and at that of --batch-gpu=auto."""
     config = stem_of_recipe(context.quick)
     measure_stem("small", config, 2 if context.quick else 8, context)
     release_memory(context.device)
-    largest = largest_micro_batch(config, context)
-    context.results.put(largest=largest)
-    measure_stem("large", config, largest, context)
+    found = auto_micro_batch(config, context)
+    context.results.put(auto=found)
+    measure_stem("large", config, found, context)
 
 
 def measure_stem(prefix: str, config: GeneratorConfig, batch: int, context: Context) -> None:
@@ -348,8 +362,8 @@ def measure_stem(prefix: str, config: GeneratorConfig, batch: int, context: Cont
                           f"{values[f'{prefix}/images_per_s']:.3g} images/s")
 
 
-def largest_micro_batch(config: GeneratorConfig, context: Context) -> int:
-    """As `--batch-gpu=auto` finds it, at most STEM_BATCH."""
+def auto_micro_batch(config: GeneratorConfig, context: Context) -> int:
+    """As `--batch-gpu=auto` finds it for a batch of STEM_BATCH; its trials are in the step's log."""
     import bench_training as bench
 
     from training.batch_size import find_batch_gpu
@@ -359,7 +373,7 @@ def largest_micro_batch(config: GeneratorConfig, context: Context) -> int:
     return find_batch_gpu(TrainConfig(
         DataConfig("", config.img_resolution, CLASSES), config,
         DiscriminatorConfig(backbones, config.img_resolution, CLASSES), LossConfig(), OptimConfig.official(batch),
-        batch=batch, batch_gpu=batch, total_kimg=1, kimg_per_tick=1, snapshot_ticks=1), context.device)
+        batch=batch, batch_gpu=batch, total_kimg=1, kimg_per_tick=1, snapshot_ticks=1), context.device, print)
 
 #----------------------------------------------------------------------------
 # Sampling.

@@ -239,7 +239,8 @@ def loading(context: Context) -> None:
     from training.dataset import EpochOrder, ImageDataset, TrainingStream
     resolution, batch, workers = (16, 8, 0) if context.quick else (256, 32, 3)
     dataset = ImageDataset(random_data(context, resolution, 10 if context.quick else 1000), use_labels=True)
-    stream = TrainingStream(dataset, EpochOrder(len(dataset)), batch_gpu=batch, workers=workers)
+    stream = TrainingStream(dataset, EpochOrder(len(dataset)), batch_gpu=batch, workers=workers,
+                            pin_memory=context.device.type == "cuda")
     began, first, images = time.perf_counter(), None, 0
     try:
         while images + batch <= len(dataset):

@@ -112,7 +112,8 @@ def iteration_lines(report: Report) -> list[str]:
             row("first iteration", f"{small}/first", seconds, "18.3 s"),
             row("until Python has given all work to the GPU", f"{small}/host", ms),
             row("inside kernels (profiler)", f"{small}/kernel_seconds", ms),
-            row("kernels", f"{small}/kernels", str)]
+            row("kernels", f"{small}/kernels", str),
+            row("one iteration with --feature-precision=tf32", f"{small}/tf32", ms)]
     if large:
         rows += [row(f"micro-batch {large}, one iteration", f"{large}/iteration", ms),
                  row("images per second", f"{large}/images_per_s", number),
@@ -192,8 +193,8 @@ def stem_lines(report: Report) -> list[str]:
             "What launching costs is estimated as the time of an iteration less the sum of its kernels' times, which "
             "PyTorch's profiler gives: kernels run one after the other. Where Python needs as long as the iteration "
             "takes, the GPU waits for it.\n",
-            *grid(["what", f"micro-batch {2 if report.quick else 8}", "the largest that fits: "
-                   + report.cell("stem", "largest", str)], rows),
+            *grid(["what", f"micro-batch {2 if report.quick else 8}", "that of --batch-gpu=auto: "
+                   + report.cell("stem", "auto", str)], rows),
             "## Sampling at 256 pixels, batch 8\n", *grid(["precision", "images per second"], sampled)]
 
 

@@ -9,7 +9,8 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import list_some
 from torch_utils.images import to_uint8_metric
-from torch_utils.misc import evaluating, one_hot
+from torch_utils.misc import evaluating, full_precision, one_hot, to_device
+from training.layer_schedule import largest_batch
 from training.networks_stylegan3 import PRECISIONS, Generator
 from training.randomness import CounterRNG
 
@@ -50,12 +51,12 @@ def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_p
                centroids: torch.Tensor | None = None, precision: str = "auto") -> torch.Tensor:
     """Images [N, 3, R, R], about [-1, 1], of one batch of latents [N, z_dim] and classes [N]; see `generate`."""
     device = next(G.parameters()).device
-    with evaluating(G):
-        c = one_hot(labels.to(device), G.c_dim)
+    with evaluating(G), full_precision():
+        z, c = to_device(z, device), one_hot(to_device(labels, device), G.c_dim)
         if centroids is None or truncation_psi == 1:
-            ws = G.mapping(z.to(device), c, truncation_psi=truncation_psi)
+            ws = G.mapping(z, c, truncation_psi=truncation_psi)
         else:
-            ws = G.mapping(z.to(device), c)
+            ws = G.mapping(z, c)
             nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
             ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
         return G.synthesis(ws, **PRECISIONS[precision])
@@ -154,8 +155,9 @@ class GeneratorSource:
         return self.batches_at(batch_size, range(self.num_images))
 
     def batches_at(self, batch_size: int, indices: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The images with these numbers; the others are not made."""
+        """The images with these numbers; the others are not made. Large images come in smaller batches."""
         positions = np.asarray(indices, dtype=np.int64)
+        batch_size = min(batch_size, largest_batch(self.G.config))
         flags: list[torch.Tensor] = []
         for i in range(0, len(positions), batch_size):
             part = positions[i:i + batch_size]

@@ -2,10 +2,13 @@
 """Classification accuracy: the share of images that a classifier assigns to the class they were made for."""
 import torch
 
+from torch_utils.misc import to_device
 
-def num_correct(logits: torch.Tensor, labels: torch.Tensor) -> int:
-    """How many of [N, C] logits have their (first) maximum at the label [N]."""
-    return int((logits.argmax(dim=1) == labels.to(logits.device)).sum())
+
+def num_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many of [N, C] logits have their (first) maximum at the label [N]: a number on their device, not waited for.
+    """
+    return (logits.argmax(dim=1) == to_device(labels, logits.device)).sum()
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -15,4 +18,4 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
         logits: [N, C].
         labels: int64 [N].
     """
-    return num_correct(logits, labels) / len(logits)
+    return int(num_correct(logits, labels)) / len(logits)

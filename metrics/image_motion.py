@@ -57,9 +57,11 @@ def transform_filtered(images: torch.Tensor, matrices: torch.Tensor, kernels: to
     matrices = matrices.to(images.device, images.dtype)
     source = torch.einsum("nab,nbhw->nahw", matrices, _places(images) - centre) + centre    # [N, 2, H, W]
     corner = torch.floor(source).long() + 1 - ROTATION_RADIUS
+    steps = torch.arange(2 * ROTATION_RADIUS, device=images.device)
+    offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=2)       # [i, j] -> i, j
 
     def weight(i: int, j: int) -> torch.Tensor:
-        distance = source - corner - torch.tensor([i, j], device=images.device)[:, None, None]
+        distance = source - corner - offsets[i, j][:, None, None]
         grid = distance.permute(0, 2, 3, 1) / ROTATION_RADIUS               # [N, H, W, 2], -1 to 1
         return F.grid_sample(kernels, grid, mode="bilinear", align_corners=True).squeeze(1)
     return _sum_taps(images, corner, 2 * ROTATION_RADIUS, weight)

@@ -16,6 +16,7 @@ from metrics.feature_stats import BLOCK_ROWS, Moments, Rows
 from metrics.read_ahead import read_ahead
 from metrics.sources import ImageSource, chunks_of_rank, pinned, read_chunks
 from torch_utils import distributed
+from torch_utils.misc import to_device
 
 DETECTOR_BATCH = 64     # Images per detector call. A constant: rounding in a network depends on the batch it sees.
 
@@ -75,7 +76,7 @@ class _Keeper:
         self.moments = {key: Moments(detector.dims[key]) for key in sorted(wants.moments)}
         self.features = {key: Rows(num_captured) for key in sorted(wants.features)}
         self.logits = Rows(num_images)
-        self.correct = 0
+        self.correct: torch.Tensor | int = 0
 
     def append(self, positions: np.ndarray, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         outputs = self.detector.features(images, self.outputs)
@@ -83,12 +84,16 @@ class _Keeper:
             moments.append(outputs[key])
         captured = np.flatnonzero(self.places[positions] >= 0)
         for key, rows in self.features.items():
-            kept = outputs[key][torch.from_numpy(captured).to(outputs[key].device)]
+            kept = outputs[key]
+            if len(captured) == len(positions):
+                kept = kept.clone()         # It may be part of something large, which must not live as long.
+            else:
+                kept = kept[to_device(torch.from_numpy(captured), kept.device)]
             rows.append(self.places[positions][captured], kept)
         if self.wants.probs:
             self.logits.append(positions, outputs[class_scores(self.detector)])
         if self.wants.correct:
-            self.correct += num_correct(outputs["logits"], self._checked(labels))
+            self.correct = self.correct + num_correct(outputs["logits"], self._checked(labels))
 
     def _checked(self, labels: torch.Tensor | None) -> torch.Tensor:
         if labels is None:
@@ -119,7 +124,7 @@ class _Keeper:
                     block.copy_(block.softmax(dim=1))
                 result.probs = probs.numpy()
         if self.wants.correct:
-            result.num_correct = sum(distributed.all_gather_object(self.correct))
+            result.num_correct = sum(distributed.all_gather_object(int(self.correct)))
         return result
 
 

@@ -164,7 +164,8 @@ def _answer(server: Any, store: Any, name: str, world_size: int, limit: float) -
 def _explain_silence(store: Any, names: dict[int, str], limit: float) -> str:
     """Why the first all-reduce does not end; `names` tells rank and host."""
     silent = [name for r, name in names.items() if not store.check([f"connected/{r}"])]
-    return f"no message came through within {limit:.0f} s; not connected: rank {', rank '.join(silent)}. {HINTS}"
+    return (f"no message came through within {limit:.0f} s (STYLESAN_START_SECONDS); not connected: rank "
+            f"{', rank '.join(silent)}. {HINTS}")
 
 
 def shutdown() -> None:

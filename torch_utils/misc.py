@@ -2,6 +2,7 @@
 """Devices, shape checks, module summaries and scoped changes of global settings."""
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -82,12 +83,36 @@ def requires_grad(module: torch.nn.Module, parameters: Sequence[torch.nn.Paramet
 
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 in matrix products and convolutions for the block (the default for convolutions is TF32)."""
+def autotuning(wanted: bool) -> Iterator[None]:
+    """Whether GPUs choose convolution algorithms by timing them, once per shape, for the block (cudnn.benchmark).
+
+    For shapes that come seldom it takes longer to choose than to compute.
+    """
+    old = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = wanted
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = old
+
+
+@contextlib.contextmanager
+def _single_precision_on_gpus(value: str) -> Iterator[None]:
+    """How matrix products and convolutions of float32 are computed there, for the block, in all threads."""
     old = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     try:
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = value
+        torch.backends.cudnn.conv.fp32_precision = value
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = old
+
+
+def full_precision() -> AbstractContextManager:
+    """No TF32 in matrix products and convolutions for the block (the default for convolutions is TF32)."""
+    return _single_precision_on_gpus("ieee")
+
+
+def tf32() -> AbstractContextManager:
+    """Matrix products and convolutions of float32 may round their arguments to TF32 (10 bits) for the block."""
+    return _single_precision_on_gpus("tf32")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics that are reported by name from anywhere and reduced over processes once per tick.
 
-Reporting adds three numbers on the device of the value (count, sum, sum of squares) and never waits for it;
-only `Collector.update` brings numbers to the host.
+Reporting adds two numbers on the device of the value (sum, sum of squares), counts on the host, and never waits;
+only `Collector.update` brings numbers to the host, in one copy.
 """
 import dataclasses
 import math
@@ -29,7 +29,8 @@ class Collector:
     """Gathers statistics between two calls of `update`."""
 
     def __init__(self) -> None:
-        self._moments: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._sums: dict[str, torch.Tensor] = {}        # [2]: of the values, and of their squares.
 
     def report(self, name: str, value: torch.Tensor | float) -> None:
         """Add all elements of `value` to statistic `name`. No host synchronisation."""
@@ -37,25 +38,36 @@ class Collector:
             value = torch.tensor(value, dtype=torch.float64)
         x = value.detach().flatten()
         x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-        moments = torch.stack([torch.full_like(x.sum(), x.numel()), x.sum(), x.square().sum()])
-        old = self._moments.get(name)
-        self._moments[name] = moments if old is None else old.to(moments.device) + moments
+        sums = torch.stack([x.sum(), x.square().sum()])
+        old = self._sums.get(name)
+        self._sums[name] = sums if old is None else old.to(sums.device) + sums
+        self._counts[name] = self._counts.get(name, 0) + x.numel()
 
     def update(self) -> dict[str, Stat]:
         """Reduce everything reported since the last call over all processes; start a new interval.
 
         Every process must call it. Statistics without a value are left out.
         """
-        names = sorted(set().union(*distributed.all_gather_object(sorted(self._moments))))
+        names = sorted(set().union(*distributed.all_gather_object(sorted(self._sums))))
         if not names:
             return {}
-        zero = torch.zeros(3, dtype=torch.float64)
-        table = torch.stack([self._moments[n].cpu().double() if n in self._moments else zero for n in names])
+        sums = self._on_host()
+        rows = [[self._counts.get(name, 0), *sums.get(name, (0.0, 0.0))] for name in names]
+        table = torch.tensor(rows, dtype=torch.float64)
         table = distributed.all_reduce_sum(table.to(distributed.device())).cpu()
-        self._moments = {}
+        self._counts, self._sums = {}, {}
         stats = {}
         for name, (num, total, squares) in zip(names, table.tolist(), strict=True):
             if num > 0:
                 mean = total / num
                 stats[name] = Stat(int(num), mean, math.sqrt(max(squares / num - mean * mean, 0.0)))
         return stats
+
+    def _on_host(self) -> dict[str, list[float]]:
+        """The sums; each device is waited for once."""
+        found = {}
+        for device in {sums.device for sums in self._sums.values()}:
+            here = [name for name, sums in self._sums.items() if sums.device == device]
+            table = torch.stack([self._sums[name] for name in here]).tolist()
+            found |= dict(zip(here, table, strict=True))
+        return found

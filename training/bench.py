@@ -20,9 +20,10 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import format_bytes, format_time
-from torch_utils import distributed
+from torch_utils import distributed, misc
 from training.batch_size import explained_memory_errors
 from training.batches import BatchSource
+from training.beginning import autotunes
 from training.classifier import load_classifier
 from training.config import TrainConfig
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
@@ -114,6 +115,7 @@ class Rehearsal:
             names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
             classifier = distributed.node_first(
                 lambda: load_classifier(config.loss.cls_model, self.G.c_dim, names)).to(device)
+            classifier.make_fast_(config.feature_precision)
         self.loss = StyleSanLoss(self.G, self.D, config.loss, device, classifier, precision=config.precision,
                                  real_distance=1.0)
         self.loss.set_progress(int(config.total_kimg * 500))        # Half-way: the blur is gone, if it goes.
@@ -121,7 +123,8 @@ class Rehearsal:
         self.runs = runs_of_stage(config, phases)
         self.phases = [phase for phase in phases if phase.name in self.runs]
         self.stream = TrainingStream(dataset, EpochOrder(len(dataset), config.seed), distributed.rank(),
-                                     distributed.world_size(), config.batch_gpu, 0, config.data.workers)
+                                     distributed.world_size(), config.batch_gpu, 0, config.data.workers,
+                                     pin_memory=device.type == "cuda")
         self.probs = dataset.label_distribution() if self.G.c_dim > 0 else None
         self.guard = GradientGuard(config.batch)
 
@@ -178,6 +181,7 @@ def full_phases(few: dict[str, float], one: dict[str, float], num_few: int, num_
             else few[name] for name in few}
 
 
+@misc.full_precision()
 def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> StageTime:
     """Run a few iterations; every process calls this.
 
@@ -192,7 +196,7 @@ def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device)
     if config.total_kimg * 1000 < 1:
         raise UserError(f"--kimg={config.total_kimg:g} beside --bench: a run without images takes no time: give the "
                         "length that the run will have")
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cudnn.benchmark = autotunes(config, 0, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     rehearsal = Rehearsal(config, dataset, device)

@@ -9,8 +9,9 @@ It has them for ImageNet alone; here they are computed from the data set at hand
 """
 import json
 import os
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from training.randomness import permutation
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 MAX_PER_CLASS = 256         # Images per class that a mean is taken over.
 BATCH = 32
+SAY_SECONDS = 30            # Between two lines about how far the images are.
 READERS = {
     ".pkl": lambda path: _pickled(path),
     ".npy": lambda path: {"": torch.as_tensor(np.load(path, allow_pickle=False))},
@@ -43,7 +45,8 @@ READERS = {
 #----------------------------------------------------------------------------
 
 def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbone | str | None = None, seed: int = 0,
-                    device: str | torch.device = "cpu", embed_dim: int = 320, workers: int = 0) -> torch.Tensor:
+                    device: str | torch.device = "cpu", embed_dim: int = 320, workers: int = 0,
+                    say: Callable[[str], None] = lambda text: None) -> torch.Tensor:
     """One vector per class, float32 [c_dim, dim], on the CPU.
 
     Args:
@@ -57,6 +60,7 @@ def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbo
         device: Where the backbone computes.
         embed_dim: Width of random vectors.
         workers: Processes that load images.
+        say: Takes lines about what goes on, for it may take minutes.
 
     Raises:
         UserError: unknown kind; a file that cannot be read, does not have `c_dim` rows or names other classes.
@@ -64,7 +68,8 @@ def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbo
     if kind == "random":
         return torch.randn(c_dim, embed_dim, generator=torch.Generator().manual_seed(seed))
     if kind == "data":
-        return _from_data(c_dim, dataset, DEFAULT_BACKBONE if backbone is None else backbone, seed, device, workers)
+        backbone = DEFAULT_BACKBONE if backbone is None else backbone
+        return _from_data(c_dim, dataset, backbone, seed, device, workers, say)
     if Path(kind).suffix in READERS:
         return _from_file(Path(kind), c_dim, getattr(dataset, "class_names", None))
     raise UserError(f"--embedding={kind}: choose data, random, or a file that ends with {', '.join(READERS)}")
@@ -74,7 +79,7 @@ def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbo
 
 @torch.no_grad()
 def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int, device: str | torch.device,
-               workers: int) -> torch.Tensor:
+               workers: int, say: Callable[[str], None]) -> torch.Tensor:
     if dataset is None:
         raise UserError("--embedding=data: needs labelled images: give --data, or take --embedding=random")
     labels = np.asarray(dataset.labels)
@@ -82,9 +87,16 @@ def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int, de
         raise UserError(f"--embedding=data: the data set has label {labels.max()}, but the model {c_dim} classes")
     net = (load_backbone(backbone) if isinstance(backbone, str) else backbone).to(device)
     sums = torch.zeros(c_dim, net.channels[-1], dtype=torch.float64)
-    for images, theirs in load_batches(dataset, list(_batches(_some_of_each(labels, seed))), workers):
+    batches = list(_batches(_some_of_each(labels, seed)))
+    total, done, said = sum(map(len, batches)), 0, time.monotonic()
+    say(f"    class vectors: features of {total} images")
+    for images, theirs in load_batches(dataset, batches, workers):
         pooled = net.pooled(net.preprocess(images.to(device).to(torch.float32) / 127.5 - 1))
         sums.index_add_(0, theirs, pooled.cpu().double())
+        done += len(images)
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            say(f"    class vectors: {done} of {total} images")
     counts = torch.as_tensor(np.minimum(np.bincount(labels, minlength=c_dim), MAX_PER_CLASS))
     means = sums / counts.clamp_min(1)[:, None]
     missing = (counts == 0).nonzero()[:, 0].tolist()

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from dnnlib import UserError
 from torch_utils.local_network import LocalNet, load_local_network
 from training.feature_networks.backbones import standardized
+from training.feature_networks.fast import surroundings_of
 from training.feature_networks.registry import load_network
+from training.feature_networks.within import Surroundings, run_within
 
 #----------------------------------------------------------------------------
 
@@ -25,6 +27,7 @@ class Classifier(torch.nn.Module):
         num_classes: Width of the logits.
         source: Where the weights came from.
         sha256: Of the weights file; None for random weights.
+        surroundings: See `training.feature_networks.fast`.
     """
 
     def __init__(self, net: torch.nn.Module, source: str = "given", sha256: str | None = None):
@@ -32,6 +35,7 @@ class Classifier(torch.nn.Module):
         self.net = net.requires_grad_(False)
         self.num_classes: int = net.num_classes
         self.source, self.sha256 = source, sha256
+        self.surroundings: Surroundings | None = None
         if not isinstance(net, LocalNet):
             cfg = net.pretrained_cfg
             self.input_size = cfg["input_size"][-1]
@@ -42,8 +46,18 @@ class Classifier(torch.nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
+    def make_fast_(self, precision: str) -> "Classifier":
+        """Prepare it, on the device where it is, for a run with this --feature-precision. bf16 does not concern it."""
+        self.surroundings = surroundings_of(self.net, precision, next(self.net.parameters()).device)
+        return self
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [N, num_classes] of images [N, 3, R, R] in [-1, 1]; gradients pass through to the images."""
+        if self.surroundings is None:
+            return self._logits(images)
+        return run_within(self.surroundings, lambda x: (self._logits(x),), images)[0]
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
         if isinstance(self.net, LocalNet):
             return self.net.logits(self.net.prepare_float(images))
         x = standardized(images, self.mean, self.std, self.net)

@@ -195,7 +195,7 @@ class TrainConfig:
     init_from: str | None = None    # What fits of this snapshot's weights.
     seed: int = 0
     precision: str = "auto"             # auto | fp32 | bf16, of G; auto: fp16 on GPUs, as officially, else fp32.
-    feature_precision: str = "fp32"     # fp32 | bf16, inside the frozen feature networks of D.
+    feature_precision: str = "fp32"     # fp32 | tf32 | bf16, inside the frozen feature networks of D.
     cudnn_benchmark: bool = True
     restart_every: int = 0          # Seconds after which the run saves and exits; 0 means never.
     on_collapse: str = "warn"       # warn | stop, with exit code 5.

@@ -324,6 +324,7 @@ class TrainingStream:
         batch_gpu: int = 1,             # Images per micro-batch.
         start_nimg: int = 0,            # Images seen before, by all processes.
         workers: int = 0,               # Loader processes; 0 loads in this one.
+        pin_memory: bool = False,       # For training on a GPU: copies from there do not wait for it.
     ):
         if order.num_items != len(dataset):
             raise ValueError(f"the order is of {order.num_items} items, the data set of {len(dataset)}")
@@ -332,7 +333,7 @@ class TrainingStream:
         sampler = _MicroBatchIndices(order, batch_gpu, start_nimg + rank * batch_gpu, world_size * batch_gpu)
         self._loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
             _MicroBatches(dataset), sampler=sampler, batch_size=None, num_workers=workers,
-            pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+            pin_memory=pin_memory, persistent_workers=workers > 0,
             worker_init_fn=obey_parent_only,
             generator=torch.Generator(),        # The loader draws a seed for its workers: not from the global state.
         )

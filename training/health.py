@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torch_utils import distributed
-from torch_utils.misc import evaluating, one_hot
+from torch_utils.misc import autotuning, evaluating, one_hot
 from torch_utils.training_stats import Stat
 from training.config import TrainConfig, gradient_scale
 from training.dataset import ImageDataset
@@ -114,7 +114,7 @@ class DiversityProbe:
 
     @torch.no_grad()
     def _fake_distance(self, G_ema: Generator) -> float:
-        with evaluating(G_ema):
+        with evaluating(G_ema), autotuning(False):
             parts = [G_ema(z.to(self.device), c.to(self.device)).clamp(-1, 1).cpu()
                      for z, c in zip(self.z.split(self.batch), self.c.split(self.batch), strict=True)]
         images = torch.cat(parts).unflatten(0, (self.NUM_GROUPS, self.GROUP_SIZE))

@@ -6,6 +6,7 @@ Sauer et al. 2022, section 3.3: a stage keeps its stem but for the critically sa
 follows the same rule from where the kept part stops.
 """
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -18,6 +19,7 @@ FIRST_STOPBAND = 2 ** 2.1
 LAST_STOPBAND_REL = 2 ** 0.3            # Stopband of the last layer over its cutoff.
 NUM_FP16_RES = 4                        # Layers within this many octaves of the output may run in half precision.
 UP_FACTORS = (2, 4, 8, 16)
+MAX_ELEMENTS = 2 ** 31                  # Convolutions, interpolation and native kernels index a tensor with 32 bits.
 
 #----------------------------------------------------------------------------
 
@@ -147,3 +149,20 @@ def superres_config(stem: GeneratorConfig, up_factor: int, head_layers: int,
                    full_precision)
     return dataclasses.replace(stem, img_resolution=resolution, layers=kept + head, num_frozen_layers=len(kept),
                                channel_base=channel_base, channel_max=channel_max)
+
+#----------------------------------------------------------------------------
+
+def map_sizes(config: GeneratorConfig) -> Iterator[tuple[str, int]]:
+    """(layer, elements per image) of the tensors that synthesis layers make for a whole batch.
+
+    The upsampled maps inside the nonlinearity are not among them: they are made in pieces.
+    """
+    for layer in config.layers:
+        yield layer.name, layer.in_channels * layer.in_size ** 2
+        yield layer.name, layer.out_channels * (layer.in_size + layer.conv_kernel - 1) ** 2
+        yield layer.name, layer.out_channels * layer.out_size ** 2
+
+
+def largest_batch(config: GeneratorConfig) -> int:
+    """Images that the generator can make at once before a tensor outgrows 32-bit indices; at least 1."""
+    return max((MAX_ELEMENTS - 1) // max(size for _, size in map_sizes(config)), 1)

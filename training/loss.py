@@ -106,10 +106,12 @@ class StyleSanLoss:
         """
         group = self.D.config.split_group or len(batch.z)
         count = max(group // self.config.pl_batch_shrink, 1)
-        chosen = [k for k in range(len(batch.z)) if k % group < count]
-        ws = self.G.mapping(batch.z[chosen], batch.gen_c[chosen])
+        # By slices: a list of positions would be copied to the device, which waits for it.
+        z, c, noise = (x.unflatten(0, (-1, group))[:, :count].flatten(0, 1)
+                       for x in (batch.z, batch.gen_c, batch.pl_noise))
+        ws = self.G.mapping(z, c)
         images = self.G.synthesis(ws, **self.precision)
-        lengths = path_lengths(images, ws, batch.pl_noise[chosen])
+        lengths = path_lengths(images, ws, noise)
         if self.D.config.split_group:
             self._lengths.append(lengths.detach())
             mean = self.pl_mean
@@ -122,6 +124,11 @@ class StyleSanLoss:
         loss = penalty.mean() * weight * (len(batch.z) / global_batch)
         self.report("Loss/G/reg", penalty.detach() * weight)
         loss.backward()
+
+    def forget_step(self) -> None:
+        """Drop what micro-batches have left for the end of their step: after a step that failed half-way."""
+        self._drawn.clear()
+        self._lengths.clear()
 
     def _moved_mean(self, lengths: torch.Tensor) -> torch.Tensor:
         """The running mean of path lengths, moved by these."""

@@ -15,6 +15,7 @@ from torch_utils.ops import dispatch
 from torch_utils.training_stats import Collector
 from training.batch_size import explained_memory_errors
 from training.batches import BatchSource
+from training.beginning import Beginning, autotunes
 from training.class_embedding import class_embedding
 from training.classifier import load_classifier
 from training.config import TrainConfig
@@ -46,8 +47,8 @@ Diagnosis = Callable[[Generator, ProjectedDiscriminator, float], dict[str, float
 #----------------------------------------------------------------------------
 # Setting up.
 
-def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, Any] | None,
-                  device: torch.device) -> tuple[Generator, ProjectedDiscriminator]:
+def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, Any] | None, device: torch.device,
+                  say: Callable[[str], None] = lambda text: None) -> tuple[Generator, ProjectedDiscriminator]:
     """G and D on the device, equal on all processes."""
     torch.manual_seed(config.seed)
     D = distributed.node_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
@@ -56,7 +57,7 @@ def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, An
         G = Generator(config.generator)
         load_stem_into(G, generator_config(stem), stem["G_ema"])
     else:
-        table = make_class_embedding(config, dataset, device) if config.generator.c_dim > 0 else None
+        table = make_class_embedding(config, dataset, device, say) if config.generator.c_dim > 0 else None
         # The table is as wide as the features that it was made from.
         width = config.generator.embed_dim if table is None else table.shape[1]
         G = Generator(dataclasses.replace(config.generator, embed_dim=width))
@@ -66,24 +67,28 @@ def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, An
     G, D = G.train().requires_grad_(False).to(device), D.train().requires_grad_(False).to(device)
     D.project_()
     D.make_fast_(config.feature_precision)
+    if config.feature_precision == "tf32" and device.type != "cuda":
+        say("NOTE: --feature-precision=tf32 has an effect on GPUs only: here it is fp32")
     for tensor in [*G.parameters(), *G.buffers(), *D.own_state_dict().values()]:
         distributed.broadcast(tensor.data)
     return G, D
 
 
-def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> torch.Tensor:
+def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: torch.device,
+                         say: Callable[[str], None]) -> torch.Tensor:
     """The class table [c_dim, width], equal on all processes. Rank 0 makes it: it may have to look at every image."""
     table = None
     if distributed.rank() == 0:
         backbone = load_backbone(config.discriminator.backbones[-1]).to(device) if config.embedding == "data" else None
         table = class_embedding(config.embedding, config.generator.c_dim, dataset=dataset, backbone=backbone,
                                 seed=config.seed, device=device, embed_dim=config.generator.embed_dim,
-                                workers=config.data.workers).cpu()
+                                workers=config.data.workers, say=say).cpu()
     distributed.barrier()       # May take long: collectives have a time limit, this has none.
     return distributed.broadcast_object(table)
 
 #----------------------------------------------------------------------------
 
+@misc.full_precision()
 def training_loop(
     config: TrainConfig,                    # Every setting.
     folder: Path,                           # Where results go; exists.
@@ -103,18 +108,23 @@ def training_loop(
     start_time = time.time()
     stop = stop or StopRequests(config.restart_every)
     stop.folder = folder
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
     rank, world_size = distributed.rank(), distributed.world_size()
     report = Reporter(folder, config)
-    report.say(f"device {device}, {world_size} process(es); {dispatch.describe(device)}; torch {torch.__version__}")
+    beginning = Beginning(report.say, device)
+    with beginning.step("preparing the operations (native code is compiled once per machine)"):
+        operations = dispatch.describe(device)
+    report.say(f"device {device}, {world_size} process(es); {operations}; torch {torch.__version__}")
 
     # Networks.
-    G, D = make_networks(config, dataset, stem, device)
-    G_ema = copy.deepcopy(G).eval()
-    classifier = None
-    if config.loss.cls_weight > 0 and stem is not None and G.c_dim > 0:
-        names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
-        classifier = distributed.node_first(lambda: load_classifier(config.loss.cls_model, G.c_dim, names)).to(device)
+    with beginning.step("making the networks"):
+        G, D = make_networks(config, dataset, stem, device, report.say)
+        G_ema = copy.deepcopy(G).eval()
+        classifier = None
+        if config.loss.cls_weight > 0 and stem is not None and G.c_dim > 0:
+            names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
+            classifier = distributed.node_first(
+                lambda: load_classifier(config.loss.cls_model, G.c_dim, names)).to(device)
+            classifier.make_fast_(config.feature_precision)
     report.say(stage_table(G.config, generator_config(stem) if stem else None))
     trained = [sum(p.numel() for p in net.trainable_parameters()) for net in (G, D)]
     report.say(f"parameters: G {misc.count_parameters(G):,}, trained {trained[0]:,}; D trained {trained[1]:,}")
@@ -144,7 +154,8 @@ def training_loop(
 
     # Data.
     order = EpochOrder(len(dataset), config.seed)
-    stream = TrainingStream(dataset, order, rank, world_size, config.batch_gpu, state.cur_nimg, config.data.workers)
+    stream = TrainingStream(dataset, order, rank, world_size, config.batch_gpu, state.cur_nimg, config.data.workers,
+                            pin_memory=device.type == "cuda")
     probs = dataset.label_distribution() if G.c_dim > 0 else None
     batches = BatchSource(G, CounterRNG(config.seed), probs, stream, len(D.backbone_names), config.batch,
                           config.batch_gpu, rank, world_size, device, augment=bool(config.discriminator.diffaug),
@@ -155,12 +166,15 @@ def training_loop(
     saver = Saver(folder, config, dataset.class_names, report.say)
     saved_before = state.elapsed
     if state.snapshot_due:      # Of a new run it shows, before weeks of training, that metrics and disk work.
-        take_snapshot(config, saver, state, sheets, report, evaluate, device)
+        with beginning.step(f"first snapshot (metrics: {', '.join(config.metrics) or 'none'})"):
+            take_snapshot(config, saver, state, sheets, report, evaluate, device)
 
     total_nimg = int(config.total_kimg * 1000)
     tick_nimg = max(int(config.kimg_per_tick * 1000), config.batch)
     measured_nimg, tick_start_time, maintenance = state.cur_nimg, time.time(), 0.0
     report.say(f"training for {config.total_kimg:g} kimg")
+    torch.backends.cudnn.benchmark = autotunes(config, state.cur_nimg, device)
+    beginning.train(torch.backends.cudnn.benchmark)
     end, request, collapsed = stage_end(state, config), NOTHING, False
     failed = None       # The phase whose gradients are not finite any more.
     while end is None and request.restart is None:
@@ -171,7 +185,7 @@ def training_loop(
         loss.set_progress(state.cur_nimg)
         for phase in phases:
             if state.batch_idx % phase.interval == 0 and phase.is_active(state.cur_nimg):
-                with explained_memory_errors(phase.name, config, device):
+                with explained_memory_errors(phase.name, config, device), beginning.phase(phase.name):
                     run_phase(phase, batches.micro_batches(phase, state.cur_nimg), config.batch, guard)
         update_ema(G_ema, G, state.cur_nimg, config.batch, config.optim)
         state.cur_nimg += config.batch
@@ -186,12 +200,14 @@ def training_loop(
         end = stage_end(state, config) or request.finish
 
         # Once per tick: status, and now and then a snapshot.
+        beginning.iteration(config.batch, state.tick_start_nimg + tick_nimg - state.cur_nimg)
         if end is None and state.cur_nimg < state.tick_start_nimg + tick_nimg:
             continue
+        beginning.tick()
         saver.check()
         state.cur_tick += 1
-        tick_end_time = time.time()
         stats = collector.update()
+        tick_end_time = time.time()         # The device has done everything: the statistics have waited for it.
         numbers = health.numbers(G_ema)
         state.snapshot_due |= end is not None or state.cur_tick % max(config.snapshot_ticks, 1) == 0
         diagnosis = {}
@@ -253,13 +269,15 @@ def diagnosis_of(state: TrainingState, diagnose: Diagnosis, report: Reporter) ->
     numbers: dict[str, float] = {}
     if distributed.rank() == 0:
         try:
-            numbers = diagnose(state.G, state.D, state.loss.blur_sigma)
+            with misc.autotuning(False):
+                numbers = diagnose(state.G, state.D, state.loss.blur_sigma)
         except Exception as err:
             report.say(f"NOTE: no diagnosis of D at this snapshot: {type(err).__name__}: {err}")
     distributed.barrier()       # This may take long: collectives have a time limit, this has none.
     return numbers
 
 
+@misc.autotuning(False)
 def take_snapshot(config: TrainConfig, saver: Saver, state: TrainingState, sheets: SampleSheets, report: Reporter,
                   evaluate: Evaluator | None, device: torch.device) -> None:
     """Samples, metrics, network snapshot, best model, training state.

@@ -9,6 +9,7 @@
 | logits | [N, C] class scores of the user's own classes | local judges |
 """
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 
 import torch
@@ -110,8 +111,15 @@ DETECTORS = Registry("detector")    # Name -> DetectorKind.
 
 #----------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=16)
+def _imagenet_colours(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, [1, 3, 1, 1]. Kept between calls, because copying numbers to a GPU waits for it."""
+    with torch.inference_mode(False):       # The first caller's mode must not decide what later callers may do.
+        return tuple(torch.tensor(values, device=device).reshape(1, 3, 1, 1)
+                     for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+
 def imagenet_normalised(x: torch.Tensor) -> torch.Tensor:
     """Float [N, 3, H, W] in 0..255 -> the same by ImageNet's mean and standard deviation of colours."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device=x.device).reshape(1, 3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=x.device).reshape(1, 3, 1, 1)
+    mean, std = _imagenet_colours(x.device)
     return (x / 255 - mean) / std

@@ -75,9 +75,7 @@ def pil_bicubic_uint8(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def _integer_rows(x: torch.Tensor, size: int) -> torch.Tensor:
     """Whole numbers 0..255 [N, C, H, W] -> [N, C, H, size], in float64."""
-    scaled = pil_bicubic_weights(x.shape[3], size) * 2 ** PIL_BITS
-    weights = torch.from_numpy(np.trunc(scaled + np.copysign(0.5, scaled)))     # Half away from zero, as C casts.
-    sums = x @ weights.to(x.device).T
+    sums = x @ _integer_weights(x.shape[3], size, x.device).T
     return ((sums + 2 ** (PIL_BITS - 1)) / 2 ** PIL_BITS).floor().clamp(0, 255)
 
 #----------------------------------------------------------------------------
@@ -111,3 +109,10 @@ def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
 @functools.lru_cache(maxsize=16)
 def _float_weights(size: int, new_size: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(pil_bicubic_weights(size, new_size)).float().to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _integer_weights(size: int, new_size: int, device: torch.device) -> torch.Tensor:
+    """In units of 2^-PIL_BITS, rounded half away from zero, as C casts; float64."""
+    scaled = pil_bicubic_weights(size, new_size) * 2 ** PIL_BITS
+    return torch.from_numpy(np.trunc(scaled + np.copysign(0.5, scaled))).to(device)

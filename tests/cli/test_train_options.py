@@ -136,7 +136,8 @@ def test_dry_run_writes_nothing_and_settings_survive_json(places):
 
 @pytest.mark.parametrize(("options", "precision", "features"), [
     ("", "auto", "fp32"), ("--fp32=1", "fp32", "fp32"), ("--precision=fp32", "fp32", "fp32"),
-    ("--precision=bf16", "bf16", "fp32"), ("--feature-precision=bf16", "auto", "bf16")])
+    ("--precision=bf16", "bf16", "fp32"), ("--feature-precision=bf16", "auto", "bf16"),
+    ("--feature-precision=tf32", "auto", "tf32")])
 def test_precision(options, precision, features, places):
     config, _ = dry_run(BASE + options, **places)
     assert (config.precision, config.feature_precision) == (precision, features)
@@ -158,7 +159,8 @@ BASE = "--outdir={out} --cfg=stylegan3-t --data={imagenet16} --batch=16 --metric
     ("--path_stem={stem16}", "--path_stem has an effect only with --superres"),
     ("--cls_weight=8", "--cls_weight has an effect only with --superres"),
     ("--freezed=2", "--freezed=2 has no effect"),
-    ("--feature-precision=fp16", "'fp16' is not one of 'fp32', 'bf16'"),
+    ("--feature-precision=fp16", "'fp16' is not one of 'fp32', 'tf32', 'bf16'"),
+    ("--feature-precision=tf32 --fp32=1", "--fp32=1 and --feature-precision=tf32 exclude each other"),
     ("--feature-precision=bf16 --fp32=1", "--fp32=1 and --feature-precision=bf16 exclude each other"),
     ("--precision=bf16 --fp32=1", "--fp32=1 and --precision=bf16 exclude each other"),
     ("--batch=16 --gpus=3", "--batch=16 is not divisible by --gpus=3"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.closeness import rel_error
-from training.discriminators.blocks import DownBlock, SpectralConv2d
+from training.discriminators.blocks import DownBlock, GroupedBatchNorm2d, SpectralConv2d
 from training.discriminators.heads import MultiScaleD, channels_at, down_blocks, nominal_size
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded
 
@@ -53,6 +53,23 @@ def test_spectral_norm_tends_to_one():
     before = {name: value.clone() for name, value in conv.state_dict().items()}
     conv.eval()(x)
     assert all(torch.equal(before[name], value) for name, value in conv.state_dict().items())
+
+
+def test_running_statistics_of_groups_move_once_per_step():
+    """Towards the mean over all groups; without any they stay."""
+    norm, x = GroupedBatchNorm2d(3), torch.randn(6, 3, 4, 4) * 2 + 1
+    norm.group = 2
+    norm.move_running()
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    assert int(norm.num_batches_tracked) == 0
+    norm(x[:4])
+    norm(x[4:])
+    norm.move_running()
+    groups = x.unflatten(0, (3, 2)).transpose(1, 2).flatten(2)              # [groups, C, values]
+    assert rel_error(norm.running_mean, 0.1 * groups.mean(dim=2).mean(dim=0)) < 1e-5
+    assert rel_error(norm.running_var, 0.9 + 0.1 * groups.var(dim=2).mean(dim=0)) < 1e-5
+    assert int(norm.num_batches_tracked) == 1
+    assert not norm.sums.any()
 
 
 def test_down_block_halves():

@@ -43,6 +43,14 @@ def test_data_gives_the_mean_per_class():
     assert torch.equal(table, class_embedding("data", 10, dataset=data, backbone="local:random"))
 
 
+def test_many_images_are_reported_on(monkeypatch):
+    said = []
+    monkeypatch.setattr(training.class_embedding, "SAY_SECONDS", -1)          # After every batch.
+    class_embedding("data", 10, dataset=Digits(16, count=60), backbone="local:random", say=said.append)
+    assert [line.strip() for line in said] == ["class vectors: features of 60 images", "class vectors: 32 of 60 images",
+                                               "class vectors: 60 of 60 images"]
+
+
 def test_data_with_many_images_takes_some_of_each_class(monkeypatch):
     monkeypatch.setattr(training.class_embedding, "MAX_PER_CLASS", 4)
     data, served = Digits(16, count=150), []

@@ -17,7 +17,7 @@ from legacy import load_network
 from tests.parity import DATA, load_npz
 from torch_utils import checkpoint
 from torch_utils.images import to_uint8_metric, to_uint8_sample
-from training import networks_stylegan3
+from training import layer_schedule, networks_stylegan3
 from training.config import to_dict
 from training.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
@@ -166,6 +166,28 @@ def test_broken_images_do_not_pass_the_metric_source(network, monkeypatch, broke
     with pytest.raises(UserError, match="non-finite"):
         list(source.batches(2))
     assert len(made) == min(broken + 2, 3)
+
+
+def test_large_images_come_in_batches_that_32_bits_can_index(network, monkeypatch):
+    G = load_network(network).G_ema
+    per_image = max(size for _, size in layer_schedule.map_sizes(G.config))
+    assert per_image * layer_schedule.largest_batch(G.config) < 2 ** 31
+    monkeypatch.setattr(layer_schedule, "MAX_ELEMENTS", 2 * per_image + 1)
+    source = GeneratorSource(G, 5, label_policy="uniform")
+    assert [len(images) for images, _ in source.batches(64)] == [2, 2, 1]
+
+
+def test_single_precision_is_no_less_on_a_gpu(network, monkeypatch):
+    """PyTorch lets convolutions round their inputs to TF32 unless it is told not to."""
+    seen = []
+    convolve = networks_stylegan3.modulated_conv2d
+    monkeypatch.setattr(networks_stylegan3, "modulated_conv2d", lambda *args, **kwargs: seen.append(
+        torch.backends.cudnn.conv.fp32_precision) or convolve(*args, **kwargs))
+    before = torch.backends.cudnn.conv.fp32_precision
+    G = load_network(network).G_ema
+    sampling.synthesize(G, torch.zeros(1, G.z_dim), torch.zeros(1, dtype=torch.int64))
+    assert set(seen) == {"ieee"}
+    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 @pytest.mark.numeric

@@ -18,22 +18,26 @@ from training.batch_size import (
     default_batch_gpu,
     explained_memory_errors,
     find_batch_gpu,
+    is_out_of_memory,
     largest_fitting,
     largest_tensor,
     micro_batch_sizes,
+    search,
+    smallest_as_fast,
+    usable_sizes,
 )
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
 from training.discriminators.projected import ProjectedDiscriminator
-from training.layer_schedule import stem_config, superres_config
+from training.layer_schedule import map_sizes, stem_config, superres_config
 from training.networks_stylegan3 import Generator
 
 CPU = torch.device("cpu")
 
 
-def settings(generator, batch: int = 8, batch_gpu: int = 8, **loss) -> TrainConfig:
+def settings(generator, batch: int = 8, batch_gpu: int = 8, split_group: int = 0, **loss) -> TrainConfig:
     return TrainConfig(DataConfig("data.zip", generator.img_resolution, generator.c_dim), generator,
                        DiscriminatorConfig(("local:random",), generator.img_resolution, generator.c_dim,
-                                           proj_channels=4, max_channels=64),
+                                           proj_channels=4, max_channels=64, split_group=split_group),
                        LossConfig(**loss), OptimConfig.official(batch), batch, batch_gpu, 1, 1, 1)
 
 
@@ -78,7 +82,7 @@ def test_largest_tensor_is_what_a_forward_makes(tiny):
         getattr(G.synthesis, name).register_forward_hook(note)
     with torch.no_grad():
         G(torch.randn(1, 64), torch.eye(3)[:1])
-    made = [size for _, size in batch_size._map_sizes(tiny)]
+    made = [size for _, size in map_sizes(tiny)]
     assert set(seen) <= set(made)
     assert max(seen) <= max(made)
     assert largest_tensor(tiny)[1] == "the discriminator"
@@ -126,10 +130,130 @@ def test_auto_takes_the_minimum_of_all_processes(tiny, monkeypatch):
         find_batch_gpu(settings(tiny, 32), CPU)
 
 
+#----------------------------------------------------------------------------
+# Trials, on a processor with a memory and a clock that the test sets.
+
+class Gpu:
+    """Memory of which the images of a micro-batch take their share, and a clock that moves as steps do."""
+
+    def __init__(self, images: int = 1 << 30, seconds: dict[int, tuple[float, float]] | None = None):
+        self.images = images                # That fit.
+        self.seconds = seconds or {}        # Size of a micro-batch -> seconds of a step, and of each micro-batch in it.
+        self.now, self.largest, self.released = 0.0, 0, 0
+
+    def limit(self) -> int:
+        return self.images
+
+    def release(self) -> None:
+        self.largest, self.released = 0, self.released + 1
+
+    def peak(self) -> int:
+        return self.largest
+
+    def wait(self) -> None:
+        pass
+
+    def step(self, size: int, count: int = 1, largest_interval: int | None = None) -> None:
+        """In the place of `Trial.run_phases`: memory may run out, and time passes."""
+        if size > 2 * self.images:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.largest = max(self.largest, size)
+        step, each = self.seconds.get(size, (0.0, 1.0))
+        self.now += step + count * each
+
+
+def trial_on(gpu: Gpu, config: TrainConfig, monkeypatch=None) -> Trial:
+    trial = Trial(config, ProjectedDiscriminator(config.discriminator), None, CPU, gpu, lambda: gpu.now)
+    if monkeypatch is not None:
+        monkeypatch.setattr(trial, "run_phases", gpu.step)
+    return trial
+
+
+def test_multiples_of_the_group(tiny):
+    assert usable_sizes(settings(tiny, 96, split_group=8), 1) == [8, 16, 24, 32, 48, 96]
+    assert usable_sizes(settings(tiny, 96, split_group=3, diversity_weight=1.0), 2) == [6, 12, 24, 48]
+    assert default_batch_gpu(settings(tiny, 96, split_group=8), 4) == 24
+    with pytest.raises(UserError, match=r"is a multiple of --split-group=8: take another --batch"):
+        find_batch_gpu(settings(tiny, 12, split_group=8), CPU)
+
+
+@pytest.mark.parametrize(("rates", "found"), [
+    ({1: 10, 2: 20, 4: 40, 8: 80, 16: 97, 32: 100, 64: 100}, 16),       # No slower than 3 % below the best.
+    ({1: 10, 2: 20, 4: 40, 8: 80, 16: 96, 32: 100, 64: 100}, 32),
+    ({1: 10, 2: 20, 4: 40}, 4),
+    ({1: 100, 2: 100, 4: 100}, 1),
+    ({1: 10, 2: 100, 4: 99, 8: 80}, 2),                                 # The largest may be slow.
+    ({4: 0, 8: 0}, 4), ({8: 1}, 8)])
+def test_the_smallest_that_is_as_fast(rates, found):
+    tried = []
+    assert smallest_as_fast(list(rates), lambda n: tried.append(n) or rates[n]) == found
+    slower = [n for n in tried if rates[n] < 0.97 * max(rates.values())]
+    assert len(slower) <= 1 or tried[0] in slower                       # It does not go on where speed suffers.
+
+
+def test_a_search(tiny, monkeypatch):
+    """The smallest first, then the largest, bisection, and from what fits down to where it gets slower."""
+    # A step costs 0.1 s, and 32 images as much as any smaller number: a GPU that waits for the program.
+    gpu = Gpu(images=100, seconds={n: (0.1, max(n, 32) / 320) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)})
+    said = []
+    config = settings(tiny, 256)
+    assert search(trial_on(gpu, config, monkeypatch), usable_sizes(config, 1), 256, said.append) == 32
+    assert [int(line.split()[1]) for line in said] == [1, 256, 16, 64, 128, 64, 32, 16]
+    assert ["do not" in line for line in said[:5]] == [False, True, False, False, True]
+    assert [line.removeprefix("--batch-gpu=auto: ") for line in said[-3:]] == [
+        "64 image(s) at a time: 284 images/s", "32 image(s) at a time: 284 images/s",
+        "16 image(s) at a time: 151 images/s"]
+
+
+def test_a_search_where_not_even_one_image_fits(tiny, monkeypatch):
+    config = settings(tiny)
+    assert search(trial_on(Gpu(images=0), config, monkeypatch), [1, 2, 4, 8], 8, lambda text: None) is None
+
+
+def test_a_gpu_is_as_before_after_memory_ran_out(tiny, monkeypatch):
+    """Samples that a failed step has left must not meet those of the next size, and what it held is given back."""
+    config, gpu = settings(tiny), Gpu()
+    trial = trial_on(gpu, config)
+    features = trial.D.features
+
+    def too_large(images, augment=None):
+        if len(images) > 4:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        return features(images, augment)
+
+    monkeypatch.setattr(trial.D, "features", too_large)
+    before = gpu.released
+    assert not trial.fits(4)                    # D's phase, which sees eight.
+    assert gpu.released > before
+    assert trial.fits(2)
+    assert trial.images_per_second(4, 8) == 0
+    monkeypatch.setattr(trial.D, "features", lambda images, augment=None: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trial.fits(2)
+
+
+def test_time_of_an_iteration(tiny, monkeypatch):
+    """A step costs once per iteration, so it does not speak against small micro-batches."""
+    trial = trial_on(Gpu(seconds={2: (5.0, 1.0), 8: (5.0, 2.0)}), settings(tiny), monkeypatch)
+    assert trial.images_per_second(2, 8) == pytest.approx(8 / (5 + 4))
+    assert trial.images_per_second(8, 8) == pytest.approx(8 / (5 + 2))
+
+
+def test_faces_of_missing_memory():
+    for error in (torch.OutOfMemoryError(), MemoryError(), RuntimeError("CUDNN_STATUS_ALLOC_FAILED"),
+                  RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+                  RuntimeError("GET was unable to find an engine to execute this computation"),
+                  RuntimeError("filtered_lrelu for torch.float16 on cuda:0: CUDA error 2; STYLESAN_OPS=reference ...")):
+        assert is_out_of_memory(error)
+    for error in (RuntimeError("CUDA error: an illegal memory access"), RuntimeError("shapes do not fit"),
+                  RuntimeError("resample for torch.float32 on cuda:0: CUDA error 209; STYLESAN_OPS=reference ...")):
+        assert not is_out_of_memory(error)
+
+
 def test_a_trial_runs_every_phase(tiny):
     config = settings(tiny, pl_weight=2.0)
-    D = ProjectedDiscriminator(config.discriminator)
-    trial = Trial(config, D, None, CPU)
+    trial = trial_on(Gpu(), config)
+    D = trial.D
     before = {name: p.clone() for name, p in [*trial.G.named_parameters(), *D.discriminators.named_parameters()]}
     trial.run_phases(2)
     moved = {name for name, p in [*trial.G.named_parameters(), *D.discriminators.named_parameters()]
@@ -142,8 +266,10 @@ def test_a_trial_runs_every_phase(tiny):
 @pytest.mark.gpu
 @needs_cuda
 def test_auto_on_a_gpu():
-    generator = stem_config(64, 6, 4096, 64, c_dim=3)
-    assert find_batch_gpu(settings(generator, 16), torch.device("cuda", 0)) == 16
+    generator, said = stem_config(64, 6, 4096, 64, c_dim=3), []
+    found = find_batch_gpu(settings(generator, 16), torch.device("cuda", 0), said.append)
+    assert found in (1, 2, 4, 8, 16)                    # Whatever is as fast.
+    assert "--batch-gpu=auto: 16 image(s) fit into memory" in said
 
 
 def test_out_of_memory_is_one_message(tiny):
@@ -178,6 +304,23 @@ def test_auto_is_recorded(data16, tmp_path):
             "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random", f"--data={data16}",
             f"--outdir={tmp_path}", "--kimg=0.008"]
     result = CliRunner().invoke(main, args, catch_exceptions=False)
-    assert "--batch-gpu=auto: 8" in result.output
+    assert "--batch-gpu=auto: 8\n" in result.output
+    assert "NOTE: D's heads" not in result.output       # As in the published runs.
     (folder,) = tmp_path.iterdir()
     assert '"batch_gpu": 8' in (folder / "training_options.json").read_text()
+
+
+def test_auto_takes_what_the_run_had(data16, tmp_path, monkeypatch):
+    args = ["--cfg=stylegan3-t", "--preset=demo", "--cbase=64", "--cmax=8", "--batch=8", "--batch-gpu=auto",
+            "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random", f"--data={data16}",
+            f"--outdir={tmp_path}"]
+    monkeypatch.setattr(batch_size, "find_batch_gpu", lambda config, device, say: 2)
+    result = CliRunner().invoke(main, [*args, "--kimg=0.008"], catch_exceptions=False)
+    assert "--batch-gpu=auto: 2\n" in result.output
+    assert "here it has 2 image(s), in the published runs 8: --split-group=8 keeps that" in result.output
+    monkeypatch.setattr(batch_size, "find_batch_gpu", lambda config, device, say: 4)
+    result = CliRunner().invoke(main, [*args, "--kimg=0.016"], catch_exceptions=False)
+    assert "--batch-gpu=auto: 2, as before\n" in result.output
+    result = CliRunner().invoke(main, [*args, "--kimg=0.016", "--split-group=4"], catch_exceptions=False)
+    assert "--batch-gpu=auto: 4\n" in result.output     # Another run.
+    assert "NOTE: D's heads" not in result.output

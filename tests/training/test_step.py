@@ -1,5 +1,6 @@
 """The training step: equal to the step in its official structure, and never waiting for the device."""
 import importlib.util
+import traceback
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,11 @@ def official_step():
     return module.OfficialStep
 
 
-def networks() -> tuple[Generator, ProjectedDiscriminator]:
+def networks(group: int = 0) -> tuple[Generator, ProjectedDiscriminator]:
     torch.manual_seed(0)
     G = Generator(stem_config(16, 4, 128, 8, 2, c_dim=3, w_dim=16, embed_dim=8)).train().requires_grad_(False)
     config = DiscriminatorConfig(("deit_tiny_distilled_patch16_224:random", "test_efficientnet:random"), 16, 3,
-                                 proj_channels=8, max_channels=32)
+                                 proj_channels=8, max_channels=32, split_group=group)
     D = ProjectedDiscriminator(config).train().requires_grad_(False)
     D.project_()
     return G, D
@@ -117,19 +118,19 @@ def test_optimiser_of_an_older_state_goes_on():
 #----------------------------------------------------------------------------
 # No waiting. What would have to read a number from the device cannot be done on the "meta" device, which has no data.
 
-def iteration(G: Generator, D: ProjectedDiscriminator, device: str) -> None:
+def iteration(G: Generator, D: ProjectedDiscriminator, batch: MicroBatch) -> None:
     """All phases and the average, with everything that the loop does in an iteration."""
-    loss = StyleSanLoss(G, D, LossConfig(pl_start_kimg=0), torch.device(device), report=Collector().report)
+    loss = StyleSanLoss(G, D, LossConfig(pl_start_kimg=0), batch.z.device, report=Collector().report)
     guard = GradientGuard(2, Collector().report)
-    batch = random_batch(device)
     for phase in make_phases(G, D, loss, OptimConfig.official(2)):
         loss.set_progress(0)        # Full blur.
         run_phase(phase, [batch], 2, guard)
     update_ema(G, G, 0, 2, OptimConfig.official(2))
 
 
-def test_a_step_reads_nothing_from_the_device(monkeypatch):
-    G, D = networks()
+def on_meta(monkeypatch, group: int) -> tuple[Generator, ProjectedDiscriminator]:
+    """Networks on a device without data, whose heads normalise over `group` images."""
+    G, D = networks(group)
     D.make_fast_()
     filters = {name: f for name, f in G.named_buffers() if name.endswith("_filter")}     # Known before.
     G.to("meta")
@@ -140,9 +141,73 @@ def test_a_step_reads_nothing_from_the_device(monkeypatch):
     # The fused optimiser has no form for this device.
     monkeypatch.setattr(phases_module, "lazy_adam",
                         lambda parameters, *args: torch.optim.SGD(parameters, lr=0.1))
-    iteration(G, D, "meta")
+    return G, D
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_a_step_reads_nothing_from_the_device(group, monkeypatch):
+    G, D = on_meta(monkeypatch, group)
+    iteration(G, D, random_batch("meta"))
     with pytest.raises((RuntimeError, NotImplementedError)):
         FlatGradients(D.trainable_parameters()).flat.sum().item()      # That is how it would show.
+
+
+class HostNumbers(torch.overrides.TorchFunctionMode):
+    """Notes where numbers of the host are handed to tensors on "meta": on a GPU each such copy waits for the GPU.
+
+    They come as arguments of torch.tensor, as lists and tensors that are indices, and as tensors beside others.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if self._is_copy(name, args, result):
+            frames = [f for f in traceback.extract_stack() if "site-packages" not in f.filename]
+            self.found.append(f"{name} in {Path(frames[-2].filename).name}: {frames[-2].line}")
+        return result
+
+    def _is_copy(self, name: str, args: tuple, result: object) -> bool:
+        if not (isinstance(result, torch.Tensor) and result.device.type == "meta"):
+            return False
+        if name in ("tensor", "as_tensor", "asarray"):
+            return True
+        if name in ("__getitem__", "__setitem__"):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return any(isinstance(i, list) or self._is_on_host(i) for i in index)
+        return any(self._is_on_host(value) for value in args)
+
+    def _is_on_host(self, value: object) -> bool:
+        return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.ndim > 0
+
+
+def test_the_watch_for_host_numbers_sees_them():
+    x = torch.zeros(3, device="meta")
+    with HostNumbers() as watch:
+        x[[0, 1]]
+        x[torch.tensor([0])]
+        torch.tensor([1.0], device="meta")
+        torch.zeros(3).to("meta")
+        assert len(watch.found) == 4
+        x[1:], x * 2.0, x * torch.tensor(2.0), torch.zeros(3) + 1, torch.arange(3, device="meta")   # These are none.
+    assert len(watch.found) == 4
+
+
+# The grid of the generator's input is made of two numbers in every pass.
+KNOWN = {"tensor in networks_stylegan3.py"}
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_a_step_hands_no_numbers_to_the_device(group, monkeypatch):
+    G, D = on_meta(monkeypatch, group)
+    batch = random_batch("meta")
+    iteration(G, D, batch)          # Mean and spread of colours, and filters, are copied once.
+    with HostNumbers() as watch:
+        iteration(G, D, batch)
+    assert {found.partition(":")[0] for found in watch.found} - KNOWN == set(), watch.found
 
 
 @pytest.mark.gpu
@@ -153,10 +218,11 @@ def test_a_step_does_not_wait_for_the_gpu():
     G.cuda()
     D.cuda()
     D.make_fast_()
-    iteration(G, D, "cuda")     # Reads filters, picks algorithms.
+    batch = random_batch("cuda")
+    iteration(G, D, batch)      # Reads filters, picks algorithms.
     batch_mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        iteration(G, D, "cuda")
+        iteration(G, D, batch)
     finally:
         torch.cuda.set_sync_debug_mode(batch_mode)

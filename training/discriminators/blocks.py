@@ -104,13 +104,12 @@ class GroupedBatchNorm2d(torch.nn.BatchNorm2d):
 
     @torch.no_grad()
     def move_running(self) -> None:
-        """Move the running statistics by what `sums` holds, and empty it."""
-        if self.sums[2, 0] > 0:
-            mean, var = self.sums[:2] / self.sums[2]
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var, self.momentum)
-            self.num_batches_tracked += 1
-            self.sums.zero_()
+        """Move the running statistics by what `sums` holds, if it holds anything, and empty it."""
+        has_any = self.sums[2] > 0          # Asked on the device: nothing waits for the answer.
+        for running, total in zip((self.running_mean, self.running_var), self.sums[:2], strict=True):
+            running.copy_(torch.where(has_any, running.lerp(total / self.sums[2], self.momentum), running))
+        self.num_batches_tracked += has_any[0]
+        self.sums.zero_()
 
 
 class DownBlock(torch.nn.Module):

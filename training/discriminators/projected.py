@@ -21,8 +21,9 @@ from training.discriminators.heads import MultiScaleD
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded
 from training.discriminators.san import SanOutput, project_directions
 from training.feature_networks.backbones import Backbone, warm_up_batch_norm
-from training.feature_networks.fast import make_fast
+from training.feature_networks.fast import make_fast, surroundings_of
 from training.feature_networks.registry import load_backbone
+from training.feature_networks.within import Surroundings, run_within
 
 LARGE_MAP = 56
 Features = dict[str, list[torch.Tensor]]    # Key of the backbone -> mixed maps, shallowest first.
@@ -58,9 +59,15 @@ class FeatureNetwork(torch.nn.Module):
         self.scratch = FeatureFusion(channels, proj_channels)
         self.out_channels = self.scratch.out_channels
         self.out_sizes = self.scratch.out_sizes(sizes)      # For images of the backbone's input size.
+        self.surroundings: Surroundings | None = None       # See `training.feature_networks.fast`.
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """[N, 3, R, R] in [-1, 1] -> mixed maps, shallowest first."""
+        if self.surroundings is None:
+            return self._mixed_maps(images)
+        return run_within(self.surroundings, self._mixed_maps, images)
+
+    def _mixed_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         maps = self.backbone.maps(self.backbone.preprocess(images))
         mixed = self.scratch(self.pretrained(maps) if self.backbone.isotropic else maps)
         return [_as_heads_want(x) for x in mixed]
@@ -115,7 +122,9 @@ class ProjectedDiscriminator(torch.nn.Module):
     def make_fast_(self, precision: str = "fp32") -> None:
         """Prepare the backbones, on the device where they are, for a run: `training.feature_networks.fast`."""
         for network in self.feature_networks.values():
-            make_fast(network.backbone, precision, next(network.backbone.parameters()).device)
+            device = next(network.backbone.parameters()).device
+            make_fast(network.backbone, precision)
+            network.surroundings = surroundings_of(network.backbone.net, precision, device)
 
     def features(self, img: torch.Tensor, augment: torch.Tensor | None = None) -> Features:
         """Mixed feature maps per backbone.

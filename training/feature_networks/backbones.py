@@ -112,6 +112,12 @@ class Backbone(torch.nn.Module):
         raise NotImplementedError
 
 
+def is_isotropic(net: torch.nn.Module) -> bool:
+    """Whether all stages of a model of timm have maps of one size, as those of vision transformers."""
+    reductions = [info["reduction"] for info in getattr(net, "feature_info", [])]
+    return len(reductions) > 1 and len(set(reductions)) == 1
+
+
 class TimmBackbone(Backbone):
     """A model of timm. Maps are its deepest stages; of a transformer, activations after evenly spaced blocks without
     the leading tokens and without the final normalisation (of 12 blocks: 2, 5, 8 and 11)."""
@@ -121,7 +127,7 @@ class TimmBackbone(Backbone):
         reductions = [info["reduction"] for info in getattr(net, "feature_info", [])]
         if not reductions or not hasattr(net, "forward_intermediates"):
             raise UserError(f"backbone {name}: this model of timm gives no feature maps: choose another model")
-        isotropic = len(reductions) > 1 and len(set(reductions)) == 1
+        isotropic = is_isotropic(net)
         super().__init__(name, net, input_size=cfg["input_size"][-1], mean=cfg["mean"], std=cfg["std"],
                          always_resize=isotropic or bool(cfg.get("fixed_input_size")))
         self.isotropic = isotropic

@@ -5,10 +5,12 @@ import timm.models
 import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from training.feature_networks.backbones import Backbone
+from torch_utils import misc
+from training.feature_networks.backbones import Backbone, is_isotropic
+from training.feature_networks.within import Surroundings
 
-# --feature-precision -> type of the large products inside frozen networks; None: all in float32.
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+# --feature-precision -> type of the large products inside frozen transformers; None: float32.
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}
 
 #----------------------------------------------------------------------------
 
@@ -34,31 +36,37 @@ def fold_batch_norm(net: torch.nn.Module) -> int:
     return count
 
 
-def pays_off(backbone: Backbone, device: torch.device) -> bool:
-    """Whether reduced precision makes this network faster there.
+# Reduced precision is for transformers. They take nearly all of the time and are smooth. Convolutional networks with
+# rectifiers take little of it, and there rounding switches units over, which turns gradients
+# (benchmarks/results/feature_precision.md).
 
-    On a CPU the convolutional networks spend their time in depthwise convolutions, whose backward pass is slower in
-    bfloat16 than in float32; transformers are matrix products.
+def surroundings_of(net: torch.nn.Module, precision: str, device: torch.device) -> Surroundings | None:
+    """Switches that hold while a frozen network runs there, forward and backward; None: those of what is around it.
+
+    Elsewhere than on NVIDIA's GPUs there is no TF32, and 'tf32' is 'fp32'.
     """
-    return device.type != "cpu" or backbone.isotropic
+    return misc.tf32 if precision == "tf32" and device.type == "cuda" and is_isotropic(net) else None
 
 
-def make_fast(backbone: Backbone, precision: str, device: torch.device) -> None:
-    """Change a frozen backbone in place: BatchNorm folded, channels last, and with reduced precision the large weights
-    in that type. Statistics must have their final values (`warm_up_batch_norm`); tensors get other names.
-
-    Args:
-        backbone: On `device`.
-        precision: A key of PRECISIONS.
-        device: Where it will run.
-    """
-    fold_batch_norm(backbone.net)
-    if not backbone.isotropic:
-        backbone.net.to(memory_format=torch.channels_last)
-    dtype = PRECISIONS[precision] if pays_off(backbone, device) else None
+def reduce_(backbone: Backbone, dtype: torch.dtype | None) -> None:
+    """Let a frozen backbone compute its large products in this type; None: in that of its weights."""
     if dtype is not None:
         # Autocast would convert them anew in every pass. Norms and the activations between blocks stay float32.
         for module in backbone.net.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 module.to(dtype)
     backbone.reduced_dtype = dtype
+
+
+def make_fast(backbone: Backbone, precision: str) -> None:
+    """Change a frozen backbone in place: BatchNorm folded, channels last, and with reduced precision the large weights
+    in that type. Statistics must have their final values (`warm_up_batch_norm`); tensors get other names.
+
+    Args:
+        backbone: On the device where it will run.
+        precision: A key of PRECISIONS.
+    """
+    fold_batch_norm(backbone.net)
+    if not backbone.isotropic:
+        backbone.net.to(memory_format=torch.channels_last)
+    reduce_(backbone, PRECISIONS[precision] if backbone.isotropic else None)
