@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import winograd
+from torch_utils.ops import tune, winograd
 
 CHANNEL_MULTIPLE = 8        # 16 bytes of half precision: what tensor cores load at a time.
 
@@ -30,7 +30,8 @@ def modulated_conv2d(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor
         demodulate: Give every output feature map unit expected variance.
         padding: Zeros on every side.
         input_gain: Scalar on the input, after demodulation was worked out.
-        impl: A key of `FORMS`; 'auto' takes the first of `forms_for`.
+        impl: A key of `FORMS`; 'auto' takes the first of `forms_for`, or the fastest of them on a device where
+            forms are timed (`tune`).
 
     Returns:
         [N, O, H', W'], with further channels of zeros if the form makes them: see `padded_channels`.
@@ -44,7 +45,13 @@ def modulated_conv2d(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor
     if impl != "auto" and impl not in possible:
         raise ValueError(f"impl={impl!r}: a convolution of {list(x.shape)} with {list(weight.shape)} and "
                          f"padding={padding} has only the forms {', '.join(possible)}")
-    return FORMS[possible[0] if impl == "auto" else impl](x, weight, styles, demodulate, padding, input_gain)
+    form = FORMS[possible[0] if impl == "auto" else impl]
+    if impl == "auto" and x.device.type in tune.KINDS:
+        form = tune.fastest("modulated_conv2d", (x, weight, styles, input_gain),
+                            {"demodulate": demodulate, "padding": padding},
+                            lambda: {name: FORMS[name] for name in possible},
+                            lambda form, x, w, s, gain: form(x, w, s, demodulate, padding, gain))
+    return form(x, weight, styles, demodulate, padding, input_gain)
 
 
 def forms_for(device_type: str, x: torch.Tensor, weight: torch.Tensor, padding: int) -> list[str]:
@@ -219,11 +226,14 @@ def _products(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demod
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,
              input_gain: torch.Tensor) -> torch.Tensor:
-    """A weight per sample, and the samples as groups of one convolution: contiguous."""
+    """A weight per sample, and the samples as groups of one convolution, which works on contiguous maps; the result has
+    the layout of x all the same, so that the form pays for what it needs."""
+    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     x = fit_channels(x, weight.shape[1])
     weights = _weight_per_sample(weight, styles, demodulate, input_gain, *weight.shape[:2]).flatten(0, 1)
     y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weights.to(x.dtype), padding=padding, groups=len(x))
-    return y.reshape(len(x), -1, *y.shape[2:])
+    y = y.reshape(len(x), -1, *y.shape[2:])
+    return y.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
 
 FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, int, torch.Tensor], torch.Tensor]] = {
