@@ -133,6 +133,7 @@ def training_loop(
     # Losses, optimisers, state.
     collector = Collector()
     diverse = config.loss.diversity_weight > 0
+    report.say("reading some real images ...")      # For the diversity term, the health check and reals.png.
     distance = distributed.broadcast_object(
         real_pair_distance(dataset, config.seed) if diverse and rank == 0 else 0.0)
     loss = StyleSanLoss(G, D, config.loss, device, classifier, collector.report, config.precision, distance)

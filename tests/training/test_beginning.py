@@ -111,8 +111,8 @@ def test_a_run_says_what_it_is_doing(data16, tmp_path):
     (folder,) = tmp_path.iterdir()
     log = (folder / "log.txt").read_text()
     places = [re.search(pattern, log, re.MULTILINE) for pattern in (
-        r"^preparing the operations", "^device cpu", "^making the networks", "class vectors: features of 16 images",
-        "^NOTE: --feature-precision=tf32 has an effect on GPUs only: here it is fp32",
+        "^preparing the operations", "^device cpu", "^making the networks", "class vectors: features of 16 images",
+        "^NOTE: --feature-precision=tf32 has an effect on GPUs only: here it is fp32", "^reading some real images",
         r"^first snapshot \(metrics: none\)", "^training for", r"^first iteration \.\.\.", "first Gmain: ",
         "first Dmain: ", "^first iteration done in .* after 1 more", "^tick 1 ")]
     assert None not in places, log
