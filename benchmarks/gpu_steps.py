@@ -189,6 +189,8 @@ def training(context: Context) -> None:
             results.put(first_tick=seen[0], iterations=len(seen) * TICK_ITERATIONS)
         elif line.startswith("training for"):
             results.put(start=time.perf_counter() - began)
+        elif line.startswith("first iteration done"):
+            results.put(first_iteration=float(re.search(r"([\d.]+) s", line)[1]))
 
     arguments += [] if context.quick else [f"--batch-gpu={batch // 2}"]
     results.put(seconds=run(["train.py", *arguments], note_ticks), iteration=seconds_per_iteration(outdir, batch))

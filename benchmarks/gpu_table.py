@@ -203,6 +203,7 @@ def other_lines(report: Report) -> list[str]:
             ["compiling: cpu", report.cell("build", "cpu/seconds", seconds)],
             ["self-check: cuda", report.cell("self_check", "cuda/line", str)],
             ["a small training run: the first tick after", report.cell("training", "first_tick", seconds)],
+            ["the same: the first iteration", report.cell("training", "first_iteration", seconds)],
             ["the same: one iteration", report.cell("training", "iteration", ms)],
             ["loading 256-pixel images to the device, per second", report.cell("loading", "images_per_s", number)],
             ["two processes on one GPU over gloo, one iteration", report.cell("two_processes", "iteration", ms)],

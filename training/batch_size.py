@@ -3,11 +3,13 @@
 32-bit indices reach, and what to say when memory ran out all the same."""
 import contextlib
 import copy
+import functools
 import gc
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +27,8 @@ from training.layer_schedule import MAX_ELEMENTS, map_sizes
 from training.loss import MicroBatch, StyleSanLoss
 from training.networks_stylegan3 import Generator
 from training.phases import make_phases, run_phase
+
+Result = TypeVar("Result")
 
 GPU_SHARE = 0.95            # Of a GPU's memory: data, statistics and fragments need the rest.
 AS_FAST = 0.97              # Of the images per second of the fastest size: smaller ones that reach it are taken.
@@ -173,14 +177,13 @@ def _find_on_gpu(config: TrainConfig, device: torch.device, sizes: Sequence[int]
     classifier = None
     if config.loss.cls_weight > 0 and config.generator.c_dim > 0 and not config.loss.cls_model.endswith(".safetensors"):
         classifier = distributed.node_first(lambda: load_classifier(config.loss.cls_model, config.generator.c_dim))
-    share = config.batch // distributed.world_size()
-    trial = Trial(config, D, classifier, device, GpuMemory(device), clock)
+    share, memory = config.batch // distributed.world_size(), GpuMemory(device)
+    trial = unless_out_of_memory(functools.partial(Trial, config, D, classifier, device, memory, clock))
     # A process that runs out of memory must leave no other waiting.
     with distributed.alone(), misc.autotuning(autotunes(config, 0, device)):
-        found = search(trial, sizes, share, say)
+        found = None if trial is None else search(trial, sizes, share, say)
     del D, classifier, trial
-    gc.collect()
-    torch.cuda.empty_cache()
+    memory.release()            # And the peak that ticks report is training's.
     return found
 
 
@@ -272,15 +275,10 @@ class Trial:
 
     def _unless_out_of_memory(self, action: Callable[[], float]) -> float | None:
         """What it returns; None if memory ran out. Afterwards nothing is left of it."""
-        try:
-            return action()
-        except (MemoryError, RuntimeError) as err:
-            if not is_out_of_memory(err):
-                raise
-            return None
-        finally:
-            self.loss.forget_step()     # Of a step that stopped half-way, with samples of this size.
-            self.memory.release()       # The error, which held what it interrupted, is gone.
+        found = unless_out_of_memory(action)
+        self.loss.forget_step()     # Of a step that stopped half-way, with samples of this size.
+        self.memory.release()       # The error, which held what it interrupted, is gone.
+        return found
 
     def _seconds(self, size: int, count: int) -> float:
         """Median of the phases that every iteration has, with so many micro-batches."""
@@ -333,6 +331,16 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says, in whatever words, that memory was too small."""
     return (isinstance(error, torch.OutOfMemoryError | MemoryError)
             or isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS))
+
+
+def unless_out_of_memory(action: Callable[[], Result]) -> Result | None:
+    """What it returns; None if memory ran out."""
+    try:
+        return action()
+    except (MemoryError, RuntimeError) as err:
+        if not is_out_of_memory(err):
+            raise
+        return None
 
 
 @contextlib.contextmanager

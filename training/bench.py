@@ -182,6 +182,7 @@ def full_phases(few: dict[str, float], one: dict[str, float], num_few: int, num_
 
 
 @misc.full_precision()
+@misc.autotuning(False)
 def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> StageTime:
     """Run a few iterations; every process calls this.
 

@@ -104,10 +104,10 @@ class StyleSanLoss:
         interval of the phase (StyleGAN3 does that; StyleGAN-XL does not). With `split_group` samples are chosen per
         group, and the mean is the one before the step and moves after it: neither depends on micro-batches.
         """
-        group = self.D.config.split_group or len(batch.z)
-        count = max(group // self.config.pl_batch_shrink, 1)
+        group = self.D.config.split_group
+        count = max((group or len(batch.z)) // self.config.pl_batch_shrink, 1)
         # By slices: a list of positions would be copied to the device, which waits for it.
-        z, c, noise = (x.unflatten(0, (-1, group))[:, :count].flatten(0, 1)
+        z, c, noise = (x.unflatten(0, (-1, group))[:, :count].flatten(0, 1) if group else x[:count]
                        for x in (batch.z, batch.gen_c, batch.pl_noise))
         ws = self.G.mapping(z, c)
         images = self.G.synthesis(ws, **self.precision)

@@ -89,6 +89,7 @@ def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: tor
 #----------------------------------------------------------------------------
 
 @misc.full_precision()
+@misc.autotuning(False)                     # Until the first iteration; see there.
 def training_loop(
     config: TrainConfig,                    # Every setting.
     folder: Path,                           # Where results go; exists.
@@ -133,6 +134,7 @@ def training_loop(
     # Losses, optimisers, state.
     collector = Collector()
     diverse = config.loss.diversity_weight > 0
+    report.say("reading some real images ...")      # For the diversity term, the health check and reals.png.
     distance = distributed.broadcast_object(
         real_pair_distance(dataset, config.seed) if diverse and rank == 0 else 0.0)
     loss = StyleSanLoss(G, D, config.loss, device, classifier, collector.report, config.precision, distance)
@@ -173,9 +175,10 @@ def training_loop(
     tick_nimg = max(int(config.kimg_per_tick * 1000), config.batch)
     measured_nimg, tick_start_time, maintenance = state.cur_nimg, time.time(), 0.0
     report.say(f"training for {config.total_kimg:g} kimg")
-    torch.backends.cudnn.benchmark = autotunes(config, state.cur_nimg, device)
-    beginning.train(torch.backends.cudnn.benchmark)
     end, request, collapsed = stage_end(state, config), NOTHING, False
+    torch.backends.cudnn.benchmark = autotunes(config, state.cur_nimg, device)
+    if end is None:
+        beginning.train(torch.backends.cudnn.benchmark)
     failed = None       # The phase whose gradients are not finite any more.
     while end is None and request.restart is None:
         if saver.state_is_due() and guard.is_clean():

@@ -6,6 +6,7 @@ import pytest
 import timm.layers
 import torch
 
+from tests import needs_cuda
 from tests.closeness import l2_error
 from torch_utils import misc
 from training.classifier import Classifier, load_classifier
@@ -199,3 +200,27 @@ def test_a_function_within_surroundings():
     with pytest.raises(ZeroDivisionError):
         run_within(misc.tf32, lambda t: 1 / 0, x)
     assert switch() == before
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_tf32_on_a_gpu():
+    """It shows in a transformer, forward and backward, and nowhere else."""
+    if torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("this GPU has no TF32")
+    config = DiscriminatorConfig((TRANSFORMER, "test_efficientnet:random"), 16, 3, proj_channels=8, max_channels=32)
+    D = ProjectedDiscriminator(config).requires_grad_(False).eval().cuda()
+    x = torch.rand(2, 3, 16, 16).cuda() * 2 - 1
+    found = {}
+    for precision in ("fp32", "tf32"):
+        D.make_fast_(precision)
+        with misc.full_precision():
+            y = x.clone().requires_grad_(True)
+            for key, maps in D.features(y).items():
+                (grad,) = torch.autograd.grad(sum(m.square().sum() for m in maps), y)
+                found[precision, key] = [*maps, grad]
+    transformer, convolutional = D.backbone_names
+    errors = [l2_error(a, b) for a, b in zip(found["tf32", transformer], found["fp32", transformer], strict=True)]
+    assert all(1e-5 < error < 1e-2 for error in errors), errors
+    errors = [l2_error(a, b) for a, b in zip(found["tf32", convolutional], found["fp32", convolutional], strict=True)]
+    assert max(errors) < 1e-5, errors

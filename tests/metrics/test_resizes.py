@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from metrics.detectors import resizes
+from metrics.detectors.base import imagenet_normalised
 from tests.closeness import max_error
+from tests.host_numbers import HostNumbers
 from tests.metrics.helpers import random_images
 
 pytestmark = pytest.mark.numeric
@@ -106,3 +108,15 @@ def test_resizes_differ_from_each_other():
     for i, a in enumerate(found):
         for b in found[:i]:
             assert (a - b).abs().mean() > 0.1
+
+#----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prepare", [
+    lambda x: resizes.tf1_bilinear(x, 8), lambda x: resizes.pil_bicubic_float(x, 8), imagenet_normalised,
+    lambda x: resizes.pil_bicubic_uint8(x, 8)])
+def test_weights_come_to_the_device_once(prepare):
+    images = torch.zeros([2, 3, 12, 12], dtype=torch.uint8, device="meta")
+    prepare(images)
+    with HostNumbers() as watch:
+        prepare(images)
+    assert not watch.found

@@ -250,6 +250,27 @@ def test_faces_of_missing_memory():
         assert not is_out_of_memory(error)
 
 
+def test_trials_from_end_to_end(tiny, monkeypatch):
+    """What is run on a GPU, with its real steps: in the precision of training, and gone afterwards."""
+    gpu, said, seen = Gpu(), [], []
+    monkeypatch.setattr(batch_size, "GpuMemory", lambda device: gpu)
+    run_phase = batch_size.run_phase
+    monkeypatch.setattr(batch_size, "run_phase", lambda *args: seen.append(
+        torch.backends.cudnn.conv.fp32_precision) or run_phase(*args))
+    clock = iter(range(1000))               # Every reading is a second after the one before: all sizes take as long.
+    assert batch_size._find_on_gpu(settings(tiny, 4), CPU, [2, 4], said.append, lambda: next(clock)) == 2
+    assert said == [f"--batch-gpu=auto: {line}" for line in (
+        "2 image(s) fit into memory", "4 image(s) fit into memory", "4 image(s) at a time: 4 images/s",
+        "2 image(s) at a time: 4 images/s")]
+    assert set(seen) == {"ieee"}
+
+    def no_room(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(batch_size, "Generator", no_room)
+    assert batch_size._find_on_gpu(settings(tiny, 4), CPU, [2, 4], said.append, lambda: 0.0) is None
+
+
 def test_a_trial_runs_every_phase(tiny):
     config = settings(tiny, pl_weight=2.0)
     trial = trial_on(Gpu(), config)

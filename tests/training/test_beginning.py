@@ -107,11 +107,12 @@ def test_a_run_says_what_it_is_doing(data16, tmp_path):
     result = CliRunner().invoke(main, ["--cfg=stylegan3-t", "--preset=demo", "--cbase=64", "--cmax=8", "--batch=8",
                                        "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random",
                                        f"--data={data16}", "--cond=1", f"--outdir={tmp_path}", "--kimg=0.016",
-                                       "--tick=0.016"], catch_exceptions=False)
+                                       "--tick=0.016", "--feature-precision=tf32"], catch_exceptions=False)
     (folder,) = tmp_path.iterdir()
     log = (folder / "log.txt").read_text()
     places = [re.search(pattern, log, re.MULTILINE) for pattern in (
-        r"^preparing the operations", "^device cpu", "^making the networks", "class vectors: features of 16 images",
+        "^preparing the operations", "^device cpu", "^making the networks", "class vectors: features of 16 images",
+        "^NOTE: --feature-precision=tf32 has an effect on GPUs only: here it is fp32", "^reading some real images",
         r"^first snapshot \(metrics: none\)", "^training for", r"^first iteration \.\.\.", "first Gmain: ",
         "first Dmain: ", "^first iteration done in .* after 1 more", "^tick 1 ")]
     assert None not in places, log
