@@ -12,6 +12,7 @@ import torch
 from torch_utils import distributed, misc
 from torch_utils.ops import tune
 from training.batch_size import explained_memory_errors
+from training.beginning import autotunes
 from training.config import TrainConfig
 from training.networks_stylegan3 import PRECISIONS, Generator
 from training.run_folder import add_run_info
@@ -38,7 +39,8 @@ def settle_forms(state: TrainingState, config: TrainConfig, device: torch.device
             tune.use(device, choices)
             say(choices.describe())
             if choices.store is not None:
-                with explained_memory_errors("rehearsal", config, device):
+                algorithms = misc.autotuning(autotunes(config, state.cur_nimg, device))     # As they will be.
+                with algorithms, explained_memory_errors("rehearsal", config, device):
                     rehearse(state.G, config)
             found = choices.values
         state.forms = distributed.broadcast_object(found)       # The others wait for it, however long it takes.
