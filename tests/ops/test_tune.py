@@ -69,10 +69,10 @@ def test_only_what_is_faster_replaces_the_default(folder):
 
 
 def test_memory_for_the_gradient_counts(folder):
-    """What fits with the default must fit with what is chosen."""
+    """How large a micro-batch may be must not depend much on what is chosen."""
     choices = tune.open_choices(CPU)
-    assert choices.choose("a call", FORMS, Clock(first=(3.0, 100), second=(1.0, 201), third=(2.0, 200))) == "third"
-    assert choices.choose("another", FORMS, Clock(first=(3.0, 100), second=(1.0, 201), third=(2.9, 90))) == "first"
+    assert choices.choose("a call", FORMS, Clock(first=(3.0, 100), second=(1.0, 151), third=(2.0, 150))) == "third"
+    assert choices.choose("another", FORMS, Clock(first=(3.0, 100), second=(1.0, 151), third=(2.9, 90))) == "first"
     broken = RuntimeError("the default does not run")
     assert choices.choose("a third", FORMS, Clock(first=broken, second=(1.0, 201), third=(2.0, 200))) == "second"
 

@@ -30,8 +30,8 @@ KINDS = ("cuda",)           # Types of devices where forms are timed.
 REPEATS = 5                 # Of a candidate, of which the fastest counts: what disturbs a measurement makes it longer.
 MARGIN = 0.95               # Of the default's time: a candidate that takes more is no better, for all that can be told.
 LOCK_SECONDS = 10.0         # For another process that writes its choices; then this one does not wait any longer.
-MEMORY = 2                  # Times what the default keeps for the gradient: a form that keeps more is out, for what
-                            # fits with the default must not run out of memory because forms are chosen.
+MEMORY = 1.5                # Times what the default keeps for the gradient: a form that keeps more is out, so that
+                            # the memory of a training step does not depend much on what is chosen.
 MAX_PICKED = 4096           # Calls whose form is looked up at once.
 
 Form = Callable[..., torch.Tensor]
