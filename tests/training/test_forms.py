@@ -113,6 +113,19 @@ def test_switched_off(timed, monkeypatch, tmp_path):
     assert not timed
 
 
+def test_the_next_stage_chooses_anew(timed, tmp_path):
+    """What a stage was trained with is fixed for that stage only."""
+    counts = []
+    for batch_gpu in (4, 8, 8):
+        config = small_config(batch_gpu=batch_gpu)
+        G = generator(config)
+        state = TrainingState(G, G, None, None, [])
+        settle_forms(state, config, CPU, tmp_path, False, print)
+        rehearse(G, small_config(batch_gpu=2))      # Fixed: other sizes are not timed.
+        counts.append(len(timed))
+    assert 0 < counts[0] < counts[1] == counts[2]   # The third knows its sizes from the file.
+
+
 def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "KINDS", ("cuda",))
     state = TrainingState(None, None, None, None, [], forms={"a call": "matrix"})
