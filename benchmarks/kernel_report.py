@@ -5,9 +5,12 @@ Writes benchmarks/results/kernels.json, which a test holds against the bounds an
 """
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write_text

@@ -6,6 +6,7 @@ the key covers the sources, the flags, PyTorch and the processor or GPU. It is m
 so that one is either whole or absent. Processes that need the same library wait for a lock which the operating system
 frees when its holder ends, however it ends.
 """
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -313,13 +314,17 @@ def main(kinds: tuple[str, ...], arch: str | None, report: bool, as_json: bool) 
         click.echo(json.dumps(rows, indent=1) if as_json else kernel_report.table(rows))
         return
     kinds = kinds or ("cpu", *(["cuda"] if torch.cuda.is_available() or arch else []))
-    for target in [target for kind in kinds for target in all_targets(kind, arch)]:
+    def make(target: Target) -> str:
         start = time.perf_counter()
         try:
             path = library(target, retry=True)
         except BuildError as error:
             raise UserError(f"{target.kind}: {error}") from None
-        click.echo(f"{target.kind}: {path} ({time.perf_counter() - start:.1f} s)")
+        return f"{target.kind}: {path} ({time.perf_counter() - start:.1f} s)"
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for line in pool.map(make, [target for kind in kinds for target in all_targets(kind, arch)]):
+            click.echo(line)
 
 
 if __name__ == "__main__":
