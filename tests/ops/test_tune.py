@@ -322,6 +322,16 @@ def test_the_clock():
     assert x.grad is None
 
 
+def test_long_calls_are_timed_once(monkeypatch):
+    """After one that does not count: of many forms some take long."""
+    calls = []
+    for limit, count in ((0.0, 2), (1e9, 2 + tune.REPEATS)):
+        monkeypatch.setattr(tune, "LONG_SECONDS", limit)
+        calls.clear()
+        tune.seconds_of(lambda: calls.append(0), CPU)
+        assert len(calls) == count
+
+
 @pytest.mark.gpu
 @needs_cuda
 def test_the_clock_of_a_gpu():

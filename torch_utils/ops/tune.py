@@ -27,7 +27,8 @@ from dnnlib.util import atomic_write_text, file_lock
 from torch_utils.ops import build
 
 KINDS = ("cuda",)           # Types of devices where forms are timed.
-REPEATS = 5                 # Of a candidate, of which the fastest counts: what disturbs a measurement makes it longer.
+LONG_SECONDS = 0.02         # A call that takes longer is timed once: little can disturb that, and forms may be many.
+REPEATS = 5                 # Of a shorter one. The fastest counts: what disturbs a measurement makes it longer.
 MARGIN = 0.95               # Of the default's time: a candidate that takes more is no better, for all that can be told.
 LOCK_SECONDS = 10.0         # For another process that writes its choices; then this one does not wait any longer.
 MEMORY = 1.5                # Times what the default keeps for the gradient: a form that keeps more is out, so that
@@ -83,10 +84,15 @@ class Trial:
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """What one call takes on the device, after one that loads code and takes memory."""
     call()
-    if device.type != "cuda":
-        return min(_host_seconds(call) for _ in range(REPEATS))
+    run = _device_seconds if device.type == "cuda" else _host_seconds
+    once = run(call, 1, device)
+    return once if once > LONG_SECONDS else run(call, REPEATS, device)
+
+
+def _device_seconds(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """The least of several calls in a row, by the GPU's own clock."""
     with torch.cuda.device(device):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         marks[0].record()
         for mark in marks[1:]:
             call()
@@ -95,10 +101,12 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return min(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3
 
 
-def _host_seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _host_seconds(call: Callable[[], object], count: int, device: torch.device) -> float:
+    times = [time.perf_counter()]
+    for _ in range(count):
+        call()
+        times.append(time.perf_counter())
+    return min(b - a for a, b in zip(times, times[1:], strict=False))
 
 
 def kept_bytes(trial: Trial, device: torch.device) -> int:
