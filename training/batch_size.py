@@ -17,6 +17,7 @@ from dnnlib import UserError
 from dnnlib.util import format_bytes
 from torch_utils import distributed, misc
 from torch_utils.misc import one_hot
+from torch_utils.ops import tune
 from training.beginning import autotunes
 from training.classifier import Classifier, load_classifier
 from training.config import GeneratorConfig, TrainConfig
@@ -173,6 +174,7 @@ def free_memory() -> int:
 def _find_on_gpu(config: TrainConfig, device: torch.device, sizes: Sequence[int], say: Callable[[str], None],
                  clock: Callable[[], float]) -> int | None:
     """Try sizes on this process's GPU. Networks are gone afterwards."""
+    tune.use(device, None)      # The forms that a stage before this one was trained with were chosen for its shapes.
     D = distributed.node_first(lambda: ProjectedDiscriminator(config.discriminator))
     classifier = None
     if config.loss.cls_weight > 0 and config.generator.c_dim > 0 and not config.loss.cls_model.endswith(".safetensors"):

@@ -4,6 +4,7 @@
 Forms differ in rounding, so all processes of a run take the same ones, and a run that is continued takes those that it
 was started with (torch_utils/ops/tune.py).
 """
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch_utils import distributed, misc
 from torch_utils.ops import tune
 from training.batch_size import explained_memory_errors
+from training.beginning import autotunes
 from training.config import TrainConfig
 from training.networks_stylegan3 import PRECISIONS, Generator
 from training.run_folder import add_run_info
@@ -38,8 +40,11 @@ def settle_forms(state: TrainingState, config: TrainConfig, device: torch.device
             tune.use(device, choices)
             say(choices.describe())
             if choices.store is not None:
-                with explained_memory_errors("rehearsal", config, device):
+                began = time.perf_counter()
+                algorithms = misc.autotuning(autotunes(config, state.cur_nimg, device))     # As they will be.
+                with algorithms, explained_memory_errors("rehearsal", config, device):
                     rehearse(state.G, config)
+                say(f"    {len(choices.values)} of this run in {time.perf_counter() - began:.1f} s")
             found = choices.values
         state.forms = distributed.broadcast_object(found)       # The others wait for it, however long it takes.
     tune.use(device, tune.Choices(state.forms, "as this run was started"))

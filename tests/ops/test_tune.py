@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of the fastest form, with a clock that says what the test wants: on processors nothing is tuned else."""
+import functools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import torch_utils.ops.filtered_lrelu as module
 import torch_utils.ops.modulated_conv2d as conv
 from dnnlib import UserError
+from tests import needs_cuda
 from tests.ops.cases import needs_compiler, randn, use_programs_of_gpu
 from torch_utils.ops import build, dispatch, tune
 from torch_utils.ops.filtered_lrelu import candidates, filtered_lrelu, filtered_lrelu_matrix
@@ -31,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 class Clock:
-    """Seconds of each form by its name; counts what was timed."""
+    """The cost of each form by its name, seconds or (seconds, bytes); counts what was timed."""
 
     def __init__(self, **seconds):
         self.seconds, self.timed = seconds, []
@@ -41,7 +43,8 @@ class Clock:
         self.timed.append(name)
         if isinstance(self.seconds[name], Exception):
             raise self.seconds[name]
-        return self.seconds[name]
+        cost = self.seconds[name]
+        return tune.Cost(*cost) if isinstance(cost, tuple) else tune.Cost(cost)
 
 
 def test_the_fastest_is_chosen_and_timed_once(folder):
@@ -56,6 +59,22 @@ def test_the_fastest_is_chosen_and_timed_once(folder):
     assert forms == [FORMS["second"]] * 2
     assert choices.choose("with one form", {"first": FORMS["first"]}, None) == "first"
     assert list(choices.values) == ["a call"]
+
+
+def test_only_what_is_faster_replaces_the_default(folder):
+    """Two forms that take the same would else be chosen by chance, now the one and now the other."""
+    choices = tune.open_choices(CPU)
+    assert choices.choose("a call", FORMS, Clock(first=1.0, second=0.96, third=0.97)) == "first"
+    assert choices.choose("another", FORMS, Clock(first=1.0, second=0.97, third=0.94)) == "third"
+
+
+def test_memory_for_the_gradient_counts(folder):
+    """How large a micro-batch may be must not depend much on what is chosen."""
+    choices = tune.open_choices(CPU)
+    assert choices.choose("a call", FORMS, Clock(first=(3.0, 100), second=(1.0, 151), third=(2.0, 150))) == "third"
+    assert choices.choose("another", FORMS, Clock(first=(3.0, 100), second=(1.0, 151), third=(2.9, 90))) == "first"
+    broken = RuntimeError("the default does not run")
+    assert choices.choose("a third", FORMS, Clock(first=broken, second=(1.0, 201), third=(2.0, 200))) == "second"
 
 
 def test_without_memory_or_broken_is_out(folder):
@@ -85,7 +104,8 @@ def test_choices_are_kept(folder):
     assert done.stdout.split() == ["second", "1"], done.stderr
     (path,) = folder.glob("*.json")
     assert json.loads(path.read_text())["choices"] == {
-        "a call": {"form": "second", "microseconds": {"first": 3e6, "second": 1e6, "third": 2e6}}}
+        "a call": {"form": "second", "microseconds": {"first": 3e6, "second": 1e6, "third": 2e6},
+                   "kept bytes": {"first": 0, "second": 0, "third": 0}}}
     assert torch.__version__ in path.name
     assert build.cpu_target().name in path.name
 
@@ -161,7 +181,7 @@ def test_threads_agree(folder):
         def seconds(form):
             if form() == "first":
                 both_time.wait()
-            return 1.0 if form() == fastest else 2.0
+            return tune.Cost(1.0 if form() == fastest else 2.0)
         found.append(choices.choose("a call", FORMS, seconds))
 
     threads = [threading.Thread(target=run, args=[name]) for name in ("second", "third")]
@@ -296,8 +316,33 @@ def test_the_convolution_takes_the_fastest_form(folder, monkeypatch, kernel):
 
 def test_the_clock():
     x = randn(4, 4).requires_grad_()
-    run = tune.trial(lambda x, b: x * 2, (x, None))
-    assert 0 < tune.seconds_of(run, CPU) < 60
+    trial = tune.Trial(lambda x, b: x * 2, (x, None))
+    assert 0 < tune.seconds_of(trial, CPU) < 60
+    assert tune.kept_bytes(trial, CPU) == 0
+    assert x.grad is None
+
+
+def test_long_calls_are_timed_once(monkeypatch):
+    """After one that does not count: of many forms some take long."""
+    calls = []
+    for limit, count in ((0.0, 2), (1e9, 2 + tune.REPEATS)):
+        monkeypatch.setattr(tune, "LONG_SECONDS", limit)
+        calls.clear()
+        tune.seconds_of(lambda: calls.append(0), CPU)
+        assert len(calls) == count
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_the_clock_of_a_gpu():
+    """Twice the work takes longer, and what is kept for the gradient is counted."""
+    device = torch.device("cuda")
+    x = torch.randn(64, 1 << 20, device=device).requires_grad_()
+    once, thrice = (tune.Trial(lambda x, n=n: functools.reduce(lambda y, _: y * y, range(n), x), (x,)) for n in (1, 3))
+    assert tune.seconds_of(thrice, device) > 1.5 * tune.seconds_of(once, device) > 0
+    assert [tune.kept_bytes(trial, device) for trial in (once, thrice)] == [x.nbytes, 3 * x.nbytes]
+    with torch.no_grad():
+        assert tune.kept_bytes(tune.Trial(lambda x: x * x, (x,)), device) == 0
     assert x.grad is None
 
 

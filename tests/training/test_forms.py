@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forms of operations in a run: found out before the first iteration without a trace, fixed, and recorded.
 
-On processors nothing is timed; here one plays a GPU, with a clock for which matrices are faster.
+On processors nothing is timed; here one plays a GPU, with a clock that says what is faster.
 """
 import copy
 import dataclasses
 import json
+import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -31,16 +33,17 @@ pytestmark = needs_compiler
 
 @pytest.fixture
 def timed(tmp_path, monkeypatch):
-    """A cache folder of the test's own; how often a form was timed. `timed.matrix` is what matrices take."""
+    """A cache folder of the test's own; how often a form was timed. The last candidate is the fastest, or with
+    `is_slower` the first."""
     class Timed(list):
-        matrix = 1.0
+        is_slower = False
 
     timed = Timed()
 
     def seconds_of(call, device):
         call()
         timed.append(call)
-        return 2.0 if len(timed) % 2 else timed.matrix
+        return math.exp((1 if timed.is_slower else -1) * len(timed) / 5)
 
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("STYLESAN_TUNE", raising=False)
@@ -73,14 +76,16 @@ def test_a_rehearsal_has_all_calls_of_an_iteration(timed):
     """Micro-batches with and without gradient, and the path lengths' part of one with it."""
     config = small_config()
     G, per_layer = generator(config), {}
+    timed.is_slower = True
     rehearse(G, config)
     for name in tune.current(CPU).values:
-        assert name.startswith("filtered_lrelu ")
-        size, _, rest = name.removeprefix("filtered_lrelu ").partition("x")
-        per_layer.setdefault(rest.replace(" gradient", ""), []).append((int(size), " gradient" in rest))
-    assert len(per_layer) >= 3
-    for calls in per_layer.values():
-        assert sorted(calls) == [(2, True), (4, False), (4, True)]
+        size = int(re.match(r"\w+ (\d+)x", name)[1])
+        layer = re.sub(rf"\b{size}x", "", name).replace(" gradient", "")
+        per_layer.setdefault(layer, []).append((size, " gradient" in name))
+    assert len(per_layer) >= 6
+    assert {layer.split()[0] for layer in per_layer} == {"filtered_lrelu", "modulated_conv2d"}
+    for layer, calls in per_layer.items():
+        assert sorted(calls) == [(2, True), (4, False), (4, True)], layer
 
 
 def test_samples_of_path_lengths():
@@ -106,6 +111,19 @@ def test_switched_off(timed, monkeypatch, tmp_path):
     assert state.forms == {}
     rehearse(G, config)
     assert not timed
+
+
+def test_the_next_stage_chooses_anew(timed, tmp_path):
+    """What a stage was trained with is fixed for that stage only."""
+    counts = []
+    for batch_gpu in (4, 8, 8):
+        config = small_config(batch_gpu=batch_gpu)
+        G = generator(config)
+        state = TrainingState(G, G, None, None, [])
+        settle_forms(state, config, CPU, tmp_path, False, print)
+        rehearse(G, small_config(batch_gpu=2))      # Fixed: other sizes are not timed.
+        counts.append(len(timed))
+    assert 0 < counts[0] < counts[1] == counts[2]   # The third knows its sizes from the file.
 
 
 def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
@@ -134,7 +152,8 @@ def test_a_run_keeps_the_forms_it_was_started_with(timed, data16, tmp_path):
     assert "tuned: 0 choices of cpu from" in output
     assert "new shapes are timed" in output
     want = checkpoint.load(only_run(tmp_path / "whole") / STATE_FILE, STATE_FORMAT)
-    assert set(want["forms"].values()) == {"matrix"}
+    of_layers = {name: form for name, form in want["forms"].items() if name.startswith("filtered_lrelu")}
+    assert set(of_layers.values()) == {"matrix"}
 
     folder = tmp_path / "cut"
     train(folder, data16, "--kimg=0.008", *options)
@@ -142,7 +161,7 @@ def test_a_run_keeps_the_forms_it_was_started_with(timed, data16, tmp_path):
     assert record["forms"] == want["forms"]
     store, before = tune.Store(CPU), len(timed)
     store.path.write_text(store.path.read_text().replace('"form": "matrix"', '"form": "cpu"'))
-    assert set(store.read().values()) == {"cpu"}
+    assert store.read() == want["forms"] | dict.fromkeys(of_layers, "cpu")
     output = train(folder, data16, "--kimg=0.024", *options)
     assert f"tuned: as this run was started ({len(want['forms'])} choices)" in output
     assert len(timed) == before
@@ -153,7 +172,7 @@ def test_a_run_keeps_the_forms_it_was_started_with(timed, data16, tmp_path):
     cached = store.read()
     train(tmp_path / "new", data16, "--kimg=0.008", *options)
     new = checkpoint.load(only_run(tmp_path / "new") / STATE_FILE, STATE_FORMAT)["forms"]
-    assert {form for name, form in new.items() if name in cached} == {"cpu"}
+    assert {form for name, form in new.items() if name in cached and name.startswith("filtered_lrelu")} == {"cpu"}
 
 
 def test_an_older_run_takes_the_defaults(timed, data16, tmp_path, unbroken, monkeypatch):

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,12 @@ from dnnlib.util import atomic_write_text, file_lock
 from torch_utils.ops import build
 
 KINDS = ("cuda",)           # Types of devices where forms are timed.
-REPEATS = 5                 # Of a candidate, of which the fastest counts: what disturbs a measurement makes it longer.
+LONG_SECONDS = 0.02         # A call that takes longer is timed once: little can disturb that, and forms may be many.
+REPEATS = 5                 # Of a shorter one. The fastest counts: what disturbs a measurement makes it longer.
+MARGIN = 0.95               # Of the default's time: a candidate that takes more is no better, for all that can be told.
 LOCK_SECONDS = 10.0         # For another process that writes its choices; then this one does not wait any longer.
+MEMORY = 1.5                # Times what the default keeps for the gradient: a form that keeps more is out, so that
+                            # the memory of a training step does not depend much on what is chosen.
 MAX_PICKED = 4096           # Calls whose form is looked up at once.
 
 Form = Callable[..., torch.Tensor]
@@ -47,15 +51,48 @@ def _warn(text: str) -> None:
     print(f"tuned: {text}", file=sys.stderr, flush=True)
 
 #----------------------------------------------------------------------------
-# Clocks.
+# What candidates cost.
+
+class Cost(NamedTuple):
+    """Of a candidate."""
+
+    seconds: float
+    kept: int = 0       # Bytes in memory between the passes, for the gradient.
+
+
+class Trial:
+    """A call to be timed: the forward pass and, where a gradient is wanted, the backward pass.
+
+    It works on the values of the inputs and leaves no trace in the graph that they belong to.
+    """
+
+    def __init__(self, call: Form, inputs: Sequence[torch.Tensor | None]):
+        self.call = call
+        self.leaves = [None if t is None else t.detach().requires_grad_(wants_gradient(t)) for t in inputs]
+        self.wanted = [t for t in self.leaves if t is not None and t.requires_grad]
+
+    def forward(self) -> torch.Tensor:
+        """The first pass alone."""
+        return self.call(*self.leaves)
+
+    def __call__(self) -> None:
+        y = self.forward()
+        if self.wanted:
+            torch.autograd.grad(y, self.wanted, y.detach())
+
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """What one call takes on the device, after one that loads code and takes memory."""
     call()
-    if device.type != "cuda":
-        return min(_host_seconds(call) for _ in range(REPEATS))
+    run = _device_seconds if device.type == "cuda" else _host_seconds
+    once = run(call, 1, device)
+    return once if once > LONG_SECONDS else run(call, REPEATS, device)
+
+
+def _device_seconds(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """The least of several calls in a row, by the GPU's own clock."""
     with torch.cuda.device(device):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         marks[0].record()
         for mark in marks[1:]:
             call()
@@ -64,25 +101,23 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return min(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3
 
 
-def _host_seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _host_seconds(call: Callable[[], object], count: int, device: torch.device) -> float:
+    times = [time.perf_counter()]
+    for _ in range(count):
+        call()
+        times.append(time.perf_counter())
+    return min(b - a for a, b in zip(times, times[1:], strict=False))
 
 
-def trial(call: Form, inputs: Sequence[torch.Tensor | None]) -> Callable[[], None]:
-    """A call to be timed: the forward pass and, where a gradient is wanted, the backward pass.
-
-    It works on the values of the inputs and leaves no trace in the graph that they belong to.
-    """
-    leaves = [None if t is None else t.detach().requires_grad_(wants_gradient(t)) for t in inputs]
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
-
-    def run() -> None:
-        y = call(*leaves)
-        if wanted:
-            torch.autograd.grad(y, wanted, y.detach())
-    return run
+def kept_bytes(trial: Trial, device: torch.device) -> int:
+    """What a GPU keeps between the passes, the result included; 0 where there is only one pass, and elsewhere."""
+    if device.type != "cuda" or not trial.wanted:
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    y = trial.forward()
+    kept = torch.cuda.memory_allocated(device) - before
+    del y
+    return kept
 
 
 def wants_gradient(x: torch.Tensor) -> bool:
@@ -119,14 +154,16 @@ class Store:
             _warn(f"{self.path} is damaged and does not count ({type(error).__name__}): forms are timed anew")
             return {}
 
-    def add(self, name: str, form: str, microseconds: Mapping[str, float]) -> None:
+    def add(self, name: str, form: str, costs: Mapping[str, Cost]) -> None:
         """Keep a choice beside those of other processes; one that another process made meanwhile stays."""
         if not self._can_write:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with file_lock(self.path.with_suffix(".lock"), LOCK_SECONDS):
-                entries = {name: {"form": form, "microseconds": dict(microseconds)}} | self._entries()
+                entry = {"form": form, "microseconds": {k: round(1e6 * cost.seconds, 1) for k, cost in costs.items()},
+                         "kept bytes": {k: cost.kept for k, cost in costs.items()}}
+                entries = {name: entry} | self._entries()
                 content = {"device": self.device, "library": self.library, "torch": torch.__version__,
                            "choices": dict(sorted(entries.items()))}
                 atomic_write_text(self.path, json.dumps(content, indent=1) + "\n")
@@ -160,52 +197,56 @@ class Choices:
         return (f"tuned: {len(self._kept)} choices of {self.store.device} from {self.store.path}, new shapes are timed")
 
     def fastest(self, key: Hashable, name: Callable[[], str], candidates: Callable[[], Mapping[str, Form]],
-                seconds: Callable[[Form], float]) -> Form:
+                cost: Callable[[Form], Cost]) -> Form:
         """The form that a call takes.
 
         Args:
             key: What the choice depends on; looked up at every call.
             name: The same in words, for the file.
             candidates: By name, the default first.
-            seconds: What a candidate takes.
+            cost: Of a candidate.
         """
         form = self._picked.get(key)
         if form is None:
             forms = candidates()
-            form = forms[self.choose(name(), forms, seconds)]
+            form = forms[self.choose(name(), forms, cost)]
             if len(self._picked) >= MAX_PICKED:
                 self._picked.clear()
             self._picked[key] = form
         return form
 
-    def choose(self, name: str, forms: Mapping[str, Form], seconds: Callable[[Form], float]) -> str:
+    def choose(self, name: str, forms: Mapping[str, Form], cost: Callable[[Form], Cost]) -> str:
         """The name of the form for a call that is described by `name`."""
         default = next(iter(forms))
         if len(forms) == 1:
             return default
         if name not in self.values and self.store is not None:
             kept = self._kept.get(name)
-            chosen, times = (kept, None) if kept in forms else self._time(forms, seconds)
+            chosen, costs = (kept, None) if kept in forms else self._time(forms, cost)
             with self._lock:        # Two threads may have timed the same.
                 is_first = self.values.setdefault(name, chosen) is chosen
-            if is_first and times:
-                self.store.add(name, chosen, times)
+            if is_first and costs:
+                self.store.add(name, chosen, costs)
         chosen = self.values.get(name, default)
         if chosen not in forms:
             _warn(f"{name}: there is no form {chosen!r} any more, the default {default!r} is taken")
             return default
         return chosen
 
-    def _time(self, forms: Mapping[str, Form], seconds: Callable[[Form], float]) -> tuple[str, dict[str, float]]:
-        """(the fastest, microseconds of each that runs). One that fails, for lack of memory mostly, is out."""
-        times: dict[str, float] = {}
+    def _time(self, forms: Mapping[str, Form], cost: Callable[[Form], Cost]) -> tuple[str, dict[str, Cost]]:
+        """(the fastest, the cost of each that runs). One that fails, for lack of memory mostly, is out."""
+        costs: dict[str, Cost] = {}
         for name, form in forms.items():
             # The error of memory is one of these. If all candidates fail, the call itself says why.
             with contextlib.suppress(RuntimeError):
-                times[name] = round(1e6 * seconds(form), 1)
-            if name not in times and torch.cuda.is_initialized():
+                costs[name] = cost(form)
+            if name not in costs and torch.cuda.is_initialized():
                 torch.cuda.empty_cache()        # Here, where nothing refers to what the candidate had.
-        return min(times, key=times.get, default=next(iter(forms))), times
+        default = next(iter(forms))
+        usual = costs.get(default)
+        better = {name: seconds for name, (seconds, kept) in costs.items()
+                  if usual is None or (seconds <= MARGIN * usual.seconds and kept <= MEMORY * usual.kept)}
+        return min(better, key=better.get, default=default), costs
 
 
 _current: dict[str, Choices] = {}       # Of this process, by type of device; made at the first call.
@@ -267,10 +308,11 @@ def fastest(op: str, inputs: Sequence[torch.Tensor | None], facts: Mapping[str, 
             for kind in kinds]
         return f"{op} {', '.join(tensors)}; {', '.join(f'{what} {_text(value)}' for what, value in facts.items())}"
 
-    def seconds(form: Form) -> float:
-        return seconds_of(trial(lambda *leaves: call(form, *leaves), inputs), device)
+    def cost(form: Form) -> Cost:
+        trial = Trial(lambda *leaves: call(form, *leaves), inputs)
+        return Cost(seconds_of(trial, device), kept_bytes(trial, device))
 
-    return current(device).fastest((op, *kinds, *facts.values()), name, candidates, seconds)
+    return current(device).fastest((op, *kinds, *facts.values()), name, candidates, cost)
 
 
 def _layout(x: torch.Tensor) -> str:
