@@ -53,7 +53,7 @@ def modulated_conv2d(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor
         form = tune.fastest("modulated_conv2d", (x, weight, styles, input_gain),
                             {"demodulate": demodulate, "padding": padding},
                             lambda: {name: FORMS[name] for name in possible if name in (possible[0], *TIMED)},
-                            lambda form, x, w, s, gain: form(x, w, s, demodulate, padding, gain))
+                            lambda form, x, w, s, gain: form(x, w, s, demodulate, padding, gain), batched=(0, 2))
     return form(x, weight, styles, demodulate, padding, input_gain)
 
 
