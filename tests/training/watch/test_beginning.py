@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says before its first tick, by a clock that the test sets."""
-import dataclasses
 import re
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.training.run.test_batch_size import settings
 from train import main
-from training.generator.layer_schedule import stem_config
-from training.run.autotuning import AUTOTUNE_ITERATIONS, autotunes
 from training.watch.beginning import PATIENCE, Beginning
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 
 
 class Clock:
@@ -93,15 +89,6 @@ def test_nothing_is_said_after_the_first_tick(started):
     with beginning.phase("Greg"):       # Path lengths begin after a million images, and their first run is long, too.
         clock.now += 3
     assert said[2:] == ["    first Greg: 3.0 s"]
-
-
-def test_algorithms_are_chosen_in_long_runs_on_gpus_only():
-    config = settings(stem_config(16, 4, 64, 8, 2, c_dim=3, w_dim=16, embed_dim=8))
-    config = dataclasses.replace(config, total_kimg=AUTOTUNE_ITERATIONS * config.batch / 1000)
-    assert autotunes(config, 0, GPU)
-    assert not autotunes(config, config.batch, GPU)         # One iteration less to go.
-    assert not autotunes(config, 0, CPU)
-    assert not autotunes(dataclasses.replace(config, cudnn_benchmark=False), 0, GPU)
 
 
 def test_a_run_says_what_it_is_doing(data16, tmp_path):
