@@ -1,4 +1,5 @@
 """Continuing a run: killed processes, other settings, other numbers of processes."""
+import hashlib
 import json
 import os
 import subprocess
@@ -164,6 +165,7 @@ def test_what_the_options_file_records(tmp_path):
     assert (folder / "log.txt").read_text() == "changed since the last start: x: 1 -> 2\n"
     assert {p.name for p in folder.iterdir()} == {"log.txt", OPTIONS_FILE, STATE_FILE}
     assert len(code_version()) == 12
+    assert code_version() != hashlib.sha256().hexdigest()[:12]      # It has read some sources.
 
 
 def test_a_state_is_sent_as_a_skeleton_and_tensors():
