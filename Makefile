@@ -45,8 +45,9 @@ test-arithmetics: $(VENV)/.installed
 # Those against the official numbers and of the operations, under two other settings (a minute or two).
 test-arithmetics-quick: $(VENV)/.installed
 	$(PY) -m tests.arithmetics --jobs=$(JOBS) --only=avx2,aten -- -m "numeric and not slow" \
-	    tests/ops/test_parity.py tests/networks tests/discriminators/test_parity.py tests/discriminators/test_san.py \
-	    tests/metrics/test_formulas.py
+	    tests/ops/test_parity.py tests/training/test_generator.py tests/training/test_convolution_forms.py \
+	    tests/training/generator tests/training/discriminators/test_parity.py \
+	    tests/training/discriminators/test_san.py tests/metrics/test_formulas.py
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

@@ -13,8 +13,8 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from torch_utils import distributed, misc
-from training.recipes import RECIPES
-from training.splitting import check_diversity, check_split_group, split_batch
+from training.run.recipes import RECIPES
+from training.run.splitting import check_diversity, check_split_group, split_batch
 
 OFFICIAL_BACKBONES = ["deit_base_distilled_patch16_224", "tf_efficientnet_lite0"]
 DIAGNOSIS_IMAGES = 1024     # Per side, of --diagnose without a number.
@@ -89,8 +89,8 @@ def check_saving(opts: EasyDict) -> None:
 
 def open_dataset(opts: EasyDict):
     """The data set of `--data`, with labels when `--cond` asks for them."""
+    from training.data.zip_index import prepare_index
     from training.dataset import ImageDataset
-    from training.zip_index import prepare_index
     distributed.node_first(lambda: prepare_index(opts.data))
     dataset = ImageDataset(opts.data, use_labels=opts.cond, xflip=opts.mirror)
     if dataset.has_labels and not opts.cond:
@@ -106,16 +106,16 @@ def stage_dataset(opts: EasyDict, dataset: Any):
     """
     if opts.stage_to is None:
         return dataset
+    from training.data.local_copy import stage
     from training.dataset import ImageDataset
-    from training.staging import stage
     path = distributed.node_first(lambda: stage(opts.data, opts.stage_to))
     return ImageDataset(path, use_labels=opts.cond, xflip=opts.mirror)
 
 
 def generator_settings(opts: EasyDict, dataset: Any, stem: dict[str, Any] | None):
     """GeneratorConfig of the stem or stage that the options describe."""
-    from training.layer_schedule import stem_config, superres_config
-    from training.snapshots import generator_config
+    from training.generator.layer_schedule import stem_config, superres_config
+    from training.run.snapshots import generator_config
     rotation = opts.cfg == "stylegan3-r"
     full_precision = opts.fp32 or opts.precision == "fp32"
     if stem is None:
@@ -156,10 +156,10 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
         fits G_ema, as a table), desc.
     """
     from legacy import open_snapshot
-    from training.batch_size import check_index_range, default_batch_gpu
     from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, SavingConfig, TrainConfig
-    from training.init_from import check_generator
-    from training.reporting import import_wandb
+    from training.run.batch_size import check_index_range, default_batch_gpu
+    from training.run.init_from import check_generator
+    from training.watch.reporting import import_wandb
     check_options(opts, given)
     check_saving(opts)
     preset = PRESETS[opts.preset]
@@ -240,7 +240,7 @@ def print_setup(setup: EasyDict, gpus: int) -> None:
 
 def resolve_run(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any] | None = None) -> EasyDict:
     """What `setup_config` gives, and the run that it starts or continues. All processes call this."""
-    from training.run_folder import find_run, run_info
+    from training.run.folder import find_run, run_info
     setup = setup_config(opts, given, gpus, stem)
     setup.info = run_info(setup.dataset, opts.device)
     setup.run = distributed.broadcast_object(
@@ -251,8 +251,8 @@ def resolve_run(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any]
 
 def choose_batch_gpu(setup: EasyDict, gpus: int, device: Any) -> None:
     """--batch-gpu=auto: what the run had before, if it can have that again; else what fits and is fast."""
-    from training.batch_size import find_batch_gpu, usable_sizes
-    from training.run_folder import read_options
+    from training.run.batch_size import find_batch_gpu, usable_sizes
+    from training.run.folder import read_options
     config = setup.config
     before = (distributed.broadcast_object(read_options(setup.run.folder)) or {}).get("batch_gpu", 0)
     if setup.run.resumed and before in usable_sizes(config, gpus):
@@ -270,17 +270,17 @@ def choose_batch_gpu(setup: EasyDict, gpus: int, device: Any) -> None:
 
 def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: Any) -> int:
     """Train what `resolve_run` resolved, until `stop` (StopRequests) says so. Returns the exit code."""
-    from training.preflight import check_processes
-    from training.run_folder import create_run
-    from training.stages import mark_finished
+    from training.run.folder import create_run
+    from training.run.preflight import check_processes
+    from training.run.stages import mark_finished
     if opts.batch_gpu == "auto" and not opts.dry_run:
         choose_batch_gpu(setup, gpus, device)
     check_split_group(opts.split_group, setup.config.batch_gpu)
     check_processes(setup.config, setup.dataset, setup.info)
     print_setup(setup, gpus)
     if opts.dry_run:
-        from training.snapshots import generator_config
-        from training.superres import stage_table
+        from training.generator.superres import stage_table
+        from training.run.snapshots import generator_config
         below = generator_config(setup.stem) if setup.stem else None
         distributed.print0(f"{stage_table(setup.config.generator, below)}\n{setup.transfer}\n\n"
                            "Dry run: nothing was written.")
@@ -301,9 +301,9 @@ def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: A
 def bench(opts: EasyDict, given: set[str], gpus: int, device: Any) -> int:
     """How long the stage, or those of the recipe, will take, from a few iterations of each. Nothing is written."""
     from dnnlib.util import format_time
-    from training.bench import time_stage
-    from training.preflight import check_processes
-    from training.stages import planned_stages
+    from training.run.bench import time_stage
+    from training.run.preflight import check_processes
+    from training.run.stages import planned_stages
 
     def resolve(options: EasyDict, names: set[str], stem: dict[str, Any] | None = None) -> EasyDict:
         return resolve_run(options, names, gpus, stem)
@@ -328,7 +328,7 @@ def default_options() -> dict[str, Any]:
 
 def train_recipe(opts: EasyDict, given: set[str], gpus: int, device: Any = None, stop: Any = None) -> int:
     """All stages of `opts.recipe`. Without a device they are only resolved. Returns the exit code."""
-    from training.stages import check_recipe, run_recipe
+    from training.run.stages import check_recipe, run_recipe
     defaults, spelling = default_options(), {p.name: p.opts[-1] for p in main.params}
 
     def resolve(options: EasyDict, names: set[str], stem: dict[str, Any] | None) -> EasyDict:
@@ -343,7 +343,7 @@ def train_recipe(opts: EasyDict, given: set[str], gpus: int, device: Any = None,
 
 def run(opts: EasyDict, given: set[str]) -> int:
     """Resolve, launch or join the processes, train. Returns the exit code."""
-    from training.stopping import StopRequests
+    from training.run.stopping import StopRequests
     launched = distributed.launched_world_size()
     gpus = launched or opts.gpus or 1
     if launched is not None and opts.gpus not in (None, launched):

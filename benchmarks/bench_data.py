@@ -36,9 +36,9 @@ sys.path.insert(0, str(ROOT))
 
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import atomic_write_text, format_bytes  # noqa: E402
+from training.data.png import encode_plain_png  # noqa: E402
+from training.data.zip_index import index_files  # noqa: E402
 from training.dataset import EpochOrder, ImageDataset, TrainingStream  # noqa: E402
-from training.png import encode_plain_png  # noqa: E402
-from training.zip_index import index_files  # noqa: E402
 
 MANY, QUICK = 1_300_000, 50_000
 BATCH = 64

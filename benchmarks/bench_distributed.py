@@ -33,12 +33,12 @@ from dnnlib.util import atomic_write_text, format_bytes  # noqa: E402
 from torch_utils import checkpoint  # noqa: E402
 from training.config import DiscriminatorConfig, GeneratorConfig, LossConfig, OptimConfig  # noqa: E402
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402
-from training.layer_schedule import stem_config, superres_config  # noqa: E402
+from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
 from training.loss import StyleSanLoss  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
-from training.phases import make_phases  # noqa: E402
-from training.saving import copy_to_cpu, tensor_bytes  # noqa: E402
-from training.snapshots import STATE_FORMAT, TrainingState  # noqa: E402
+from training.run.saving import copy_to_cpu, tensor_bytes  # noqa: E402
+from training.run.snapshots import STATE_FORMAT, TrainingState  # noqa: E402
+from training.step.phases import make_phases  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "distributed.md"
 STATE_SECONDS = 600         # The default of --snap-state.

@@ -38,7 +38,7 @@ from torch_utils.images import to_uint8_metric  # noqa: E402
 from torch_utils.ops import dispatch  # noqa: E402
 from training import networks_stylegan3 as networks  # noqa: E402
 from training.config import GeneratorConfig  # noqa: E402
-from training.layer_schedule import stem_config, superres_config  # noqa: E402
+from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "inference.md"
 TURNS = 5

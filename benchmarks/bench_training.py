@@ -35,7 +35,6 @@ from torch_utils import misc  # noqa: E402
 from torch_utils.misc import one_hot, requires_grad  # noqa: E402
 from torch_utils.ops import dispatch  # noqa: E402
 from torch_utils.training_stats import Collector  # noqa: E402
-from training.classifier import Classifier, load_classifier  # noqa: E402
 from training.config import (  # noqa: E402
     OFFICIAL_PROCESSES,
     DiscriminatorConfig,
@@ -45,14 +44,16 @@ from training.config import (  # noqa: E402
 )
 from training.diffaug import NUM_UNIFORMS  # noqa: E402
 from training.discriminators.projected import Features, ProjectedDiscriminator  # noqa: E402
-from training.ema import update_ema  # noqa: E402
-from training.gradients import FlatGradients  # noqa: E402
-from training.health import GradientGuard  # noqa: E402
-from training.layer_schedule import stem_config, superres_config  # noqa: E402
-from training.loss import MicroBatch, StyleSanLoss  # noqa: E402
-from training.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss  # noqa: E402
+from training.feature_networks.classifier import Classifier, load_classifier  # noqa: E402
+from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
+from training.loss import StyleSanLoss  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
-from training.phases import make_phases, run_phase  # noqa: E402
+from training.step.ema import update_ema  # noqa: E402
+from training.step.gradients import FlatGradients  # noqa: E402
+from training.step.guard import GradientGuard  # noqa: E402
+from training.step.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss  # noqa: E402
+from training.step.micro_batch import MicroBatch  # noqa: E402
+from training.step.phases import make_phases, run_phase  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "training.md"
 BACKBONES = ("deit_base_distilled_patch16_224:random", "tf_efficientnet_lite0:random")

@@ -9,7 +9,7 @@ import torch
 
 from dnnlib.util import atomic_write_text
 from training.config import GeneratorConfig
-from training.layer_schedule import stem_config, superres_config
+from training.generator.layer_schedule import stem_config, superres_config
 
 CLASSES = 1000
 RECIPE_STAGES, RECIPE_HEAD_LAYERS = 4, 7

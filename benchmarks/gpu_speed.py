@@ -386,8 +386,8 @@ def auto_micro_batch(config: GeneratorConfig, context: Context) -> int:
     """As `--batch-gpu=auto` finds it for a batch of STEM_BATCH; its trials are in the step's log."""
     import bench_training as bench
 
-    from training.batch_size import find_batch_gpu
     from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
+    from training.run.batch_size import find_batch_gpu
     backbones = SMALL_NETWORKS["backbones"] if context.quick else bench.BACKBONES
     batch = 4 if context.quick else STEM_BATCH
     return find_batch_gpu(TrainConfig(

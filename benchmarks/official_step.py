@@ -28,9 +28,9 @@ from training.config import OptimConfig
 from training.diffaug import diff_augment
 from training.discriminators.blocks import SpectralConv2d
 from training.discriminators.projected import FeatureNetwork, Features, ProjectedDiscriminator
-from training.loss import MicroBatch
-from training.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss
 from training.networks_stylegan3 import FullyConnectedLayer, Generator, SynthesisLayer
+from training.step.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss
+from training.step.micro_batch import MicroBatch
 
 #----------------------------------------------------------------------------
 # Slow forms of layers.

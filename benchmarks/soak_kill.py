@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from dnnlib import UserError, cli  # noqa: E402
 from dnnlib.util import atomic_write_text  # noqa: E402
-from training.resume import load_state  # noqa: E402
-from training.run_folder import STATE_FILE, has_state  # noqa: E402
+from training.run.folder import STATE_FILE, has_state  # noqa: E402
+from training.run.resume import load_state  # noqa: E402
 
 OPTIONS = ("--cfg=stylegan3-t --preset=demo --cbase=64 --cmax=8 --batch=8 --batch-gpu=4 --device=cpu --workers=0 "
            "--metrics=none --backbones=local:random --tick=0.08 --snap=1 --keep=2 --snap-state=0.00001").split()

@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 
 from data_prep.transforms import TRANSFORMS, Size, is_enlarged
-from training.image_sources import open_image, to_rgb
-from training.png import encode_plain_png
+from training.data.png import encode_plain_png
+from training.data.stores import open_image, to_rgb
 
 GRAY_MODES = ("1", "L", "LA", "La")
 

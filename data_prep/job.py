@@ -24,8 +24,8 @@ from data_prep.sources.base import Source, read_image
 from data_prep.transforms import REVERSIBLE, Size, check_sizes, is_usable, nearest_usable
 from dnnlib import UserError
 from dnnlib.util import format_bytes, list_some
-from training.data_report import REPORT_NAME
-from training.labels import METADATA_NAME
+from training.data.labels import METADATA_NAME
+from training.data.report import REPORT_NAME
 
 COMMIT_IMAGES = 1000            # Files between two commits to the journal,
 COMMIT_SECONDS = 10             # or time, whichever comes first.

@@ -13,7 +13,7 @@ from typing import Any
 
 from dnnlib import UserError
 from dnnlib.util import format_bytes, list_some
-from training.labels import MAX_CLASSES, clean_name
+from training.data.labels import MAX_CLASSES, clean_name
 
 MAX_LABEL_FILE = 1 << 30
 NAME_COLUMNS = ("file_name", "filename", "file", "path", "image", "image_id", "name", "id")

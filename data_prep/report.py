@@ -14,7 +14,7 @@ from data_prep.journal import Level, Progress, last_link
 from data_prep.sinks import image_name
 from data_prep.sources.base import Source, printable
 from dnnlib.util import list_some
-from training.data_report import REPORT_NAME
+from training.data.report import REPORT_NAME
 
 
 def library_versions() -> dict[str, str]:

@@ -15,8 +15,8 @@ from data_prep.sources.base import FolderFiles, ZipFiles, read_image
 from data_prep.transforms import is_usable
 from dnnlib import UserError
 from dnnlib.util import list_some
-from training.data_report import read_report
-from training.labels import METADATA_NAME
+from training.data.labels import METADATA_NAME
+from training.data.report import read_report
 
 SERVED_MODES = ("RGB", "L")         # What training accepts.
 

@@ -14,7 +14,7 @@ from inference.image_files import open_files
 from inference.npz_source import NpzSource as NpzSource
 from inference.tar_store import TarStore, is_tar
 from metrics.references import is_statistics
-from training.image_sources import open_store
+from training.data.stores import open_store
 
 #----------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from dnnlib import UserError
 from dnnlib.util import list_some
 from torch_utils.images import to_uint8_metric
 from torch_utils.misc import evaluating, full_precision, one_hot, to_device
-from training.layer_schedule import largest_batch
+from training.data.randomness import CounterRNG
+from training.generator.layer_schedule import largest_batch
 from training.networks_stylegan3 import PRECISIONS, Generator
-from training.randomness import CounterRNG
 
 #----------------------------------------------------------------------------
 # The official conventions of gen_images.

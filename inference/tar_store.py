@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dnnlib import UserError
-from training.labels import METADATA_NAME, clean_name, is_image_name, parse_metadata
+from training.data.labels import METADATA_NAME, clean_name, is_image_name, parse_metadata
 
 BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}   # By first bytes.
@@ -31,7 +31,7 @@ def is_tar(path: str | os.PathLike) -> bool:
 class TarStore:
     """The images in a tar archive, sorted by name, with an index of where each begins.
 
-    Made in one pass over the headers. The same interface as the stores in `training.image_sources`; can be pickled,
+    Made in one pass over the headers. The same interface as the stores in `training.data.stores`; can be pickled,
     and every process reads through a handle of its own.
 
     Raises:

@@ -111,7 +111,7 @@ class LossConfig:
     cls_weight: float = 0.0
     cls_model: str = "deit_small_distilled_patch16_224"
     reference_micro_batch: int = 8
-    diversity_weight: float = 0.0   # Not official; per sample. See training.diversity.
+    diversity_weight: float = 0.0   # Not official; per sample. See training.step.diversity.
 
 
 OFFICIAL_PROCESSES = 8              # Of the published runs: their effective eps follows from it, see `gradient_scale`.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image data sets in the official format, the order in which they are shown, and the stream of micro-batches."""
+"""Image data sets in the official format: the order in which images are shown, the stream of micro-batches, and how far
+the images of a class are apart."""
 import functools
 import itertools
 import os
@@ -13,19 +14,14 @@ import torch
 import torch.utils.data
 
 from dnnlib import UserError
-from training.image_sources import (
-    DECODE_ERRORS,
-    METADATA_NAME,
-    content_fingerprint,
-    open_image,
-    open_store,
-)
-from training.labels import read_labels
-from training.png import decode_plain_png
-from training.randomness import permutation
+from training.data.labels import read_labels
+from training.data.png import decode_plain_png
+from training.data.randomness import permutation
+from training.data.stores import DECODE_ERRORS, METADATA_NAME, content_fingerprint, open_image, open_store
 
 CHECKED_AT_START = 256      # Files whose size and mode are looked at before training; the rest when they are read.
 MIN_RESOLUTION = 4
+NUM_PAIRS = 1024            # Pairs of images whose distance is measured, at most.
 STOPPING = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 #----------------------------------------------------------------------------
@@ -356,3 +352,24 @@ class TrainingStream:
     def close(self) -> None:
         """End the loader processes and the stream."""
         self._batches = self._loader = None
+
+#----------------------------------------------------------------------------
+
+def real_pair_distance(dataset: ImageDataset, seed: int = 0, num_pairs: int = NUM_PAIRS) -> float:
+    """Mean absolute difference of two random images of one class, pixels in [-1, 1]; 0 if no class has two.
+
+    Args:
+        dataset: The images; without labels all count as one class.
+        seed: Of the choice of pairs.
+        num_pairs: Pairs to look at, at most; classes come as often as in the data.
+    """
+    labels = np.asarray(dataset.labels)
+    order = permutation(seed, 0, len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]         # Class by class, shuffled within.
+    pairs = np.stack([order[:-1], order[1:]], axis=1)
+    pairs = pairs[labels[pairs[:, 0]] == labels[pairs[:, 1]]]
+    if len(pairs) == 0:
+        return 0.0
+    pairs = pairs[permutation(seed, 1, len(pairs))[:num_pairs]]
+    distances = [np.abs(dataset[a][0].astype(np.float64) - dataset[b][0]).mean() for a, b in pairs]
+    return float(np.mean(distances) / 127.5)

@@ -5,32 +5,19 @@ Every term is a mean over the samples of the global batch, so gradients do not d
 and path-length weights keep their official meaning at micro-batch 8: officially adversarial terms are summed over a
 micro-batch while these two are averaged, so per sample their weight is `weight / reference_micro_batch`.
 """
-import dataclasses
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from torch_utils import distributed
-from training.blur import blur, blur_sigma
 from training.config import LossConfig
 from training.discriminators.projected import Features, ProjectedDiscriminator
-from training.diversity import diversity_loss
-from training.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss, path_lengths
 from training.networks_stylegan3 import PRECISIONS, Generator
-
-
-@dataclasses.dataclass(frozen=True)
-class MicroBatch:
-    """What one process feeds through the networks at once; N samples."""
-
-    z: torch.Tensor                             # [N, z_dim]
-    gen_c: torch.Tensor                         # [N, c_dim], one-hot.
-    real_img: torch.Tensor | None = None        # [N, 3, R, R] in [-1, 1]; None in phases that see no real image.
-    real_c: torch.Tensor | None = None          # [N, c_dim], one-hot.
-    augment_fake: torch.Tensor | None = None    # [backbones, N, NUM_UNIFORMS] uniform numbers; None: no augmentation.
-    augment_real: torch.Tensor | None = None
-    pl_noise: torch.Tensor | None = None        # [N, 3, R, R] standard normal; only the path-length phase uses it.
+from training.step.blur import blur, blur_sigma
+from training.step.diversity import diversity_loss
+from training.step.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss, path_lengths
+from training.step.micro_batch import MicroBatch
 
 
 class StyleSanLoss:
@@ -45,7 +32,7 @@ class StyleSanLoss:
         classifier: Callable[[torch.Tensor], torch.Tensor] | None = None,   # Images in [-1, 1] -> logits [N, c_dim].
         report: Callable[[str, torch.Tensor], None] = lambda name, value: None,
         precision: str = "auto",                # Of G: a key of `training.networks_stylegan3.PRECISIONS`.
-        real_distance: float = 0.0,             # `training.diversity.real_pair_distance`, for the diversity term.
+        real_distance: float = 0.0,             # `training.dataset.real_pair_distance`, for the diversity term.
     ):
         self.G, self.D, self.config, self.classifier = G, D, config, classifier
         self.report = report

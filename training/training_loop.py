@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: StyleGAN-XL's algorithm with SAN heads (Sauer et al. 2022; Takida et al. 2024)."""
 import copy
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,78 +12,36 @@ from dnnlib.util import format_time
 from torch_utils import distributed, misc
 from torch_utils.ops import dispatch
 from torch_utils.training_stats import Collector
-from training.batch_size import explained_memory_errors
-from training.batches import BatchSource
-from training.beginning import Beginning, autotunes
-from training.class_embedding import class_embedding
-from training.classifier import load_classifier
 from training.config import TrainConfig
-from training.dataset import EpochOrder, ImageDataset, TrainingStream
-from training.diagnosis import explain_nonfinite
+from training.data.randomness import CounterRNG
+from training.dataset import EpochOrder, ImageDataset, TrainingStream, real_pair_distance
 from training.discriminators.projected import ProjectedDiscriminator
-from training.diversity import real_pair_distance
-from training.ema import update_ema
-from training.feature_networks.registry import load_backbone
-from training.forms import settle_forms
-from training.health import EXIT_COLLAPSE, EXIT_NONFINITE, GradientGuard, HealthCheck
-from training.init_from import start_from
+from training.feature_networks.classifier import load_classifier
+from training.generator.superres import stage_table
 from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
-from training.phases import make_phases, run_phase
-from training.preflight import check_disk, state_bytes
-from training.randomness import CounterRNG
-from training.reporting import Reporter, SampleSheets
-from training.resume import load_state
-from training.saving import Saver, pick_score, update_best
-from training.snapshots import TrainingState, generator_config, snapshot_name
-from training.stopping import EXIT_DONE, EXIT_RESTART, NOTHING, Request, StopRequests
-from training.superres import load_stem_into, stage_table
+from training.run.autotuning import autotunes
+from training.run.batch_size import explained_memory_errors
+from training.run.forms import settle_forms
+from training.run.init_from import start_from
+from training.run.networks import make_networks
+from training.run.preflight import check_disk, state_bytes
+from training.run.resume import load_state
+from training.run.saving import Saver, pick_score, update_best
+from training.run.snapshots import TrainingState, generator_config, snapshot_name
+from training.run.stopping import EXIT_DONE, EXIT_RESTART, NOTHING, Request, StopRequests
+from training.step.batches import BatchSource
+from training.step.ema import update_ema
+from training.step.guard import GradientGuard
+from training.step.phases import make_phases, run_phase
+from training.watch.beginning import Beginning
+from training.watch.health import EXIT_COLLAPSE, EXIT_NONFINITE, HealthCheck
+from training.watch.nonfinite import explain_nonfinite
+from training.watch.reporting import Reporter, SampleSheets
 
 Evaluator = Callable[[Generator], list[dict[str, Any]]]     # G_ema -> metric results; every process calls it.
 # (G, D, blur sigma) -> numbers by the names of their curves. Only rank 0 calls it; it must leave both as they are.
 Diagnosis = Callable[[Generator, ProjectedDiscriminator, float], dict[str, float]]
-
-#----------------------------------------------------------------------------
-# Setting up.
-
-def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, Any] | None, device: torch.device,
-                  say: Callable[[str], None] = lambda text: None) -> tuple[Generator, ProjectedDiscriminator]:
-    """G and D on the device, equal on all processes."""
-    torch.manual_seed(config.seed)
-    D = distributed.node_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
-    torch.manual_seed(config.seed)      # G does not depend on what D drew.
-    if stem is not None:
-        G = Generator(config.generator)
-        load_stem_into(G, generator_config(stem), stem["G_ema"])
-    else:
-        table = make_class_embedding(config, dataset, device, say) if config.generator.c_dim > 0 else None
-        # The table is as wide as the features that it was made from.
-        width = config.generator.embed_dim if table is None else table.shape[1]
-        G = Generator(dataclasses.replace(config.generator, embed_dim=width))
-        if table is not None:
-            with torch.no_grad():
-                G.mapping.embed.weight.copy_(table)
-    G, D = G.train().requires_grad_(False).to(device), D.train().requires_grad_(False).to(device)
-    D.project_()
-    D.make_fast_(config.feature_precision)
-    if config.feature_precision == "tf32" and device.type != "cuda":
-        say("NOTE: --feature-precision=tf32 has an effect on GPUs only: here it is fp32")
-    for tensor in [*G.parameters(), *G.buffers(), *D.own_state_dict().values()]:
-        distributed.broadcast(tensor.data)
-    return G, D
-
-
-def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: torch.device,
-                         say: Callable[[str], None]) -> torch.Tensor:
-    """The class table [c_dim, width], equal on all processes. Rank 0 makes it: it may have to look at every image."""
-    table = None
-    if distributed.rank() == 0:
-        backbone = load_backbone(config.discriminator.backbones[-1]).to(device) if config.embedding == "data" else None
-        table = class_embedding(config.embedding, config.generator.c_dim, dataset=dataset, backbone=backbone,
-                                seed=config.seed, device=device, embed_dim=config.generator.embed_dim,
-                                workers=config.data.workers, say=say).cpu()
-    distributed.barrier()       # May take long: collectives have a time limit, this has none.
-    return distributed.broadcast_object(table)
 
 #----------------------------------------------------------------------------
 

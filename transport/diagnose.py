@@ -14,13 +14,13 @@ import torch
 from dnnlib import EasyDict, UserError, cli
 from legacy import find_snapshot, open_snapshot
 from torch_utils import misc
-from training.blur import blur_sigma
 from training.config import DiscriminatorConfig, LossConfig, from_dict
 from training.dataset import ImageDataset
 from training.discriminators.projected import ProjectedDiscriminator, module_keys
 from training.feature_networks.registry import load_backbone
 from training.networks_stylegan3 import Generator
-from training.snapshots import build_generator
+from training.run.snapshots import build_generator
+from training.step.blur import blur_sigma
 from transport import plotting
 from transport.diagnostics import LEVELS, Diagnosis, Settings, diagnose
 

@@ -27,12 +27,12 @@ import torch
 from dnnlib import UserError
 from inference.sampling import require_finite, synthesize
 from torch_utils.misc import evaluating, one_hot
-from training.blur import blur
+from training.data.randomness import CounterRNG, permutation
 from training.dataset import ImageDataset, load_batches
 from training.diffaug import NUM_UNIFORMS
 from training.discriminators.projected import ProjectedDiscriminator
 from training.networks_stylegan3 import Generator
-from training.randomness import CounterRNG, permutation
+from training.step.blur import blur
 from transport import measures
 
 IMAGES_PER_CLASS = 32       # With more classes than that leaves room for, some are chosen.

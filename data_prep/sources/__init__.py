@@ -11,7 +11,7 @@ from data_prep.sources import arrays, shards, tables
 from data_prep.sources.base import FolderFiles, ImageStore, Source, ZipFiles, printable
 from data_prep.sources.tars import is_tar
 from dnnlib import UserError
-from training.labels import IMAGE_SUFFIXES, METADATA_NAME
+from training.data.labels import IMAGE_SUFFIXES, METADATA_NAME
 
 IMAGENET_FOLDERS = ("ILSVRC/Data/CLS-LOC/train/", "Data/CLS-LOC/train/", "train/", "")
 

@@ -9,14 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from dnnlib.util import format_bytes
-from training.image_sources import FolderStore, ZipStore
-from training.png import encode_plain_png
+from training.data.png import encode_plain_png
+from training.data.stores import FolderStore, ZipStore
 
 MAX_FILE_BYTES = 512 << 20      # Of one encoded image. Larger files are listed as skipped and never read.
 
 
 class ImageStore(Protocol):
-    """Files by index, sorted by name; FolderStore and ZipStore of training.image_sources are two of them."""
+    """Files by index, sorted by name; FolderStore and ZipStore of training.data.stores are two of them."""
 
     path: Path
     names: Sequence[str]

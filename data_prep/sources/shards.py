@@ -13,7 +13,7 @@ import numpy as np
 from data_prep.sources.tars import Member, OpenTar, is_tar_name
 from dnnlib import UserError
 from dnnlib.util import list_some
-from training.labels import METADATA_NAME, is_image_name, parse_metadata
+from training.data.labels import METADATA_NAME, is_image_name, parse_metadata
 
 MAX_SIDE_FILE = 1 << 20             # Of a .cls or .json beside an image.
 MAX_METADATA = 1 << 30

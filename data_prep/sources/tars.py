@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from dnnlib import UserError
 from dnnlib.util import format_bytes
-from training.labels import clean_name
+from training.data.labels import clean_name
 
 BLOCK = 512
 MAX_NAME_BYTES = 65536

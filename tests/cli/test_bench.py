@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from data_prep import random_data
 from tests.training.test_processes import OPTIONS, ROOT, environment
 from train import main
-from training import bench
-from training.batches import BatchSource
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
 from training.dataset import ImageDataset
-from training.layer_schedule import stem_config
+from training.generator.layer_schedule import stem_config
+from training.run import bench
+from training.step.batches import BatchSource
 
 SMALL = ("--cfg=stylegan3-t --preset=demo --cbase=64 --cmax=8 --batch=16 --batch-gpu=2 --device=cpu --workers=0 "
          "--metrics=none --backbones=local:random --cond=1").split()

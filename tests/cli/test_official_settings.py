@@ -18,11 +18,11 @@ from tests.conftest import write_dataset
 from tests.parity import DATA, load_json
 from torch_utils import checkpoint
 from training.config import GeneratorConfig, OptimConfig, TrainConfig, gradient_scale, to_dict
-from training.health import GradientGuard
-from training.layer_schedule import stem_config, superres_config
+from training.generator.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import Generator
-from training.phases import lazy_adam
-from training.snapshots import NETWORK_FORMAT, generator_config
+from training.run.snapshots import NETWORK_FORMAT, generator_config
+from training.step.guard import GradientGuard
+from training.step.phases import lazy_adam
 
 RECORDED = load_json("settings.json")
 NUM_IMAGES, NUM_CLASSES = {1024: 2}, 10     # Images at a size, else 20; as many classes as in the recorded snapshots.

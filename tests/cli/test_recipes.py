@@ -19,9 +19,9 @@ from dnnlib import EasyDict
 from legacy import open_snapshot
 from tests.conftest import write_dataset
 from training.config import to_dict
-from training.recipes import RECIPES, command_line, find_data, plan_stages, select_stages
-from training.run_folder import read_options
-from training.stages import resolved_stages
+from training.run.folder import read_options
+from training.run.recipes import RECIPES, command_line, find_data, plan_stages, select_stages
+from training.run.stages import resolved_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).with_name("recipes.json")

@@ -9,8 +9,8 @@ from tests.conftest import write_dataset
 from torch_utils import checkpoint
 from train import main
 from training.config import TrainConfig, from_dict, to_dict
-from training.layer_schedule import stem_config, superres_config
-from training.snapshots import NETWORK_FORMAT
+from training.generator.layer_schedule import stem_config, superres_config
+from training.run.snapshots import NETWORK_FORMAT
 
 
 def dry_run(command: str, **places):

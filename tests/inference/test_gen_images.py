@@ -17,11 +17,12 @@ from legacy import load_network
 from tests.parity import DATA, load_npz
 from torch_utils import checkpoint
 from torch_utils.images import to_uint8_metric, to_uint8_sample
-from training import layer_schedule, networks_stylegan3
+from training import networks_stylegan3
 from training.config import to_dict
-from training.layer_schedule import stem_config
+from training.generator import layer_schedule
+from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
-from training.snapshots import NETWORK_FORMAT
+from training.run.snapshots import NETWORK_FORMAT
 
 
 @pytest.fixture(scope="module")

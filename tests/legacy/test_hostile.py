@@ -17,7 +17,7 @@ from dnnlib import UserError
 from tests.legacy.official_files import Persistent, dump, official_generator
 from torch_utils import safe_pickle
 from torch_utils.pickle_values import Call
-from training.layer_schedule import stem_config
+from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 
 

@@ -18,7 +18,7 @@ from tests.parity import DATA, load_json, load_npz
 from training.config import DiscriminatorConfig, GeneratorConfig, from_dict
 from training.discriminators.projected import ProjectedDiscriminator
 from training.feature_networks.registry import load_backbone
-from training.layer_schedule import stem_config, superres_config
+from training.generator.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import Generator
 
 LITE0, DEIT = "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"

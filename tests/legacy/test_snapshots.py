@@ -10,7 +10,7 @@ from dnnlib import UserError
 from tests.legacy.official_files import dump, official_generator
 from torch_utils import checkpoint
 from training.config import to_dict
-from training.layer_schedule import stem_config
+from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 
 

@@ -78,7 +78,7 @@ class Synthesis(torch.nn.Module):
 
 def stem(rotation, resolution=64, layers=8, seed=0, c_dim=0, channels=16):
     """An untrained generator of ours."""
-    from training.layer_schedule import stem_config
+    from training.generator.layer_schedule import stem_config
     from training.networks_stylegan3 import Generator
     torch.manual_seed(seed)
     config = stem_config(resolution, layers, 512, channels, z_dim=8, w_dim=16, c_dim=c_dim, embed_dim=8,

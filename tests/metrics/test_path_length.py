@@ -23,7 +23,7 @@ def measure(G, num=20, distance=tiny_distance, **settings):
 
 def ends(G, num, seed=0):
     """The two latents of every sample, float64."""
-    from training.randomness import CounterRNG
+    from training.data.randomness import CounterRNG
     rng = CounterRNG(seed)
     return [rng.normal(stream, np.arange(num), (G.z_dim,)).astype(np.float64)
             for stream in ("metric/z", "metric/z-other-end")]

@@ -9,7 +9,7 @@ from dnnlib import UserError
 from inference.evaluation import network_evaluator
 from tests.metrics.helpers import random_images, write_folder
 from training.dataset import ImageDataset
-from training.layer_schedule import stem_config
+from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from tests.closeness import rel_error
 from tests.ops.cases import bound, needs_compiler, randn, use_programs_of_gpu
 from torch_utils.ops import build, kernel_report, native, self_check, strips
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
-from training.layer_schedule import stem_config, superres_config
+from training.generator.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import SynthesisLayer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,11 +13,11 @@ from torch_utils import distributed, watch
 from torch_utils.misc import one_hot
 from torch_utils.ops import tune
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
-from training.forms import settle_forms
-from training.gradients import FlatGradients
-from training.layer_schedule import stem_config
+from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
-from training.snapshots import TrainingState
+from training.run.forms import settle_forms
+from training.run.snapshots import TrainingState
+from training.step.gradients import FlatGradients
 
 CASES = {}
 

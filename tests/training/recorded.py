@@ -1,11 +1,11 @@
 """Networks of the recorded losses and iterations, with the recorded weights."""
 import torch.nn.functional as F
 
-from tests.discriminators.test_parity import filled_discriminator
 from tests.parity import Recording
-from training.layer_schedule import stem_config, superres_config
-from training.loss import MicroBatch
+from tests.training.discriminators.test_parity import filled_discriminator
+from training.generator.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import Generator
+from training.step.micro_batch import MicroBatch
 
 BACKBONE = "tf_efficientnet_lite0"
 

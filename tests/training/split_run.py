@@ -10,16 +10,16 @@ import sys
 import torch
 
 from torch_utils import distributed
-from training.batches import BatchSource
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
+from training.data.randomness import CounterRNG
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
-from training.ema import update_ema
-from training.health import GradientGuard
-from training.layer_schedule import stem_config
+from training.generator.layer_schedule import stem_config
 from training.loss import StyleSanLoss
-from training.phases import make_phases, run_phase
-from training.randomness import CounterRNG
-from training.training_loop import make_networks
+from training.run.networks import make_networks
+from training.step.batches import BatchSource
+from training.step.ema import update_ema
+from training.step.guard import GradientGuard
+from training.step.phases import make_phases, run_phase
 
 BATCH, ITERATIONS, START_NIMG = 8, 5, 64
 

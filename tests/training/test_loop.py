@@ -14,12 +14,12 @@ from tests.conftest import write_dataset
 from torch_utils import checkpoint
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from train import main
-from training.batches import BatchSource
+from training.data.randomness import CounterRNG
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
-from training.phases import Phase
-from training.randomness import CounterRNG
-from training.run_folder import STATE_FILE
-from training.snapshots import STATE_FORMAT, build_generator
+from training.run.folder import STATE_FILE
+from training.run.snapshots import STATE_FORMAT, build_generator
+from training.step.batches import BatchSource
+from training.step.phases import Phase
 
 SMALL = ("--cfg=stylegan3-t --preset=demo --cbase=64 --cmax=8 --batch=8 --device=cpu --workers=0 --metrics=none "
          "--backbones=local:random --cond=1").split()

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from tests.closeness import Deviation, approx, l2_error, rel_error
-from tests.discriminators.test_parity import check_norms, head, is_before_batch_norm
 from tests.parity import DOUBLE, DTYPES, VALUE, Recording, fill_by_rule, load_npz
+from tests.training.discriminators.test_parity import check_norms, head, is_before_batch_norm
 from tests.training.recorded import micro_batches, networks
 from torch_utils.misc import requires_grad
 from torch_utils.training_stats import Collector
-from training.classifier import load_classifier
 from training.config import LossConfig, OptimConfig
-from training.ema import update_ema
-from training.health import GradientGuard
+from training.feature_networks.classifier import load_classifier
 from training.loss import StyleSanLoss
-from training.loss_math import path_lengths
-from training.phases import make_phases, run_phase
+from training.step.ema import update_ema
+from training.step.guard import GradientGuard
+from training.step.loss_math import path_lengths
+from training.step.phases import make_phases, run_phase
 
 pytestmark = [pytest.mark.numeric, pytest.mark.slow]
 

@@ -20,11 +20,11 @@ from torch_utils.local_network import LocalNet, local_config, save_local_network
 from training.config import DiscriminatorConfig
 from training.dataset import ImageDataset
 from training.discriminators.projected import ProjectedDiscriminator
-from training.layer_schedule import stem_config
+from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
-from training.run_folder import STATE_FILE
-from training.run_report import write_report
-from training.snapshots import NETWORK_FORMAT, STATE_FORMAT
+from training.run.folder import STATE_FILE
+from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT
+from training.watch.html_report import write_report
 from transport.diagnose import main
 from transport.diagnostics import (
     Samples,

@@ -19,7 +19,7 @@ from tests.metrics.generators import stem
 from torch_utils import checkpoint
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from training.config import to_dict
-from training.snapshots import NETWORK_FORMAT, VERSION
+from training.run.snapshots import NETWORK_FORMAT, VERSION
 from transport import misalignment, ttc_moves
 from transport.critic_sequence import move, push
 from transport.critic_store import load_stages, save_stage, stage_path

@@ -24,8 +24,8 @@ from dnnlib import UserError
 from dnnlib.cli import Command, device_option
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from torch_utils.misc import select_device
+from training.data.randomness import permutation
 from training.dataset import ImageDataset
-from training.randomness import permutation
 
 EVAL_BATCH = 500
 

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator's table of class vectors: from the user's own images, from a file, or random; any number of classes.
+
+StyleGAN-XL (Sauer et al., SIGGRAPH 2022, section 3.2) starts from the pooled backbone features of each class, averaged.
+It has them for ImageNet alone; here they are computed from the data set at hand. A file of them for several runs:
+
+    python -m training.feature_networks.class_embedding --data=birds32.zip --out=birds.safetensors
+    python train.py --data=birds16.zip --embedding=birds.safetensors ...
+"""
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from dnnlib import UserError, cli
+from dnnlib.util import atomic_file, list_some
+from torch_utils import misc, safe_pickle
+from torch_utils.pickle_values import Call, TensorRecord
+from training.data.randomness import permutation
+from training.dataset import ImageDataset, load_batches
+from training.feature_networks.backbones import Backbone
+from training.feature_networks.registry import load_backbone
+
+DEFAULT_BACKBONE = "tf_efficientnet_lite0"
+MAX_PER_CLASS = 256         # Images per class that a mean is taken over.
+BATCH = 32
+SAY_SECONDS = 30            # Between two lines about how far the images are.
+READERS = {
+    ".pkl": lambda path: _pickled(path),
+    ".npy": lambda path: {"": torch.as_tensor(np.load(path, allow_pickle=False))},
+    ".npz": lambda path: {name: torch.as_tensor(value) for name, value in _npz_items(path)},
+    ".pt": lambda path: _named(torch.load(path, map_location="cpu", weights_only=True)),
+    ".safetensors": lambda path: safetensors.torch.load_file(path),
+}
+
+#----------------------------------------------------------------------------
+
+def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbone | str | None = None, seed: int = 0,
+                    device: str | torch.device = "cpu", embed_dim: int = 320, workers: int = 0,
+                    say: Callable[[str], None] = lambda text: None) -> torch.Tensor:
+    """One vector per class, float32 [c_dim, dim], on the CPU.
+
+    Args:
+        kind: 'random': standard normal, dim = `embed_dim`. 'data': mean of the backbone's pooled last map over up to
+            256 images of the class. Otherwise a file with one array of `c_dim` rows: .npy, .npz, .pt, .safetensors, or
+            .pkl as officially published (it is read as data, nothing in it is run).
+        c_dim: Number of classes.
+        dataset: For 'data': an `ImageDataset` with labels in use.
+        backbone: For 'data': the network or its name; None for tf_efficientnet_lite0.
+        seed: Of the random vectors, or of the choice of images.
+        device: Where the backbone computes.
+        embed_dim: Width of random vectors.
+        workers: Processes that load images.
+        say: Takes lines about what goes on, for it may take minutes.
+
+    Raises:
+        UserError: unknown kind; a file that cannot be read, does not have `c_dim` rows or names other classes.
+    """
+    if kind == "random":
+        return torch.randn(c_dim, embed_dim, generator=torch.Generator().manual_seed(seed))
+    if kind == "data":
+        backbone = DEFAULT_BACKBONE if backbone is None else backbone
+        return _from_data(c_dim, dataset, backbone, seed, device, workers, say)
+    if Path(kind).suffix in READERS:
+        return _from_file(Path(kind), c_dim, getattr(dataset, "class_names", None))
+    raise UserError(f"--embedding={kind}: choose data, random, or a file that ends with {', '.join(READERS)}")
+
+#----------------------------------------------------------------------------
+# From images.
+
+@torch.no_grad()
+def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int, device: str | torch.device,
+               workers: int, say: Callable[[str], None]) -> torch.Tensor:
+    if dataset is None:
+        raise UserError("--embedding=data: needs labelled images: give --data, or take --embedding=random")
+    labels = np.asarray(dataset.labels)
+    if len(labels) and labels.max() >= c_dim:
+        raise UserError(f"--embedding=data: the data set has label {labels.max()}, but the model {c_dim} classes")
+    net = (load_backbone(backbone) if isinstance(backbone, str) else backbone).to(device)
+    sums = torch.zeros(c_dim, net.channels[-1], dtype=torch.float64)
+    batches = list(_batches(_some_of_each(labels, seed)))
+    total, done, said = sum(map(len, batches)), 0, time.monotonic()
+    say(f"    class vectors: features of {total} images")
+    for images, theirs in load_batches(dataset, batches, workers):
+        pooled = net.pooled(net.preprocess(images.to(device).to(torch.float32) / 127.5 - 1))
+        sums.index_add_(0, theirs, pooled.cpu().double())
+        done += len(images)
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            say(f"    class vectors: {done} of {total} images")
+    counts = torch.as_tensor(np.minimum(np.bincount(labels, minlength=c_dim), MAX_PER_CLASS))
+    means = sums / counts.clamp_min(1)[:, None]
+    missing = (counts == 0).nonzero()[:, 0].tolist()
+    if missing:
+        warnings.warn(f"class embedding: no images of class {list_some(missing)}: the mean of the other classes stands "
+                      "in", stacklevel=3)
+        means[missing] = means[counts > 0].mean(dim=0)
+    return means.float()
+
+
+def _some_of_each(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Indices of up to MAX_PER_CLASS items per class, in ascending order: a seeded choice."""
+    order = permutation(seed, 0, len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]          # Class by class, in random order within each.
+    sorted_labels = labels[by_class]
+    rank = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    return np.sort(by_class[rank < MAX_PER_CLASS])
+
+
+def _batches(items: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(items), BATCH):
+        yield items[start:start + BATCH]
+
+#----------------------------------------------------------------------------
+# From a file.
+
+def _npz_items(path: str | os.PathLike) -> list[tuple[str, np.ndarray]]:
+    with np.load(path, allow_pickle=False) as content:
+        return list(content.items())
+
+
+def _named(content: Any) -> dict[str, Any]:
+    """What a .pt file holds: a tensor, or a dict of them."""
+    return content if isinstance(content, dict) else {"": content}
+
+
+def _pickled(path: Path) -> dict[str, Any]:
+    """The tables in a pickle: tensors and arrays of two dimensions, whatever objects hold them."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [safe_pickle.read(path)]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, TensorRecord) and len(value.shape) == 2:
+            found.append(value.load())
+        elif isinstance(value, np.ndarray) and value.ndim == 2:
+            found.append(torch.as_tensor(value))
+        elif isinstance(value, Call):
+            waiting += [*value.args, *value.kwargs.values(), *value.states, *value.elements, *value.entries]
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    return {str(i): table for i, table in enumerate(found)}
+
+
+def _named_classes(path: Path) -> list[str] | None:
+    """The class names that a file of `save_table` holds."""
+    if path.suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("classes", "null"))
+
+
+def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.Tensor:
+    if not path.is_file():
+        raise UserError(f"--embedding={path}: no such file")
+    try:
+        arrays, named = READERS[path.suffix](path), _named_classes(path)
+    except UserError:
+        raise
+    except Exception as err:        # Damaged files provoke exceptions of every kind.
+        raise UserError(f"--embedding={path}: cannot be read ({type(err).__name__}): give one array of numbers, "
+                        f"[{c_dim}, width]") from err
+    tables = [torch.as_tensor(value) for value in arrays.values() if isinstance(value, torch.Tensor)]
+    if len(tables) != 1:
+        raise UserError(f"--embedding={path}: holds {len(tables)} arrays: keep the one of shape [{c_dim}, width]")
+    table = tables[0].float()
+    if table.ndim != 2 or table.shape[0] != c_dim or table.shape[1] < 1:
+        raise UserError(f"--embedding={path}: the array has shape {list(table.shape)}, but the data has {c_dim} "
+                        f"classes: give one row per class, [{c_dim}, width]")
+    if not table.isfinite().all():
+        raise UserError(f"--embedding={path}: holds values that are not finite: compute it again")
+    _check_names(path, named, class_names)
+    return table
+
+
+def _check_names(path: Path, named: list[str] | None, class_names: list[str] | None) -> None:
+    """Row k must be of class k."""
+    numbers = [str(i) for i in range(len(named or []))]         # Stand for classes without names.
+    if not named or not class_names or len(named) != len(class_names) or numbers in (named, class_names):
+        return
+    other = [f"{a} instead of {b}" for a, b in zip(named, class_names, strict=True) if a != b]
+    if other:
+        raise UserError(f"--embedding={path}: made for other classes: {list_some(other)}: compute it from this data")
+
+#----------------------------------------------------------------------------
+
+def save_table(path: str | os.PathLike, table: torch.Tensor, facts: dict[str, str]) -> None:
+    """Write a table as .npy, or as .safetensors with what is known of it."""
+    with atomic_file(path) as file:
+        if Path(path).suffix == ".npy":
+            np.save(file, table.numpy())
+        else:
+            file.write(safetensors.torch.save({"embedding": table}, metadata=facts))
+
+
+@click.command(cls=cli.Command, context_settings={"max_content_width": 120})
+@click.option("--data", help="Images with labels", metavar="ZIP|DIR", required=True)
+@click.option("--backbone", help="Feature network: see --backbones of train.py", metavar="NAME", show_default=True,
+              default=DEFAULT_BACKBONE)
+@click.option("--out", help="Where to save the table", metavar="FILE.safetensors|FILE.npy", required=True)
+@click.option("--seed", help="Chooses the images of large classes", metavar="INT", type=click.IntRange(min=0),
+              default=0, show_default=True)
+@click.option("--workers", help="Processes that load images", metavar="INT", type=click.IntRange(min=0), default=3,
+              show_default=True)
+@cli.device_option()
+def main(data: str, backbone: str, out: str, seed: int, workers: int, device: str) -> None:
+    """Compute one vector per class: the mean of a backbone's pooled features over up to 256 images of it."""
+    if Path(out).suffix not in (".safetensors", ".npy"):
+        raise UserError(f"--out={out}: must end in .safetensors or .npy")
+    dataset = ImageDataset(data, use_labels=True)
+    table = class_embedding("data", dataset.c_dim, dataset, backbone, seed, misc.select_device(device), workers=workers)
+    save_table(out, table, {"classes": json.dumps(dataset.class_names), "backbone": backbone,
+                            "data_fingerprint": dataset.fingerprint})
+    click.echo(f"{out}: {table.shape[0]} classes, {table.shape[1]} numbers each, from {dataset.path} by {backbone}")
+
+
+if __name__ == "__main__":
+    main()

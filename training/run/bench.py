@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a run will take, from a few of its iterations on this machine. Nothing is written.
+
+Every phase is timed by itself, with the run's own networks, data, micro-batches and processes, and counted as often as
+the run has it: path lengths every k-th iteration and only after their first million images. Weights are random, which
+moves no time. Left out: the start (class table, compilation), sample sheets, snapshots, states and metrics.
+"""
+import contextlib
+import copy
+import dataclasses
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from dnnlib.util import format_bytes, format_time
+from torch_utils import distributed, misc
+from training.config import TrainConfig
+from training.data.randomness import CounterRNG
+from training.dataset import EpochOrder, ImageDataset, TrainingStream
+from training.feature_networks.classifier import load_classifier
+from training.loss import StyleSanLoss
+from training.run.autotuning import autotunes
+from training.run.batch_size import explained_memory_errors
+from training.run.networks import make_networks
+from training.step.batches import BatchSource
+from training.step.ema import update_ema
+from training.step.guard import GradientGuard
+from training.step.phases import Phase, make_phases, run_phase
+
+WARM_UP = 2                 # Iterations that are not counted: compilation, caches, the loader's start.
+MIN_ITERATIONS = 3
+SECONDS = 10.0              # Go on for so long, if iterations are short.
+MICRO_BATCHES = 4           # Of an iteration with more, so many are run, and one, and the rest is computed.
+
+#----------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class StageTime:
+    """What a stage takes on these processes. Seconds are of all its iterations, or means over the stage."""
+
+    resolution: int
+    processes: int
+    batch: int
+    batch_gpu: int
+    total_kimg: float
+    phases: dict[str, float]        # Seconds of one run of each phase; 'EMA': of what ends an iteration.
+    runs: dict[str, int]            # How often the stage has each.
+    data_wait: float                # Share of the time.
+    peak_memory: int                # Bytes of the process with most: on GPUs the device's, elsewhere the process's.
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.phases[name] * count for name, count in self.runs.items())
+
+    @property
+    def sec_per_iteration(self) -> float:
+        return self.total_seconds / max(self.runs["EMA"], 1)
+
+    @property
+    def sec_per_kimg(self) -> float:
+        return self.sec_per_iteration / self.batch * 1e3
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a line of JSON."""
+        return dataclasses.asdict(self) | {
+            "sec_per_iteration": self.sec_per_iteration, "sec_per_kimg": self.sec_per_kimg,
+            "images_per_sec": 1e3 / self.sec_per_kimg, "total_seconds": self.total_seconds,
+            "total_days": self.total_seconds / 86400}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        cut = self.batch // (self.processes * self.batch_gpu)
+        names = ", ".join(f"{name} {seconds:.3g} s (x {self.runs[name]})" for name, seconds in self.phases.items())
+        return [f"{self.resolution} pixels, batch {self.batch} = {self.processes} process(es) x {self.batch_gpu} x "
+                f"{cut} micro-batches",
+                f"  phases:      {names}",
+                f"  speed:       {self.sec_per_iteration:.3g} s/iteration, {self.sec_per_kimg:.3g} s/kimg, "
+                f"{1e3 / self.sec_per_kimg:.3g} images/s",
+                f"  data wait:   {100 * self.data_wait:.1f} %",
+                f"  peak memory: {format_bytes(self.peak_memory)} per process",
+                f"  {self.total_kimg:g} kimg:  {format_time(self.total_seconds)}"]
+
+
+def runs_of_stage(config: TrainConfig, phases: list[Phase]) -> dict[str, int]:
+    """How often each phase runs from the first image to `total_kimg`, and 'EMA': the number of iterations."""
+    total = int(config.total_kimg * 1000)
+    iterations = math.ceil(total / config.batch)
+    counts = {}
+    for phase in phases:
+        first = next((nimg for nimg in (0, int(config.loss.pl_start_kimg * 1000)) if phase.is_active(nimg)), None)
+        if first is not None:
+            begin = math.ceil(math.ceil(first / config.batch) / phase.interval)
+            counts[phase.name] = math.ceil(iterations / phase.interval) - begin
+    return {name: count for name, count in counts.items() if count > 0} | {"EMA": iterations}
+
+#----------------------------------------------------------------------------
+
+class Rehearsal:
+    """Networks, phases and data as `training_loop` has them, and a clock."""
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device):
+        self.config, self.device = config, device
+        config = dataclasses.replace(config, embedding="random")    # Its values do not matter.
+        self.G, self.D = make_networks(config, dataset, None, device)
+        self.G_ema = copy.deepcopy(self.G).eval()
+        classifier = None
+        if config.loss.cls_weight > 0 and config.generator.num_frozen_layers > 0 and self.G.c_dim > 0:
+            names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
+            classifier = distributed.node_first(
+                lambda: load_classifier(config.loss.cls_model, self.G.c_dim, names)).to(device)
+            classifier.make_fast_(config.feature_precision)
+        self.loss = StyleSanLoss(self.G, self.D, config.loss, device, classifier, precision=config.precision,
+                                 real_distance=1.0)
+        self.loss.set_progress(int(config.total_kimg * 500))        # Half-way: the blur is gone, if it goes.
+        phases = make_phases(self.G, self.D, self.loss, config.optim)
+        self.runs = runs_of_stage(config, phases)
+        self.phases = [phase for phase in phases if phase.name in self.runs]
+        self.stream = TrainingStream(dataset, EpochOrder(len(dataset), config.seed), distributed.rank(),
+                                     distributed.world_size(), config.batch_gpu, 0, config.data.workers,
+                                     pin_memory=device.type == "cuda")
+        self.probs = dataset.label_distribution() if self.G.c_dim > 0 else None
+        self.guard = GradientGuard(config.batch)
+
+    def source(self, micro_batches: int) -> BatchSource:
+        """Batches of so many micro-batches, from the one stream of real images."""
+        config, world_size = self.config, distributed.world_size()
+        return BatchSource(self.G, CounterRNG(config.seed), self.probs, self.stream, len(self.D.backbone_names),
+                           micro_batches * world_size * config.batch_gpu, config.batch_gpu, distributed.rank(),
+                           world_size, self.device, augment=bool(config.discriminator.diffaug),
+                           paired=config.loss.diversity_weight > 0)
+
+    def iteration(self, source: BatchSource, number: int) -> dict[str, float]:
+        """Seconds of each phase that is due, and of what follows them."""
+        batch = source.num_micro_batches * distributed.world_size() * self.config.batch_gpu
+        times = {}
+        for phase in self.phases:
+            if number % phase.interval == 0:
+                with self.clock(times, phase.name), explained_memory_errors(phase.name, self.config, self.device):
+                    run_phase(phase, source.micro_batches(phase, number * batch), batch, self.guard)
+        with self.clock(times, "EMA"):
+            update_ema(self.G_ema, self.G, number * batch, batch, self.config.optim)
+        return times
+
+    @contextlib.contextmanager
+    def clock(self, times: dict[str, float], name: str) -> Iterator[None]:
+        """Adds the seconds of the block, until the device is done."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        times[name] = time.perf_counter() - start
+
+    def medians(self, micro_batches: int) -> tuple[dict[str, float], float]:
+        """(seconds of each phase with so many micro-batches, seconds of an iteration spent on waiting for images)."""
+        source = self.source(micro_batches)
+        for number in range(WARM_UP):
+            self.iteration(source, number)
+        source.wait_seconds()
+        found: dict[str, list[float]] = {}
+        rounds, go_on, start = 0, True, time.perf_counter()
+        while go_on:
+            for name, seconds in self.iteration(source, rounds).items():
+                found.setdefault(name, []).append(seconds)
+            rounds += 1
+            enough = rounds >= MIN_ITERATIONS and time.perf_counter() - start >= SECONDS
+            go_on = not distributed.broadcast_object(enough)        # All stop together.
+        wait = source.wait_seconds() / rounds
+        return {name: statistics.median(seconds) for name, seconds in found.items()}, wait
+
+
+def full_phases(few: dict[str, float], one: dict[str, float], num_few: int, num_all: int) -> dict[str, float]:
+    """Seconds with all micro-batches, from those with a few and with one: a line, as each adds the same."""
+    return {name: few[name] + (num_all - num_few) * max(few[name] - one[name], 0.0) / (num_few - 1) if name != "EMA"
+            else few[name] for name in few}
+
+
+@misc.full_precision()
+@misc.autotuning(False)
+def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> StageTime:
+    """Run a few iterations; every process calls this.
+
+    Args:
+        config: As the run has it.
+        dataset: Its data.
+        device: Of this process.
+
+    Raises:
+        UserError: no image to train on; missing weights; out of memory, with a remedy.
+    """
+    if config.total_kimg * 1000 < 1:
+        raise UserError(f"--kimg={config.total_kimg:g} beside --bench: a run without images takes no time: give the "
+                        "length that the run will have")
+    torch.backends.cudnn.benchmark = autotunes(config, 0, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    rehearsal = Rehearsal(config, dataset, device)
+    num_all = config.batch // (config.batch_gpu * distributed.world_size())
+    num_few = min(num_all, MICRO_BATCHES)
+    try:
+        phases, wait = rehearsal.medians(num_few)
+        if num_all > num_few:
+            phases = full_phases(phases, rehearsal.medians(1)[0], num_few, num_all)
+            wait *= num_all / num_few
+    finally:
+        rehearsal.stream.close()
+    everyones = distributed.all_gather_object((phases, wait, peak_memory(device)))
+    slowest = {name: max(times[name] for times, _, _ in everyones) for name in phases}
+    stage = StageTime(config.generator.img_resolution, distributed.world_size(), config.batch, config.batch_gpu,
+                      config.total_kimg, slowest, rehearsal.runs, 0.0, max(peak for _, _, peak in everyones))
+    share = max(wait for _, wait, _ in everyones) / stage.sec_per_iteration
+    return dataclasses.replace(stage, data_wait=min(share, 1.0))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process took at most: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""G and D as a run begins with them, equal on all processes."""
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_utils import distributed
+from training.config import TrainConfig
+from training.dataset import ImageDataset
+from training.discriminators.projected import ProjectedDiscriminator
+from training.feature_networks.class_embedding import class_embedding
+from training.feature_networks.registry import load_backbone
+from training.generator.superres import load_stem_into
+from training.networks_stylegan3 import Generator
+from training.run.snapshots import generator_config
+
+
+def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, Any] | None, device: torch.device,
+                  say: Callable[[str], None] = lambda text: None) -> tuple[Generator, ProjectedDiscriminator]:
+    """G and D on the device, equal on all processes."""
+    torch.manual_seed(config.seed)
+    D = distributed.node_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
+    torch.manual_seed(config.seed)      # G does not depend on what D drew.
+    if stem is not None:
+        G = Generator(config.generator)
+        load_stem_into(G, generator_config(stem), stem["G_ema"])
+    else:
+        table = make_class_embedding(config, dataset, device, say) if config.generator.c_dim > 0 else None
+        # The table is as wide as the features that it was made from.
+        width = config.generator.embed_dim if table is None else table.shape[1]
+        G = Generator(dataclasses.replace(config.generator, embed_dim=width))
+        if table is not None:
+            with torch.no_grad():
+                G.mapping.embed.weight.copy_(table)
+    G, D = G.train().requires_grad_(False).to(device), D.train().requires_grad_(False).to(device)
+    D.project_()
+    D.make_fast_(config.feature_precision)
+    if config.feature_precision == "tf32" and device.type != "cuda":
+        say("NOTE: --feature-precision=tf32 has an effect on GPUs only: here it is fp32")
+    for tensor in [*G.parameters(), *G.buffers(), *D.own_state_dict().values()]:
+        distributed.broadcast(tensor.data)
+    return G, D
+
+
+def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: torch.device,
+                         say: Callable[[str], None]) -> torch.Tensor:
+    """The class table [c_dim, width], equal on all processes. Rank 0 makes it: it may have to look at every image."""
+    table = None
+    if distributed.rank() == 0:
+        backbone = load_backbone(config.discriminator.backbones[-1]).to(device) if config.embedding == "data" else None
+        table = class_embedding(config.embedding, config.generator.c_dim, dataset=dataset, backbone=backbone,
+                                seed=config.seed, device=device, embed_dim=config.generator.embed_dim,
+                                workers=config.data.workers, say=say).cpu()
+    distributed.barrier()       # May take long: collectives have a time limit, this has none.
+    return distributed.broadcast_object(table)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to know about a run whose gradients stopped being finite: where it began, and what to go back to."""
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib import UserError
+from dnnlib.util import atomic_write_text
+from torch_utils import checkpoint, distributed, misc
+from training.run.snapshots import NETWORK_FORMAT, snapshot_name
+from training.step.guard import GradientGuard
+from training.step.micro_batch import MicroBatch
+from training.step.phases import Phase
+
+MAX_NAMES = 10      # Names of tensors in a list of the dump.
+
+#----------------------------------------------------------------------------
+
+def is_finite(value: Any) -> bool:
+    """Whether all floating-point tensors in nested lists, tuples and dicts are finite."""
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, Mapping):
+        return all(is_finite(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_finite(v) for v in value)
+    return True
+
+
+class ForwardWatch:
+    """Within its block: the order in which modules run, and the first one whose output is not finite.
+
+    Modules inside others end before them, so the first one is as deep as possible.
+    """
+
+    def __init__(self, networks: Mapping[str, torch.nn.Module]):
+        self.networks = networks
+        self.order: dict[str, int] = {}         # Name of a module -> position of its first call.
+        self.first_bad: str | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "ForwardWatch":
+        for top, network in self.networks.items():
+            for name, module in network.named_modules(prefix=top):
+                self._handles.append(module.register_forward_pre_hook(
+                    lambda module, args, name=name: self._begin(name)))
+                self._handles.append(module.register_forward_hook(
+                    lambda module, args, output, name=name: self._end(name, output)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, name: str) -> None:
+        self.order.setdefault(name, len(self.order))
+
+    def _end(self, name: str, output: Any) -> None:
+        if self.first_bad is None and not is_finite(output):
+            self.first_bad = name
+
+    def in_forward_order(self, tensors: list[str]) -> list[str]:
+        """Names of parameters, sorted by when their module ran; those that did not run as a module come last."""
+        last = len(self.order)
+        return sorted(tensors, key=lambda name: self.order.get(name.rpartition(".")[0], last))
+
+#----------------------------------------------------------------------------
+
+def parameter_at(phase: Phase, element: int | None) -> str | None:
+    """Name of the parameter that holds this element of the phase's flat gradient."""
+    if element is None:
+        return None
+    names = {id(p): name for name, p in phase.module.named_parameters()}
+    for p in phase.parameters:
+        if element < p.numel():
+            return names[id(p)]
+        element -= p.numel()
+    return None
+
+
+def rerun(phase: Phase, batch: MicroBatch, networks: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+    """Run a phase once more without a step and look at every layer. Every process must call it.
+
+    Returns:
+        first_bad_output: the first module whose output was not finite; bad_gradients: names of parameters in forward
+        order. Of the first process that saw something.
+    """
+    own_name = next(name for name, network in networks.items() if network is phase.module)
+    phase.before_step()
+    with ForwardWatch(networks) as watch, misc.requires_grad(phase.module, phase.parameters):
+        phase.backward(batch, len(batch.z) * distributed.world_size())
+    bad = [f"{own_name}.{name}" for name, p in phase.module.named_parameters()
+           if p.grad is not None and not is_finite(p.grad)]
+    phase.optimizer.zero_grad(set_to_none=True)
+    found = {"first_bad_output": watch.first_bad, "bad_gradients": watch.in_forward_order(bad)}
+    everywhere = distributed.all_gather_object(found)
+    return next((f for f in everywhere if f["first_bad_output"]),
+                next((f for f in everywhere if f["bad_gradients"]), found))
+
+
+def bad_tensors(networks: Mapping[str, torch.nn.Module]) -> list[str]:
+    """Parameters and buffers that are not finite themselves."""
+    return [f"{top}.{name}" for top, network in networks.items() for name, value in network.state_dict().items()
+            if not is_finite(value)]
+
+
+def snapshots_by_age(folder: Path) -> Iterator[Path]:
+    """The folder's network snapshots, newest first."""
+    yield from sorted(folder.glob("network-snapshot-*.pkl"), reverse=True,
+                      key=lambda path: float(path.name.removeprefix("network-snapshot-").removesuffix(".pkl")))
+
+
+def last_good_snapshot(folder: Path) -> str | None:
+    """Name of the newest snapshot whose networks are readable and finite."""
+    for path in snapshots_by_age(folder):
+        try:
+            content = checkpoint.load(path, NETWORK_FORMAT)
+        except UserError:
+            continue
+        if is_finite([content.get(name) for name in ("G", "G_ema", "D")]):
+            return path.name
+    return None
+
+#----------------------------------------------------------------------------
+
+def explain_nonfinite(folder: Path, phase: Phase, batch: MicroBatch, guard: GradientGuard,
+                      networks: Mapping[str, torch.nn.Module], cur_nimg: int) -> str:
+    """Find where non-finite gradients of a phase come from, write nonfinite-<kimg>.json; returns what to tell the user.
+
+    Every process must call it; rank 0 writes.
+
+    Args:
+        batch: A micro-batch of the phase, to try once more.
+        networks: By the names that layers get in the report: G, D, ...
+        cur_nimg: Images shown.
+    """
+    found = rerun(phase, batch, networks)
+    recorded = parameter_at(phase, guard.first_element(phase.name))
+    steps = guard.steps_in_a_row()[phase.name]
+    dump = {
+        "phase": phase.name,
+        "kimg": cur_nimg / 1e3,
+        "steps_in_a_row": steps,
+        "nonfinite_elements": guard.counts(),
+        "first_bad_layer": found["first_bad_output"],
+        "first_bad_gradient": next(iter(found["bad_gradients"]), None),
+        "first_bad_gradient_of_the_last_step": recorded,
+        "bad_gradients": len(found["bad_gradients"]),
+        "bad_weights": bad_tensors(networks)[:MAX_NAMES],
+        "last_good_snapshot": None,
+    }
+    name = snapshot_name(cur_nimg).replace("network-snapshot-", "nonfinite-").replace(".pkl", ".json")
+    if distributed.rank() == 0:
+        dump["last_good_snapshot"] = last_good_snapshot(folder)
+        atomic_write_text(folder / name, json.dumps(dump, indent=2) + "\n")
+    layer = dump["first_bad_layer"] or "none: outputs are finite, the backward pass overflows"
+    return (f"STOPPED: gradients of {phase.name} were not finite in the last {steps} steps. First layer with a bad "
+            f"output: {layer}; first bad gradient: {dump['first_bad_gradient'] or recorded}. Last good snapshot: "
+            f"{dump['last_good_snapshot'] or 'none'}. Start a new run from it with --fp32=1, or with half --glr and "
+            f"--dlr. Details: {name}")
