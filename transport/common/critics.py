@@ -5,9 +5,12 @@ Convention of this package: Lam is the weight of the penalty (the code's `lamb`;
 critic is large on `x` and small on `y`: it maximises E u(x) - E u(y) - Lam E (|grad u| - 1)_+^2.
 """
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
+
+from dnnlib import UserError
 
 Critic = Callable[[torch.Tensor], torch.Tensor]      # [N, ...] -> [N]
 
@@ -44,3 +47,20 @@ def penalty(critic: Critic, z: torch.Tensor, two_sided: bool = False) -> torch.T
     """E (|grad u(z)| - 1)_+^2, without the bracket's plus if two-sided (Gulrajani et al. 2017): a scalar."""
     excess = gradient(critic, z, create_graph=True).flatten(1).norm(dim=1) - 1
     return (excess if two_sided else excess.clamp_min(0)).square().mean()
+
+#----------------------------------------------------------------------------
+
+def check_lamb(lamb: float) -> None:
+    """Raises UserError unless the weight of the penalty is a positive number."""
+    if not (math.isfinite(lamb) and lamb > 0):
+        raise UserError(f"Lam {lamb}: the weight of the penalty must be a number above 0")
+
+
+def w1_at_most(value: float, lamb: float) -> float:
+    """2 Lam (sqrt(1 + P / Lam) - 1): the largest W1 for which the penalised optimum can be P = `value`.
+
+    By Cauchy-Schwarz P is at least W1 + W1^2 / (4 Lam) (Milne & Nachman 2022, arXiv 2109.00528). What a trained critic
+    reaches falls short of P, so it gives an estimate and no bound; a negative value gives 0.
+    """
+    check_lamb(lamb)
+    return 2 * lamb * (math.sqrt(1 + max(value, 0.0) / lamb) - 1)

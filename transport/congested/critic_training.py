@@ -14,7 +14,7 @@ import torch
 
 from dnnlib import UserError
 from transport.common import critics
-from transport.congested.oracles import check_lamb
+from transport.common.critics import check_lamb
 from transport.congested.pairs import Draw
 
 SIDES = ("one-sided", "two-sided")

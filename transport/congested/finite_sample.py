@@ -23,7 +23,7 @@ from scipy.spatial.distance import cdist, pdist
 
 from dnnlib import UserError
 from transport.common import ot_exact
-from transport.congested.oracles import check_lamb
+from transport.common.critics import check_lamb
 
 MIN_DIMS = 3            # In the plane segments cross, on the line they overlap: other problems.
 MAX_POINTS = 1000

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from transport.common import critics
-from transport.congested.oracles import check_lamb
+from transport.common.critics import check_lamb
 from transport.congested.pairs import Draw
 
 CHUNK = 100_000         # Samples that are drawn at a time.

@@ -21,17 +21,12 @@ import scipy.special
 from scipy.integrate import quad
 
 from dnnlib import UserError
+from transport.common.critics import check_lamb
 
 TAILS = 10.0        # Standard deviations of a Gaussian that are integrated over.
 Curve = Callable[[float], float]
 
 #----------------------------------------------------------------------------
-
-def check_lamb(lamb: float) -> None:
-    """Raises UserError unless the weight of the penalty is a positive number."""
-    if not (math.isfinite(lamb) and lamb > 0):
-        raise UserError(f"Lam {lamb}: the weight of the penalty must be a number above 0")
-
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
@@ -107,12 +102,6 @@ def extrapolate(lamb: np.ndarray, value: np.ndarray) -> tuple[float, float]:
         raise UserError(f"Lam {lamb.tolist()}: extrapolation to W1 takes two different weights")
     slope, start = np.polyfit(0.25 / lamb, value, 1)
     return float(start), float(slope)
-
-
-def w1_at_most(value: float, lamb: float) -> float:
-    """The largest W1 that goes with a value of P: from W1 + W1^2 / (4 Lam) <= P, by Cauchy-Schwarz."""
-    check_lamb(lamb)
-    return 2 * lamb * (math.sqrt(1 + value / lamb) - 1)
 
 #----------------------------------------------------------------------------
 

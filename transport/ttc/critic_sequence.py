@@ -35,15 +35,6 @@ def move(critic: Critic, x: torch.Tensor, eta: float) -> torch.Tensor:
     """x - eta grad u(x): samples [N, ...] after one step. The gradient keeps its length; nothing is clipped."""
     return x.detach() - eta * gradient(critic, x)
 
-
-def debiased(estimate: float, lam: float) -> float:
-    """2 Lam (sqrt(1 + P / Lam) - 1): the largest W1 for which the penalised optimum can be P.
-
-    P is at least W1 + W1^2 / (4 Lam) (Milne and Nachman, arXiv 2109.00528). P itself is a trained critic's value, which
-    falls short of the optimum, so this is no certain bound.
-    """
-    return 2 * lam * (math.sqrt(1 + max(estimate, 0.0) / lam) - 1)
-
 #----------------------------------------------------------------------------
 # Settings.
 

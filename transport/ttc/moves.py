@@ -12,8 +12,9 @@ import torch
 
 from torch_utils.images import to_uint8_metric
 from transport.common import ot_exact, plotting
+from transport.common.critics import w1_at_most
 from transport.common.study import seeded
-from transport.ttc.critic_sequence import Stage, Training, debiased, fit, move, parse_schedule, push
+from transport.ttc.critic_sequence import Stage, Training, fit, move, parse_schedule, push
 from transport.ttc.critic_store import claim, load_stages, save_stage
 from transport.ttc.denoising import psnr, regularise
 from transport.ttc.image_critics import make_critic
@@ -179,7 +180,7 @@ def _train(config: Config, schedule: tuple[int, ...], training: Training, source
         for estimate, eta in zip(stage.estimates, stage.etas, strict=True):
             text = f"step of {eta:.4g}" if eta > 0 else "no step: samples would climb"
             click.echo(f"critic {number + 1}/{len(schedule)}: W1 estimate {estimate:.4g} "
-                       f"(de-biased {debiased(estimate, training.lam):.4g}), {text}", err=True)
+                       f"(de-biased {w1_at_most(estimate, training.lam):.4g}), {text}", err=True)
 
     done: list[Stage] = []
     if config.outdir is not None:
@@ -209,7 +210,7 @@ def _follow(stages: list[Stage], bench: Bench, lam: float) -> tuple[list[dict[st
         for estimate, eta in zip(stage.estimates, stage.etas, strict=True):
             x = push([Stage(stage.critic, (estimate,), (eta,))], x)
             rows.append({"step": len(rows), "critic": number + 1, "estimate": estimate,
-                         "debiased": debiased(estimate, lam), "eta": eta, **bench.row(x)})
+                         "debiased": w1_at_most(estimate, lam), "eta": eta, **bench.row(x)})
             path.append(x[:W1_POINTS].cpu().numpy())
     return rows, path
 

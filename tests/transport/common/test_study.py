@@ -108,3 +108,12 @@ def test_critic():
     assert net(x).shape == (2,)
     assert critics.MLP(2, out_features=5)(x).shape == (2, 5)
     assert math.isfinite(critics.penalty(net, x).item())
+
+
+@pytest.mark.numeric
+def test_largest_distance_for_a_critics_value():
+    """P = W1 + W1^2 / (4 Lam) where all pairs are equally far apart, so that the bound is W1."""
+    assert critics.w1_at_most(30 + 900 / 40, 10) == approx(30, abs=1e-9)
+    assert critics.w1_at_most(-1, 10) == 0
+    with pytest.raises(UserError, match="Lam 0: the weight of the penalty"):
+        critics.w1_at_most(1, 0)
