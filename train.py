@@ -220,7 +220,7 @@ def make_diagnosis(config: Any, dataset: Any):
     """The diagnosis of D for the loop; None without `--diagnose`."""
     if not config.diagnose:
         return None
-    from transport.diagnostics import training_diagnosis
+    from training.watch.discriminator_diagnosis import training_diagnosis
     return training_diagnosis(dataset, config.diagnose, config.batch_gpu, config.seed)
 
 

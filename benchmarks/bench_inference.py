@@ -32,13 +32,13 @@ sys.path.insert(0, str(ROOT))
 
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import atomic_write_text  # noqa: E402
-from inference.sampling import synthesize  # noqa: E402
 from torch_utils import misc  # noqa: E402
 from torch_utils.images import to_uint8_metric  # noqa: E402
 from torch_utils.ops import dispatch  # noqa: E402
 from training import networks_stylegan3 as networks  # noqa: E402
 from training.config import GeneratorConfig  # noqa: E402
 from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
+from training.generator.synthesis import synthesize  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "inference.md"
 TURNS = 5

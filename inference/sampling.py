@@ -9,10 +9,10 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import list_some
 from torch_utils.images import to_uint8_metric
-from torch_utils.misc import evaluating, full_precision, one_hot, to_device
 from training.data.randomness import CounterRNG
 from training.generator.layer_schedule import largest_batch
-from training.networks_stylegan3 import PRECISIONS, Generator
+from training.generator.synthesis import require_finite, synthesize
+from training.networks_stylegan3 import Generator
 
 #----------------------------------------------------------------------------
 # The official conventions of gen_images.
@@ -46,40 +46,11 @@ def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int
     raise UserError(f"--class={value}: no class of this name: {known}")
 
 
-@torch.no_grad()
-def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_psi: float = 1.0,
-               centroids: torch.Tensor | None = None, precision: str = "auto") -> torch.Tensor:
-    """Images [N, 3, R, R], about [-1, 1], of one batch of latents [N, z_dim] and classes [N]; see `generate`."""
-    device = next(G.parameters()).device
-    with evaluating(G), full_precision():
-        z, c = to_device(z, device), one_hot(to_device(labels, device), G.c_dim)
-        if centroids is None or truncation_psi == 1:
-            ws = G.mapping(z, c, truncation_psi=truncation_psi)
-        else:
-            ws = G.mapping(z, c)
-            nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
-            ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
-        return G.synthesis(ws, **PRECISIONS[precision])
-
-
-def require_finite(finite: torch.Tensor) -> None:
-    """Wait for a flag that was computed from images.
-
-    Raises:
-        UserError: it is not set.
-    """
-    if not finite:
-        raise UserError("the network gives images with non-finite values: the snapshot is of a diverged run")
-
-
 def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: int, truncation_psi: float = 1.0,
              centroids: torch.Tensor | None = None, precision: str = "auto") -> Iterator[torch.Tensor]:
     """Batches of images [n, 3, R, R], about [-1, 1], for latents [N, z_dim] and classes [N].
 
-    Args:
-        centroids: [K, w_dim]; truncation pulls every w towards the nearest of them instead of the class's mean
-            (multi-modal truncation, Mokady et al. 2022).
-        precision: A key of `PRECISIONS`.
+    Arguments as `synthesize`.
 
     Raises:
         UserError: an image has non-finite values.

@@ -13,7 +13,8 @@ SOURCES = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py")) + sorted(
 OURS = {*FOLDERS, "legacy", "train", "gen_images", "calc_metrics", "dataset_tool", "demo"}
 
 # Arrows point one way: dnnlib <- torch_utils <- {training, metrics} <- inference <- legacy <- scripts;
-# data_prep, which makes data sets, stands beside inference; transport, the studies, stands above all but the scripts.
+# data_prep, which makes data sets, stands beside inference; transport, the studies, stands above them, and nothing, not
+# even a script, imports it.
 MAY_IMPORT = {
     "dnnlib": {"dnnlib"},
     "torch_utils": {"dnnlib", "torch_utils"},
@@ -39,7 +40,8 @@ TRAINING = {
     "loss": {"config", "networks_stylegan3", "discriminators", "step"},
     "run": {"config", "diffaug", "data", "networks_stylegan3", "dataset", "generator", "feature_networks",
             "discriminators", "step", "loss"},
-    "watch": {"config", "data", "networks_stylegan3", "dataset", "step", "run"},
+    "watch": {"config", "diffaug", "data", "networks_stylegan3", "dataset", "generator", "discriminators", "step",
+              "run"},
     "training_loop": {"config", "data", "networks_stylegan3", "dataset", "generator", "feature_networks",
                       "discriminators", "step", "loss", "run", "watch"},
 }
@@ -47,6 +49,10 @@ TRAINING = {
 STEP_MAY_USE = {"collections.abc", "dataclasses", "functools", "math", "time", "typing", "numpy", "torch",
                 "torch_utils.distributed", "torch_utils.misc", "torch_utils.ops"}
 HAS_CIRCLES = "torch_utils.ops."        # Its loader, its dispatch and its self-check import one another.
+# Within transport a study knows what all studies share, and no other study. Modules beside the folders are commands:
+# they may import any folder, and nothing imports them.
+STUDIES = ("san", "ttc", "congested", "latent1d")
+TRANSPORT_MAY_IMPORT = {"common": {"common"}} | {study: {study, "common"} for study in STUDIES}
 # Third-party modules that live in one place.
 CONFINED = {
     "torch.distributed": {"torch_utils/distributed.py"},
@@ -55,8 +61,8 @@ CONFINED = {
     "timm": {"training/feature_networks/", "metrics/detectors/"},
     "torch_fidelity": {"metrics/detectors/"},
     "requests": {"dnnlib/download.py"},
-    "matplotlib": {"training/watch/html_report.py", "transport/plotting.py"},
-    "ot": {"transport/"},
+    "matplotlib": {"training/watch/html_report.py", "transport/common/plotting.py"},
+    "ot": {"transport/latent1d/semidiscrete.py"},
     "wandb": {"training/watch/reporting.py"},
     "tarfile": {"inference/tar_store.py"},
     "lmdb": {"data_prep/sources/tables.py"},
@@ -90,7 +96,7 @@ def test_imports_follow_the_arrows(path):
     owner = relative(path).split("/")[0].removesuffix(".py")
     ours = {name.split(".")[0] for name in names} & OURS
     scripts = OURS - set(FOLDERS) - {"legacy"}
-    allowed = MAY_IMPORT.get(owner, {*FOLDERS, "legacy"})
+    allowed = MAY_IMPORT.get(owner, {*FOLDERS, "legacy"} - {"transport"})
     assert ours <= allowed, f"{relative(path)} imports {sorted(ours - allowed)}"
     assert not ours & scripts - {owner}, "scripts are not imported"
     for module, places in CONFINED.items():
@@ -152,6 +158,31 @@ def test_modules_import_in_no_circle():
                     if not (name.startswith(HAS_CIRCLES) and other.startswith(HAS_CIRCLES))}
              for name, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()         # Raises CycleError, which names the modules.
+
+
+def parts_of(tree: ast.AST, package: str) -> set[str]:
+    """What is imported of a package: the names directly below it."""
+    names = imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            names |= {f"{package}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith(package + ".")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "transport").rglob("*.py")), ids=relative)
+def test_studies_do_not_know_each_other(path):
+    folder = path.parent.name
+    tree = ast.parse(path.read_text())
+    known = parts_of(tree, "transport")
+    allowed = TRANSPORT_MAY_IMPORT.get(folder, {"common", *STUDIES})
+    assert known <= allowed, f"{relative(path)} imports {sorted(known - allowed)} of transport"
+    if path.name == "__main__.py" or (folder == "transport" and known & set(STUDIES)):
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)], (
+            f"{relative(path)} only starts a study: what it does belongs there")
+
+
+def test_every_folder_of_transport_is_a_study_or_what_they_share():
+    assert {p.parent.name for p in (ROOT / "transport").glob("*/__init__.py")} == {"common", *STUDIES}
 
 
 def length(node: ast.AST) -> int:

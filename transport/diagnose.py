@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diagnosis of a snapshot's discriminator: `python -m transport.diagnose --network=... --data=...`.
 
-transport/diagnostics.py says what is measured. The table goes to stderr, one line of JSON to stdout.
+training/watch/discriminator_diagnosis.py says what is measured. The table goes to stderr, one line of JSON to stdout.
 """
 import json
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from training.feature_networks.registry import load_backbone
 from training.networks_stylegan3 import Generator
 from training.run.snapshots import build_generator
 from training.step.blur import blur_sigma
-from transport import plotting
-from transport.diagnostics import LEVELS, Diagnosis, Settings, diagnose
+from training.watch.discriminator_diagnosis import LEVELS, Diagnosis, Settings, diagnose
+from transport.common import plotting
 
 DEFAULT_BATCH = 8           # Of the published runs, for files that do not say theirs.
 COLUMNS = {"inner_product": "ip", "floor": "floor", "gap": "gap", "separability": "S", "separability_optimal": "S opt",

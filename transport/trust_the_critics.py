@@ -1,37 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trust the Critics: no generator, but a sequence of critics that samples follow.
-
-Milne, Bilocq and Nachman: "Trust the Critics: Generatorless and Multipurpose WGANs with Initial Convergence Guarantees"
-(arXiv 2111.15099) and its successor (arXiv 2211.00820). The parts: transport/critic_sequence.py has the method,
-critic_store.py keeps critics, sources.py has the data, ttc_moves.py and misalignment.py are the experiments.
-"""
-from pathlib import Path
-
-from transport.misalignment import Misalignment, run_misalignment
-from transport.study import study_command
-from transport.ttc_moves import Moves, run_moves
-from transport.ttc_settings import Config as Config
-from transport.ttc_settings import settled
-
-Result = Moves | Misalignment
-
-
-def run(config: Config) -> Result:
-    """Carry out a task.
-
-    Raises:
-        UserError: settings out of range, or a source, target, critic and folder that do not fit each other.
-    """
-    config = settled(config)
-    return run_misalignment(config) if config.task == "misalignment" else run_moves(config)
-
-
-def draw(result: Result, folder: Path) -> list[Path]:
-    """Write the figures of a result."""
-    return result.draw(folder)
-
-
-main = study_command("trust_the_critics", Config, run, draw)
+"""`python -m transport.trust_the_critics`: samples that follow a sequence of critics (ttc/experiment.py)."""
+from transport.ttc.experiment import main
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of a generator that is not trained at the moment: a batch of latents and classes, without gradients."""
+import torch
+
+from dnnlib import UserError
+from torch_utils.misc import evaluating, full_precision, one_hot, to_device
+from training.networks_stylegan3 import PRECISIONS, Generator
+
+
+@torch.no_grad()
+def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_psi: float = 1.0,
+               centroids: torch.Tensor | None = None, precision: str = "auto") -> torch.Tensor:
+    """Images [N, 3, R, R], about [-1, 1], of one batch of latents [N, z_dim] and classes [N].
+
+    Args:
+        centroids: [K, w_dim]; truncation pulls every w towards the nearest of them instead of the class's mean
+            (multi-modal truncation, Mokady et al. 2022).
+        precision: A key of `PRECISIONS`.
+    """
+    device = next(G.parameters()).device
+    with evaluating(G), full_precision():
+        z, c = to_device(z, device), one_hot(to_device(labels, device), G.c_dim)
+        if centroids is None or truncation_psi == 1:
+            ws = G.mapping(z, c, truncation_psi=truncation_psi)
+        else:
+            ws = G.mapping(z, c)
+            nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
+            ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
+        return G.synthesis(ws, **PRECISIONS[precision])
+
+
+def require_finite(finite: torch.Tensor) -> None:
+    """Wait for a flag that was computed from images.
+
+    Raises:
+        UserError: it is not set.
+    """
+    if not finite:
+        raise UserError("the network gives images with non-finite values: the snapshot is of a diverged run")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the image of a uniform latent is from a finite sample, in W1 with the Euclidean distance: exactly."""
+import dataclasses
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse as sp
+from scipy.spatial.distance import cdist
+
+from dnnlib import UserError
+from transport.common import ot_exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Transport:
+    """An optimal transport from M places of equal weight to n points of equal weight."""
+
+    value: float                # W1.
+    plan: np.ndarray            # [M, n], sums to 1.
+    potentials: np.ndarray      # v [n]: place j belongs to the point with the least distance - v.
+
+
+def distances(places: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Euclidean distances [M, n].
+
+    Raises:
+        UserError: places [M, d] and points [n, d] of different d.
+    """
+    if places.shape[1] != points.shape[1]:
+        raise UserError(f"places of {places.shape[1]} dimensions and points of {points.shape[1]}: give them the same")
+    return cdist(places, points)
+
+
+def transport(places: np.ndarray, points: np.ndarray) -> Transport:
+    """W1 of `places` [M, d] and `points` [n, d] by the network simplex method of POT.
+
+    Raises:
+        UserError: they have different dimensions.
+    """
+    import ot
+    cost = distances(places, points)
+    weights = [np.full(size, 1 / size) for size in cost.shape]
+    plan, log = ot.emd(*weights, cost, numItermax=10 ** 7, log=True)
+    if log["warning"] is not None:
+        raise RuntimeError(f"POT: {log['warning']}")
+    return Transport(value=float(log["cost"]), plan=plan, potentials=log["v"] - log["v"].mean())
+
+
+def w1_assignment(places: np.ndarray, points: np.ndarray) -> float:
+    """The same by assignment, every point copied M / n times.
+
+    Raises:
+        UserError: M is not a multiple of n.
+    """
+    copies, rest = divmod(len(places), len(points))
+    if rest:
+        raise UserError(f"{len(places)} places for {len(points)} points: an assignment takes a multiple")
+    return ot_exact.w1(places, np.repeat(points, copies, axis=0))
+
+
+def semi_dual(places: np.ndarray, points: np.ndarray, potentials: np.ndarray) -> tuple[float, np.ndarray]:
+    """Kantorovich's dual, with one potential per point: mean_j min_i (|places_j - points_i| - v_i) + mean_i v_i.
+
+    Concave in v; never more than W1, and equal to it at the best v.
+
+    Returns:
+        (value, supergradient [n]): the gradient is 1 / n less the mass of the point's Laguerre cell.
+    """
+    excess = distances(places, points) - potentials
+    owner = excess.argmin(axis=1)
+    mass = np.bincount(owner, minlength=len(points)) / len(places)
+    return float(excess.min(axis=1).mean() + potentials.mean()), 1 / len(points) - mass
+
+#----------------------------------------------------------------------------
+# Below the threshold.
+
+def line_optimum(points: np.ndarray, speed: float, cells: int = 1200) -> tuple[float, np.ndarray]:
+    """The best K-Lipschitz curve for points [n, 1] on the line, for any K: a linear programme.
+
+    Sorting a curve keeps its Lipschitz constant, so the best one is the L1 projection of the sample's quantile function
+    onto nondecreasing K-Lipschitz functions.
+
+    Args:
+        points: The sample.
+        speed: K > 0.
+        cells: Values of the function, rounded up to a multiple of n.
+
+    Returns:
+        (W1, values [cells] at the middles of the cells).
+
+    Raises:
+        UserError: points of more than one dimension, or K <= 0.
+    """
+    if points.ndim != 2 or points.shape[1] != 1:
+        raise UserError(f"points of shape {list(points.shape)}: the linear programme takes points on the line, [n, 1]")
+    positive(speed)
+    copies = -(-cells // len(points))
+    quantile = np.repeat(np.sort(points[:, 0]), copies)
+    m = len(quantile)
+    eye, step = sp.eye_array(m), sp.diags_array([-np.ones(m - 1), np.ones(m - 1)], offsets=[0, 1], shape=(m - 1, m))
+    none = sp.csr_array((m - 1, m))
+    rows = sp.block_array([[eye, -eye], [-eye, -eye], [step, none], [-step, none]], format="csr")
+    limits = np.concatenate([quantile, -quantile, np.full(m - 1, speed / m), np.zeros(m - 1)])
+    weights = np.repeat([0.0, 1 / m], m)
+    result = scipy.optimize.linprog(weights, A_ub=rows, b_ub=limits, bounds=(None, None), method="highs")
+    if not result.success:
+        raise RuntimeError(f"HiGHS: {result.message}")
+    return float(result.fun), result.x[:m]
+
+
+def two_points(distance: float, speed: float) -> float:
+    """The least W1 for two points: l^2 / (4 K) from K = l on, l / 2 - K / 4 below."""
+    positive(speed)
+    return distance ** 2 / (4 * speed) if speed >= distance else distance / 2 - speed / 4
+
+
+def geometric_median(points: np.ndarray) -> tuple[np.ndarray, float]:
+    """Where K -> 0 leads: the place [d] with the least mean distance to points [n, d], and that distance."""
+    def mean_distance(place: np.ndarray) -> tuple[float, np.ndarray]:
+        way = place - points
+        length = np.linalg.norm(way, axis=1, keepdims=True)
+        return float(length.mean()), (way / np.where(length > 0, length, 1)).mean(axis=0)
+
+    best = points[int(cdist(points, points).mean(axis=1).argmin())]     # A sum of cones: often one of its tips.
+    smooth = scipy.optimize.minimize(mean_distance, points.mean(axis=0), jac=True, method="L-BFGS-B",
+                                     options={"ftol": 1e-15, "gtol": 1e-12})
+    if smooth.fun < mean_distance(best)[0]:
+        best = smooth.x
+    return best, mean_distance(best)[0]
+
+
+def positive(speed: float) -> float:
+    """A Lipschitz constant above 0.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not speed > 0:
+        raise UserError(f"a Lipschitz constant of {speed:g}: must be above 0")
+    return speed
