@@ -5,11 +5,13 @@ import functools
 import json
 import math
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from dnnlib import UserError
 from tests import needs_cuda
 from tests.closeness import rel_error
 from tests.ops.cases import bound, needs_compiler, randn, use_programs_of_gpu
@@ -244,6 +246,37 @@ def test_a_library_that_cannot_be_had_is_said_once(monkeypatch, capsys):
         assert programs(strips.KINDS["22"], torch.float16) is None
     assert programs(strips.KINDS["22"], torch.float64) is None
     assert capsys.readouterr().err == "ops: the general program is used instead of fast ones (no nvcc on PATH)\n"
+
+
+def test_without_its_fast_programs_native_is_an_error(monkeypatch):
+    """Each time, not only the first."""
+    monkeypatch.setattr(native, "load_strips", lambda family, dtype: native.Loaded(None, "no nvcc on PATH"))
+    monkeypatch.setenv("STYLESAN_OPS", "native")
+    programs = dispatch.FastPrograms(lambda family, dtype: None)
+    for _ in range(2):
+        with pytest.raises(UserError, match="STYLESAN_OPS=native: no fast programs: no nvcc on PATH: mend that, or"):
+            programs(strips.KINDS["22"], torch.float16)
+
+
+def test_a_gpu_has_its_programs_while_they_are_checked(monkeypatch):
+    """Autograd runs the backward pass of the check in a thread of its own, which asks for them, too."""
+    checked = []
+
+    def check(kind, family, dtype):
+        thread = threading.Thread(target=lambda: checked.append(programs(strips.KINDS["22"], dtype)), daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+        checked.append((kind, family, dtype))
+
+    monkeypatch.setattr(native, "in_use", {})
+    monkeypatch.setattr(native, "load", lambda kind: native.Loaded({}))
+    monkeypatch.setattr(native, "load_strips", lambda family, dtype: native.Loaded({"22": print}))
+    monkeypatch.setattr(self_check, "find_fault", lambda kind: None)
+    monkeypatch.setattr(self_check, "find_fault_of_strips", check)
+    programs = dispatch.load("cuda").fast
+    assert programs(strips.KINDS["22"], torch.float16) is print
+    assert programs(strips.KINDS["42"], torch.float16) is None
+    assert checked == [print, ("cuda", "t", torch.float16)]
 
 #----------------------------------------------------------------------------
 # What is compiled.
