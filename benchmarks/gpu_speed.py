@@ -89,8 +89,8 @@ def device_work(call: Callable[[], object], device: torch.device) -> tuple[float
 
 def forms_on(device: torch.device, quick: bool) -> list[str]:
     """Forms of the operations that exist on the device; the definition only in quick mode, because it is slow."""
-    from torch_utils.ops import native
-    forms = [device.type] if native.load(device.type).functions is not None else []
+    from torch_utils.ops import dispatch
+    forms = [device.type] if dispatch.load(device.type).functions is not None else []
     return [*forms, "matrix", *(["ref"] if quick else [])]
 
 

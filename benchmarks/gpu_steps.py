@@ -143,17 +143,17 @@ def kinds(context: Context) -> list[str]:
 
 def build(context: Context) -> None:
     """Compile the native operations anew; in quick mode only if they are not there."""
-    from torch_utils.ops import build as ops_build
+    from torch_utils.ops import compilation
     told = []
     for kind in kinds(context):
-        target = ops_build.cpu_target() if kind == "cpu" else ops_build.cuda_target()
-        was_there = (target.folder() / ops_build.LIBRARY).is_file()
+        target = compilation.cpu_target() if kind == "cpu" else compilation.cuda_target()
+        was_there = (target.folder() / compilation.LIBRARY).is_file()
         if was_there and not context.quick:
             shutil.rmtree(target.folder())
         began = time.perf_counter()
         try:
-            ops_build.library(target, retry=True)
-        except ops_build.BuildError as error:
+            compilation.library(target, retry=True)
+        except compilation.BuildError as error:
             raise click.ClickException(f"{kind}: {error}") from None
         seconds = time.perf_counter() - began
         context.results.put(**{f"{kind}/seconds": seconds})

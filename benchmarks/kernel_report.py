@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write_text
-from torch_utils.ops import build, kernel_report
+from torch_utils.ops import kernel_report
+from torch_utils.ops.compilation import BuildError, cuda_target
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -34,10 +35,10 @@ with 24/12, 1.3 times as many for their gradients; 45 % of the instructions mult
 def main() -> None:
     """Compile the fast CUDA programs for three generations of GPUs and write down what came of it."""
     try:
-        rows = kernel_report.make_report(build.REPORT_ARCHS.split(","))
-    except build.BuildError as error:
+        rows = kernel_report.make_report(kernel_report.ARCHS.split(","))
+    except BuildError as error:
         raise UserError(str(error)) from None
-    told = subprocess.run([build.cuda_target("80").compiler, "--version"], capture_output=True, text=True, check=True)
+    told = subprocess.run([cuda_target("80").compiler, "--version"], capture_output=True, text=True, check=True)
     compiler = told.stdout.strip().splitlines()[-1]
     content = {"compiler": compiler, "sources": kernel_report.sources_hash(), "rows": rows}
     atomic_write_text(RESULTS / "kernels.json", json.dumps(content, indent=1) + "\n")

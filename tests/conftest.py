@@ -35,8 +35,8 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart(session):
-    from torch_utils.ops import native
-    native.load("cpu")
+    from torch_utils.ops import dispatch
+    dispatch.load("cpu")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -244,3 +244,30 @@ def test_nothing_large_or_generated_is_committed():
         # Numbers of the official implementation cannot be made here, and each case is whole.
         limit = 4 << 20 if name.startswith("tests/parity/data/") else 1 << 20
         assert not path.is_file() or path.stat().st_size < limit, name
+
+#----------------------------------------------------------------------------
+# The operations, whose modules lie in one folder.
+
+def imports_of_operations() -> dict[str, set[str]]:
+    """Module of torch_utils/ops -> those that it imports, at its top or anywhere else."""
+    folder, found = ROOT / "torch_utils" / "ops", {}
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    for module in modules:
+        tree = ast.parse((folder / f"{module}.py").read_text())
+        names = imports(tree) | {f"{node.module}.{alias.name}" for node in ast.walk(tree)
+                                 if isinstance(node, ast.ImportFrom) for alias in node.names}
+        found[module] = {name.split(".")[2] for name in names if name.startswith("torch_utils.ops.")} & modules
+    return found
+
+
+def test_operations_have_no_circle():
+    graphlib.TopologicalSorter(imports_of_operations()).prepare()       # An error names the circle.
+
+
+def test_operations_import_what_the_docs_say():
+    section = (ROOT / "docs" / "ops.md").read_text().partition("\n## Where what is\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"(?m)^\| `(\w+)` \|.*\|([^|]*)\|$", section)
+    told = {module: set(re.findall(r"`(\w+)`", uses)) for module, uses in rows}
+    assert told == imports_of_operations()
+    for i, (module, _) in enumerate(rows):
+        assert told[module] <= {above for above, _ in rows[:i]}, f"{module} uses what stands below it"

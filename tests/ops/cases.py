@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from torch_utils.ops import build, native, strips
+from torch_utils.ops import compilation, native, strips
 
 # Where there is a compiler, native operations that do not build or fail their self-check are failures, not skipped.
-needs_compiler = pytest.mark.skipif(build.cpu_target().compiler is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(compilation.cpu_target().compiler is None, reason="no C++ compiler")
 FORMS = pytest.mark.parametrize("impl", ["ref", "matrix", pytest.param("cpu", marks=needs_compiler)])
 
 
@@ -22,9 +22,9 @@ def use_programs_of_gpu(monkeypatch: pytest.MonkeyPatch, fast: bool) -> list[str
     Returns:
         A list that gets the name of every fast program when it is called.
     """
-    target = build.Target("tiles", build.cpu_target().compiler, ("-O1", "-std=c++17", "-fPIC"),
-                          (build.Source("emulate.cpp"),), ())
-    library = build.library(target)
+    target = compilation.Target("tiles", compilation.cpu_target().compiler, ("-O1", "-std=c++17", "-fPIC"),
+                          (compilation.Source("emulate.cpp"),), ())
+    library = compilation.library(target)
     called: list[str] = []
 
     def without_stream(name: str, function: Callable[..., int]) -> Callable[..., int]:
@@ -33,7 +33,7 @@ def use_programs_of_gpu(monkeypatch: pytest.MonkeyPatch, fast: bool) -> list[str
     functions, programs = ({name: without_stream(name, function) for name, function in found.items()} for found in
                            (native.bind(library, with_stream=True), native.bind_strips(library, strips.KINDS)))
     find = (lambda kind, dtype: programs[kind.name]) if fast else None
-    monkeypatch.setitem(native._loaded, "cpu", native.Loaded(functions, fast=find))
+    monkeypatch.setitem(native.in_use, "cpu", native.Loaded(functions, fast=find))
     monkeypatch.setitem(native._CODES, "cpu", native._CODES["cuda"])
     return called
 

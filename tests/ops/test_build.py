@@ -14,19 +14,21 @@ import torch
 from click.testing import CliRunner
 
 from tests.ops.cases import needs_compiler
-from torch_utils.ops import build
+from torch_utils.ops import build, compilation
+from torch_utils.ops.compilation import BuildError, Source, Target
 
 ROOT = Path(__file__).resolve().parents[2]
 
 BUILD = """
 import sys
 from pathlib import Path
-from torch_utils.ops import build
+from torch_utils.ops import compilation
+from torch_utils.ops.compilation import BuildError, Source, Target
 folder = Path(sys.argv[1])
-build.SOURCES = folder / "src"
+compilation.SOURCES = folder / "src"
 try:
-    print(build.library(build.Target("cpu", str(folder / "compiler"), ("-fPIC",), (build.Source("small.cpp"),), ())))
-except build.BuildError as error:
+    print(compilation.library(Target("cpu", str(folder / "compiler"), ("-fPIC",), (Source("small.cpp"),), ())))
+except BuildError as error:
     print("BuildError:", error)
 """
 # Notes every call; waits while the file `slow` is there; fails while `broken` is.
@@ -44,7 +46,7 @@ def folder(tmp_path):
     """A source, and a compiler that can be made slow or broken."""
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "small.cpp").write_text('extern "C" int answer() { return 42; }\n')
-    (tmp_path / "compiler").write_text(COMPILER.format(folder=tmp_path, compiler=build.cpu_target().compiler))
+    (tmp_path / "compiler").write_text(COMPILER.format(folder=tmp_path, compiler=compilation.cpu_target().compiler))
     (tmp_path / "compiler").chmod(0o755)
     return tmp_path
 
@@ -103,21 +105,21 @@ def test_processes_build_once(folder):
 def test_two_kinds_of_machine_share_a_cache(folder, monkeypatch):
     """Each finds the library that was compiled for its own instructions, also where it has no compiler itself."""
     monkeypatch.setenv("STYLESAN_OPS_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(build, "SOURCES", folder / "src")
+    monkeypatch.setattr(compilation, "SOURCES", folder / "src")
     paths = {}
     for machine in ("x86_64 avx2", "x86_64 avx2 avx512f"):
-        monkeypatch.setattr(build, "_processor", lambda machine=machine: machine)
-        without = build.Target("cpu", None, ("-fPIC",), (build.Source("small.cpp"),), ())
-        with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
-            build.library(without)
-        source = build.Source("small.cpp")
-        paths[machine] = build.library(build.Target("cpu", shutil.which("c++"), ("-fPIC",), (source,), ()))
-        assert build.library(without) == paths[machine]
+        monkeypatch.setattr(compilation, "_processor", lambda machine=machine: machine)
+        without = Target("cpu", None, ("-fPIC",), (Source("small.cpp"),), ())
+        with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
+            compilation.library(without)
+        source = Source("small.cpp")
+        paths[machine] = compilation.library(Target("cpu", shutil.which("c++"), ("-fPIC",), (source,), ()))
+        assert compilation.library(without) == paths[machine]
     assert len(set(paths.values())) == 2
     assert [answer(str(path)) for path in paths.values()] == [42, 42]
     for machine, path in paths.items():
-        monkeypatch.setattr(build, "_processor", lambda machine=machine: machine)
-        assert build.library(build.Target("cpu", None, ("-fPIC",), (build.Source("small.cpp"),), ())) == path
+        monkeypatch.setattr(compilation, "_processor", lambda machine=machine: machine)
+        assert compilation.library(Target("cpu", None, ("-fPIC",), (Source("small.cpp"),), ())) == path
 
 
 @needs_compiler
@@ -129,20 +131,20 @@ def test_a_failure_is_one_line_and_not_repeated(folder, monkeypatch):
     assert (folder / "calls").read_text() == calls
     (folder / "broken").unlink()
     monkeypatch.setenv("STYLESAN_OPS_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(build, "SOURCES", folder / "src")
-    target = build.Target("cpu", str(folder / "compiler"), ("-fPIC",), (build.Source("small.cpp"),), ())
-    assert answer(str(build.library(target, retry=True))) == 42
+    monkeypatch.setattr(compilation, "SOURCES", folder / "src")
+    target = Target("cpu", str(folder / "compiler"), ("-fPIC",), (Source("small.cpp"),), ())
+    assert answer(str(compilation.library(target, retry=True))) == 42
     # Elsewhere, without any compiler, the library is found.
-    assert build.library(build.Target("cpu", None, ("-fPIC",), (build.Source("small.cpp"),), ())).is_file()
-    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler on PATH"):
-        build.library(build.Target("cpu", None, ("-other",), ("small.cpp",), ()))
+    assert compilation.library(Target("cpu", None, ("-fPIC",), (Source("small.cpp"),), ())).is_file()
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler on PATH"):
+        compilation.library(Target("cpu", None, ("-other",), ("small.cpp",), ()))
 
 
 def test_a_folder_that_cannot_be_written(folder, monkeypatch):
     (folder / "cache").write_text("in the way")
     monkeypatch.setenv("STYLESAN_OPS_CACHE", str(folder / "cache"))
-    with pytest.raises(build.BuildError, match="cannot write to"):
-        build.library(build.Target("cpu", sys.executable, (), ("small.cpp",), ()))
+    with pytest.raises(BuildError, match="cannot write to"):
+        compilation.library(Target("cpu", sys.executable, (), ("small.cpp",), ()))
 
 #----------------------------------------------------------------------------
 
@@ -172,11 +174,11 @@ def test_without_a_compiler(tmp_path):
 @pytest.mark.parametrize("target", ["cuda", "strips"])
 def test_cuda_sources_compile_and_link(tmp_path, monkeypatch, target):
     """For one generation of GPUs: it takes ten seconds for each. They run where there is one (tests marked gpu)."""
-    target = build.cuda_target("90") if target == "cuda" else build.strips_target("t", torch.float32, "80")
+    target = compilation.cuda_target("90") if target == "cuda" else compilation.strips_target("t", torch.float32, "80")
     if target.compiler is None:
         pytest.skip("no nvcc: neither a CUDA toolkit nor the package nvidia-cuda-nvcc")
     monkeypatch.setenv("STYLESAN_OPS_CACHE", str(tmp_path))
-    library = ctypes.CDLL(str(build.library(target)))
+    library = ctypes.CDLL(str(compilation.library(target)))
     general, fast = ("resample", "filtered_lrelu", "bias_act"), ("strips_22", "strips_42", "strips_24")
     names = general if target.kind == "cuda" else fast
     assert all(hasattr(library, f"stylesan_{name}") for name in names)
@@ -186,7 +188,7 @@ def test_cuda_sources_compile_and_link(tmp_path, monkeypatch, target):
     (["--json"], "--json is a form of the report: add --report"),
     (["--report", "--arch=90"], "no nvcc: install a CUDA toolkit")])
 def test_mistakes_of_the_report(args, told, monkeypatch):
-    monkeypatch.setattr(build, "_find_program", lambda *args: None)
+    monkeypatch.setattr(compilation, "_find_program", lambda *args: None)
     done = CliRunner().invoke(build.main, args)
     assert done.exit_code == 2
     assert told in done.output

@@ -9,6 +9,7 @@ from dnnlib import UserError
 from tests.closeness import assert_close
 from tests.ops.cases import randn
 from torch_utils.ops import dispatch, native, resampler
+from torch_utils.ops.descriptions import IDENTITY, AxisFilter
 from torch_utils.ops.filtered_lrelu import (
     filtered_lrelu,
     filtered_lrelu_matrix,
@@ -24,8 +25,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 def loaded(monkeypatch):
     """What came of loading the libraries, to be changed."""
     monkeypatch.delenv("STYLESAN_OPS", raising=False)
-    monkeypatch.setattr(native, "_loaded", {kind: native.Loaded(None, "no compiler") for kind in ("cpu", "cuda")})
-    return native._loaded
+    monkeypatch.setattr(native, "in_use", {kind: native.Loaded(None, "no compiler") for kind in ("cpu", "cuda")})
+    return native.in_use
 
 
 def test_select_without_native(loaded):
@@ -106,7 +107,7 @@ def test_matrices_made_in_inference_mode_serve_in_training():
 
 def test_the_cache_is_bounded():
     cache = resampler._MatrixCache(max_bytes=4 * 10 * 10 * 8)
-    axes = [resampler.Axis(resampler.IDENTITY, 10, 1, 1, (0, 0), False, float(gain)) for gain in range(6)]
+    axes = [AxisFilter(IDENTITY, 10, 1, 1, (0, 0), False, float(gain)) for gain in range(6)]
     for axis in axes:
         cache.get(axis, torch.float64, CPU)
     assert list(key[0] for key in cache._items) == axes[2:]

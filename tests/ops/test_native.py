@@ -17,8 +17,9 @@ from tests.ops.cases import needs_compiler, randn, use_programs_of_gpu
 from tests.ops.test_filtered_lrelu import OPTIONS, grads
 from tests.ops.test_filtered_lrelu import assert_form_is_ref as assert_layer_is_ref
 from tests.ops.test_upfirdn2d import assert_form_is_ref as assert_resampling_is_ref
-from torch_utils.ops import library, native, self_check
+from torch_utils.ops import descriptions, dispatch, native, native_forms, operations, self_check
 from torch_utils.ops.bias_act import activation_funcs, bias_act
+from torch_utils.ops.descriptions import AxisRates, BiasActPlan, LayerPlan, Plan, ResamplingFilter, ResamplingPlan
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
@@ -142,9 +143,9 @@ def test_not_a_number_stays_one(code):
 # As operations of PyTorch.
 
 def layer_plan():
-    up = native.Kernel((1.0, 2.0, 0.5), (1.0, 3.0), native.Axis(2, 1, 2, 3, 11), native.Axis(2, 1, 1, 2, 12))
-    down = native.Kernel((1.0, 2.0), (0.3, 0.2), native.Axis(1, 2, 0, 2, 5), native.Axis(1, 2, 0, 2, 6))
-    return native.LayerPlan(up, down, (5, 5), 0.2, 1.5)
+    up = ResamplingFilter((1.0, 2.0, 0.5), (1.0, 3.0), AxisRates(2, 1, 2, 3, 11), AxisRates(2, 1, 1, 2, 12))
+    down = ResamplingFilter((1.0, 2.0), (0.3, 0.2), AxisRates(1, 2, 0, 2, 5), AxisRates(1, 2, 0, 2, 6))
+    return LayerPlan(up, down, (5, 5), 0.2, 1.5)
 
 
 LAYOUTS = pytest.mark.parametrize("layout", [
@@ -157,9 +158,9 @@ LAYOUTS = pytest.mark.parametrize("layout", [
 def test_opcheck(layout):
     def images(seed):
         return layout(randn(2, 3, 5, 5, seed=seed, dtype=torch.float32))
-    layer, act, b = layer_plan(), native.BiasActPlan(1, 8, 0.2, 1.5, 1.0), randn(3, seed=1, dtype=torch.float32)
-    up, codes = native.ResamplingPlan(layer.up, (5, 5)), native.new_codes(images(0), layer).zero_()
-    back = native.LayerPlan(layer.up, layer.down, (5, 5), 0.2, math.inf)
+    layer, act, b = layer_plan(), BiasActPlan(1, 8, 0.2, 1.5, 1.0), randn(3, seed=1, dtype=torch.float32)
+    up, codes = ResamplingPlan(layer.up, (5, 5)), native.new_codes(images(0), layer).zero_()
+    back = LayerPlan(layer.up, layer.down, (5, 5), 0.2, math.inf)
     ops = torch.ops.stylesan
     for op, arguments in ((ops.resample, (images(0), up.number)),
                           (ops.filtered_lrelu, (images(0), b, layer.number)),
@@ -173,8 +174,9 @@ def test_opcheck(layout):
 def differentiable(plans):
     """Functions of images and a bias whose gradients are native operations."""
     layer, up, act = plans
-    return [lambda x, b: library.filtered_lrelu(x, b, layer), lambda x, b: library.resample(x + b[:, None, None], up),
-            lambda x, b: library.bias_act(x, b, act)]
+    return [lambda x, b: operations.filtered_lrelu(x, b, layer),
+            lambda x, b: operations.resample(x + b[:, None, None], up),
+            lambda x, b: operations.bias_act(x, b, act)]
 
 
 @pytest.mark.parametrize("number", range(3), ids=["filtered_lrelu", "resample", "bias_act"])
@@ -182,7 +184,7 @@ def differentiable(plans):
 def test_the_compiler_sees_the_same(number, layout):
     """Traced as a whole, forward and backward, results, gradients and their layouts are those of eager calls."""
     layer = layer_plan()
-    plans = layer, native.ResamplingPlan(layer.up, (5, 5)), native.BiasActPlan(1, 8, 0.2, 1.5, 1.0)
+    plans = layer, ResamplingPlan(layer.up, (5, 5)), BiasActPlan(1, 8, 0.2, 1.5, 1.0)
     function, found = differentiable(plans)[number], []
     for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
         x = layout(randn(2, 3, 5, 5, dtype=torch.float32)).requires_grad_()
@@ -214,10 +216,10 @@ def test_codes_are_kept_for_gradients_only(monkeypatch):
     monkeypatch.setattr(native, "new_codes", lambda *args: made.append(args) or new_codes(*args))
     x, plan = randn(1, 3, 5, 5).requires_grad_(), layer_plan()
     with torch.no_grad():
-        library.filtered_lrelu(x, None, plan)
-    library.filtered_lrelu(x.detach(), None, plan)
+        operations.filtered_lrelu(x, None, plan)
+    operations.filtered_lrelu(x.detach(), None, plan)
     assert not made
-    library.filtered_lrelu(x, None, plan)
+    operations.filtered_lrelu(x, None, plan)
     assert len(made) == 1
 
 #----------------------------------------------------------------------------
@@ -240,9 +242,9 @@ def second_order(x, b, f, impl="cpu"):
 def test_plans_are_made_once(monkeypatch):
     """And taps are read and sent once: the second iteration makes nothing, whatever layout the images have."""
     made, packed = [], []
-    init, pack = native.Plan.__init__, native._pack_kernel
-    monkeypatch.setattr(native.Plan, "__init__", lambda plan: made.append(plan) or init(plan))
-    monkeypatch.setattr(native, "_pack_kernel", lambda *args: packed.append(args) or pack(*args))
+    init, pack = Plan.__init__, native._pack_filter
+    monkeypatch.setattr(Plan, "__init__", lambda plan: made.append(plan) or init(plan))
+    monkeypatch.setattr(native, "_pack_filter", lambda *args: packed.append(args) or pack(*args))
     x, b, f = randn(2, 19, 33, 31).requires_grad_(), randn(19, seed=1).requires_grad_(), randn(12, seed=7)
     first = second_order(x, b, f)
     assert len(made) > 0
@@ -265,20 +267,20 @@ def test_plans_are_forgotten(monkeypatch):
     y = upfirdn2d(x, f, padding=4, impl="cpu")
     want = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)[0]
     gc.collect()
-    before = len(native._plans)
-    for gain in range(native.MAX_PLANS + 50):
+    before = len(descriptions._plans)
+    for gain in range(native_forms.MAX_PLANS + 50):
         upfirdn2d(x.detach(), f, padding=4, gain=gain + 0.5, impl="cpu")
     gc.collect()
-    assert len(native._plans) <= before + native.MAX_PLANS
+    assert len(descriptions._plans) <= before + native_forms.MAX_PLANS
     assert torch.equal(torch.autograd.grad(y, x, torch.ones_like(y))[0], want)
-    number = native.ResamplingPlan(layer_plan().up, (5, 5)).number
+    number = ResamplingPlan(layer_plan().up, (5, 5)).number
     with pytest.raises(RuntimeError, match=f"plan {number} of a native operation does not exist any more"):
         torch.ops.stylesan.resample(randn(1, 1, 5, 5), number)
 
 
 def test_a_plan_for_another_size_is_refused():
     with pytest.raises(ValueError, match=r"images of shape \[1, 3, 5, 6\] met a plan for 5x5"):
-        library.filtered_lrelu(randn(1, 3, 5, 6), None, layer_plan())
+        operations.filtered_lrelu(randn(1, 3, 5, 6), None, layer_plan())
 
 
 def test_threads_share_plans(code):
@@ -315,7 +317,7 @@ def test_inference_mode_and_training_share_plans(code):
 #----------------------------------------------------------------------------
 
 def test_names_are_those_of_the_source():
-    assert list(library.ACTS) == list(activation_funcs)
+    assert list(descriptions.ACTS) == list(activation_funcs)
 
 
 def test_too_large():
@@ -347,25 +349,25 @@ def test_the_self_check_may_run_backward_in_another_thread(monkeypatch):
         return found[0]
 
     monkeypatch.setattr(self_check, "_gradients", in_a_thread)
-    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "in_use", {})
     monkeypatch.delenv("STYLESAN_OPS", raising=False)
-    assert native.load("cpu").functions is not None
+    assert dispatch.load("cpu").functions is not None
     assert stuck
     assert not any(stuck)
 
 
 @pytest.mark.parametrize("name", ["resample", "filtered_lrelu", "bias_act"])
 def test_wrong_code_is_not_used(name, monkeypatch):
-    functions = native.load("cpu").functions
+    functions = dispatch.load("cpu").functions
     def spoilt(*args):      # Runs, but one number is wrong.
         code = functions[name](*args)
         memory = ctypes.cast(_result_of(name, args), ctypes.POINTER(ctypes.c_float))
         memory[0] += 10.0
         return code
     broken = native.Loaded({**functions, name: spoilt})
-    monkeypatch.setattr(native, "_loaded", {"cpu": broken})
+    monkeypatch.setattr(native, "in_use", {"cpu": broken})
     op = {"resample": "upfirdn2d"}.get(name, name)
-    assert native._checked("cpu", broken).reason.startswith(f"self-check failed: {op}, float32: result differs")
+    assert dispatch._checked("cpu", broken).reason.startswith(f"self-check failed: {op}, float32: result differs")
 
 
 def _result_of(name, args):
@@ -376,11 +378,11 @@ def _result_of(name, args):
 
 
 def test_failing_code_is_not_used(monkeypatch):
-    functions = {name: lambda *args: -3 for name in native.load("cpu").functions}
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_load", lambda kind: native.Loaded(functions))
+    functions = {name: lambda *args: -3 for name in dispatch.load("cpu").functions}
+    monkeypatch.setattr(native, "in_use", {})
+    monkeypatch.setattr(native, "load", lambda kind: native.Loaded(functions))
     monkeypatch.setenv("STYLESAN_OPS", "auto")
-    assert native.describe("cpu").startswith("ops: reference (self-check failed: filtered_lrelu for torch.float32 on")
+    assert dispatch.describe("cpu").startswith("ops: reference (self-check failed: filtered_lrelu for torch.float32 on")
     assert upfirdn2d(randn(1, 1, 8, 8), None, up=2, padding=1).shape == (1, 1, 18, 18)
 
 #----------------------------------------------------------------------------
@@ -390,7 +392,7 @@ def test_failing_code_is_not_used(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gpu_is_ref(dtype, layout):
-    assert native.load("cuda").functions is not None, native.load("cuda").reason
+    assert dispatch.load("cuda").functions is not None, dispatch.load("cuda").reason
     x = randn(2, 19, 75, 71, dtype=dtype).cuda().to(memory_format=layout).requires_grad_()
     b, f = randn(19, seed=1, dtype=dtype).cuda().requires_grad_(), (torch.hann_window(14)[1:-1] / 6.5).cuda()
     calls = [lambda x, b, impl: filtered_lrelu(x, f, f, b, up=2, down=2, padding=(9, 8, 7, 9), impl=impl),

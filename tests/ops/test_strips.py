@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU's fast programs for the layers of the recipes: what they are for, what they compute, what is compiled."""
 import dataclasses
+import functools
 import json
 import math
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from dnnlib import UserError
 from tests import needs_cuda
 from tests.closeness import rel_error
 from tests.ops.cases import bound, needs_compiler, randn, use_programs_of_gpu
-from torch_utils.ops import build, kernel_report, native, self_check, strips
+from torch_utils.ops import compilation, dispatch, kernel_report, native, self_check, strips
+from torch_utils.ops.descriptions import ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES, Strips
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from training.generator.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import SynthesisLayer
@@ -51,7 +55,7 @@ def plans_of_recipes():
                 plans.append(plan)
                 return x
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("torch_utils.ops.library.filtered_lrelu", keep)
+                patch.setattr("torch_utils.ops.operations.filtered_lrelu", keep)
                 filtered_lrelu(torch.zeros(1, 1, size, size), layer.up_filter, layer.down_filter, up=layer.up,
                                down=layer.down, padding=layer.padding, clamp=256, impl="cpu")
             found[key] = plans[0]
@@ -64,8 +68,8 @@ def test_all_layers_of_the_recipes_have_programs():
     assert len(plans) > 20
     names = set()
     for plan in plans:
-        kinds = [*map(plan.fast_kind, (native.ACTIVATE, native.ACTIVATE_AND_KEEP, native.READ_CODES)),
-                 plan.transposed.fast_kind(native.READ_CODES)]
+        kinds = [*map(plan.fast_kind, (ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES)),
+                 plan.transposed.fast_kind(READ_CODES)]
         assert None not in kinds, (plan.up, plan.down)
         assert GRADIENT[kinds[0].name] == kinds[3].name
         names |= {kind.name for kind in kinds}
@@ -73,7 +77,7 @@ def test_all_layers_of_the_recipes_have_programs():
 
 
 def test_the_table_is_that_of_the_source():
-    source = (build.SOURCES / "strips.h").read_text()
+    source = (compilation.SOURCES / "strips.h").read_text()
     lines = re.findall(r"using Strips(\w+) = Strips<Rates<(.*?)>, (\d+), (\d+), (\w+)>;", source)
     found = [(name, *rates.split(", "), width, unroll, gradient) for name, rates, width, unroll, gradient in lines]
     told = [tuple(str(value).lower() if isinstance(value, bool) else str(value)
@@ -109,7 +113,7 @@ def results(call, x, b, impl, layout):
 @needs_compiler
 @pytest.mark.numeric
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", FORWARD, ids=strips.Strips.describe)
+@pytest.mark.parametrize("kind", FORWARD, ids=Strips.describe)
 @pytest.mark.parametrize("sizes", [(9, 13), (26, 21), (40, 7)], ids=str)
 def test_programs_are_ref(kind, layout, sizes, monkeypatch):
     """Widths and heights that are no multiples of strips and chunks, and images of a single strip."""
@@ -126,7 +130,7 @@ def test_programs_are_ref(kind, layout, sizes, monkeypatch):
 
 @needs_compiler
 @pytest.mark.numeric
-@pytest.mark.parametrize("kind", FORWARD, ids=strips.Strips.describe)
+@pytest.mark.parametrize("kind", FORWARD, ids=Strips.describe)
 def test_codes_are_those_of_the_general_program(kind, monkeypatch):
     """Each reads what the other has written, in both layouts."""
     for layout in LAYOUTS.values():
@@ -143,7 +147,7 @@ def test_codes_are_those_of_the_general_program(kind, monkeypatch):
 @needs_compiler
 @pytest.mark.numeric
 @pytest.mark.parametrize("dtype", strips.TYPES)
-@pytest.mark.parametrize("kind", FORWARD, ids=strips.Strips.describe)
+@pytest.mark.parametrize("kind", FORWARD, ids=Strips.describe)
 def test_types(kind, dtype, monkeypatch):
     use_programs_of_gpu(monkeypatch, fast=True)
     call, x, b = layer(kind, (12, 19), dtype, torch.channels_last)
@@ -189,10 +193,10 @@ def test_not_a_number_stays_one_and_zero_has_the_slope(clamp, monkeypatch):
 @needs_cuda
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", strips.TYPES)
-@pytest.mark.parametrize("kind", FORWARD, ids=strips.Strips.describe)
+@pytest.mark.parametrize("kind", FORWARD, ids=Strips.describe)
 def test_gpu_is_ref(kind, dtype, layout):
     """Value, gradients, second order; sizes of several strips, chunks and blocks."""
-    assert native.load("cuda").fast(kind, dtype) is not None
+    assert dispatch.load("cuda").fast(kind, dtype) is not None
     call, x, b = layer(kind, (61, 43), dtype, LAYOUTS[layout])
     exact = [t.detach().double().requires_grad_() for t in (x, b)]
     on_gpu = [t.detach().cuda().requires_grad_() for t in (x, b)]
@@ -218,13 +222,12 @@ def test_self_check(family, dtype, monkeypatch):
 def test_a_wrong_program_is_not_used(monkeypatch, capsys):
     """The general one is, and it is said."""
     use_programs_of_gpu(monkeypatch, fast=True)
-    loaded, libraries = native._loaded["cpu"], native._StripLibraries()
+    programs = dispatch.FastPrograms(functools.partial(self_check.find_fault_of_strips, "cpu"))
     def do_nothing(*args):
         return 0
-    monkeypatch.setattr(libraries, "_load", lambda family, dtype: dict.fromkeys(["22", "42", "24"], do_nothing))
-    monkeypatch.setattr(self_check, "find_fault_of_strips",
-                        lambda kind, *args, check=self_check.find_fault_of_strips: check("cpu", *args))
-    monkeypatch.setitem(native._loaded, "cpu", native.Loaded(loaded.functions, fast=libraries))
+    wrong = native.Loaded(dict.fromkeys(["22", "42", "24"], do_nothing))
+    monkeypatch.setattr(native, "load_strips", lambda family, dtype: wrong)
+    monkeypatch.setitem(native.in_use, "cpu", native.Loaded(native.in_use["cpu"].functions, fast=programs))
     f, x = randn(12, seed=1, dtype=torch.float32), randn(1, 3, 14, 15, dtype=torch.float32)
     found, want = (filtered_lrelu(x, f, f, up=2, down=2, padding=9, impl=impl) for impl in ("cpu", "ref"))
     assert rel_error(found, want) < 1e-5
@@ -234,15 +237,46 @@ def test_a_wrong_program_is_not_used(monkeypatch, capsys):
 
 def test_a_library_that_cannot_be_had_is_said_once(monkeypatch, capsys):
     def fail(target):
-        raise build.BuildError("no nvcc on PATH")
-    monkeypatch.setattr(build, "strips_target", lambda *args: None)
-    monkeypatch.setattr(build, "library", fail)
+        raise compilation.BuildError("no nvcc on PATH")
+    monkeypatch.setattr(compilation, "strips_target", lambda *args: None)
+    monkeypatch.setattr(compilation, "library", fail)
     monkeypatch.delenv("STYLESAN_OPS", raising=False)
-    libraries = native._StripLibraries()
+    programs = dispatch.FastPrograms(functools.partial(self_check.find_fault_of_strips, "cuda"))
     for _ in range(2):
-        assert libraries(strips.KINDS["22"], torch.float16) is None
-    assert libraries(strips.KINDS["22"], torch.float64) is None
+        assert programs(strips.KINDS["22"], torch.float16) is None
+    assert programs(strips.KINDS["22"], torch.float64) is None
     assert capsys.readouterr().err == "ops: the general program is used instead of fast ones (no nvcc on PATH)\n"
+
+
+def test_without_its_fast_programs_native_is_an_error(monkeypatch):
+    """Each time, not only the first."""
+    monkeypatch.setattr(native, "load_strips", lambda family, dtype: native.Loaded(None, "no nvcc on PATH"))
+    monkeypatch.setenv("STYLESAN_OPS", "native")
+    programs = dispatch.FastPrograms(lambda family, dtype: None)
+    for _ in range(2):
+        with pytest.raises(UserError, match="STYLESAN_OPS=native: no fast programs: no nvcc on PATH: mend that, or"):
+            programs(strips.KINDS["22"], torch.float16)
+
+
+def test_a_gpu_has_its_programs_while_they_are_checked(monkeypatch):
+    """Autograd runs the backward pass of the check in a thread of its own, which asks for them, too."""
+    checked = []
+
+    def check(kind, family, dtype):
+        thread = threading.Thread(target=lambda: checked.append(programs(strips.KINDS["22"], dtype)), daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+        checked.append((kind, family, dtype))
+
+    monkeypatch.setattr(native, "in_use", {})
+    monkeypatch.setattr(native, "load", lambda kind: native.Loaded({}))
+    monkeypatch.setattr(native, "load_strips", lambda family, dtype: native.Loaded({"22": print}))
+    monkeypatch.setattr(self_check, "find_fault", lambda kind: None)
+    monkeypatch.setattr(self_check, "find_fault_of_strips", check)
+    programs = dispatch.load("cuda").fast
+    assert programs(strips.KINDS["22"], torch.float16) is print
+    assert programs(strips.KINDS["42"], torch.float16) is None
+    assert checked == [print, ("cuda", "t", torch.float16)]
 
 #----------------------------------------------------------------------------
 # What is compiled.
@@ -271,7 +305,7 @@ def assert_within_bounds(rows):
 @pytest.mark.parametrize(("family", "archs"), [("t", ["80", "90", "100"]), ("r", ["90"])])
 def test_what_the_compiler_makes_of_it(family, archs):
     """In half precision, the type of most layers; benchmarks/results/kernels.json has all of it."""
-    if build.cuda_target("90").compiler is None:
+    if compilation.cuda_target("90").compiler is None:
         pytest.skip("no nvcc: neither a CUDA toolkit nor the package nvidia-cuda-nvcc")
     kinds = [kind for kind in strips.KINDS.values() if kind.family == family]
     rows = kernel_report.make_report(archs, [torch.float16], kinds)

@@ -15,7 +15,7 @@ import torch_utils.ops.modulated_conv2d as conv
 from dnnlib import UserError
 from tests import needs_cuda
 from tests.ops.cases import needs_compiler, randn, use_programs_of_gpu
-from torch_utils.ops import build, dispatch, tune
+from torch_utils.ops import compilation, dispatch, tune
 from torch_utils.ops.filtered_lrelu import candidates, filtered_lrelu, filtered_lrelu_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,7 @@ def test_choices_are_kept(folder):
         "a call": {"form": "second", "microseconds": {"first": 3e6, "second": 1e6, "third": 2e6},
                    "kept bytes": {"first": 0, "second": 0, "third": 0}}}
     assert torch.__version__ in path.name
-    assert build.cpu_target().name in path.name
+    assert compilation.cpu_target().name in path.name
 
 
 def test_processes_add_to_one_file(folder):

@@ -1,37 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bias, activation, gain and clamp in one call."""
-import dataclasses
-import functools
-import math
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 
-from torch_utils.ops import dispatch, library, native
-
-#----------------------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class Activation:
-    """A nonlinearity and the settings that it takes when the caller gives none."""
-
-    func: Callable[[torch.Tensor, float], torch.Tensor]     # (x, alpha) -> activated x.
-    def_alpha: float = 0.0                                  # Slope of the negative part, where there is one.
-    def_gain: float = 1.0                                   # Keeps the variance of a normal input about the same.
-
-
-activation_funcs: dict[str, Activation] = {
-    "linear":   Activation(lambda x, alpha: x),
-    "relu":     Activation(lambda x, alpha: F.relu(x), def_gain=math.sqrt(2)),
-    "lrelu":    Activation(lambda x, alpha: F.leaky_relu(x, alpha), def_alpha=0.2, def_gain=math.sqrt(2)),
-    "tanh":     Activation(lambda x, alpha: torch.tanh(x)),
-    "sigmoid":  Activation(lambda x, alpha: torch.sigmoid(x)),
-    "elu":      Activation(lambda x, alpha: F.elu(x)),
-    "selu":     Activation(lambda x, alpha: F.selu(x)),
-    "softplus": Activation(lambda x, alpha: F.softplus(x)),
-    "swish":    Activation(lambda x, alpha: torch.sigmoid(x) * x, def_gain=math.sqrt(2)),
-}
+from torch_utils.ops import dispatch
+from torch_utils.ops.native_forms import bias_act_native
+from torch_utils.ops.reference import activation_funcs, bias_act_ref
 
 #----------------------------------------------------------------------------
 
@@ -80,45 +53,6 @@ def bias_act(
 
 #----------------------------------------------------------------------------
 
-@dispatch.implements("bias_act", "ref")
-def _bias_act_ref(
-    x: torch.Tensor,
-    b: torch.Tensor | None,
-    dim: int,
-    act: str,
-    alpha: float,
-    gain: float,
-    clamp: float | None,
-) -> torch.Tensor:
-    if b is not None:
-        x = x + b.to(x.dtype).reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
-    x = activation_funcs[act].func(x, alpha)
-    if gain != 1:
-        x = x * gain
-    if clamp is not None:
-        x = x.clamp(-clamp, clamp)
-    return x
-
-
-@dispatch.implements("bias_act", "cuda")
-@dispatch.implements("bias_act", "cpu")
-def _bias_act_native(
-    x: torch.Tensor,
-    b: torch.Tensor | None,
-    dim: int,
-    act: str,
-    alpha: float,
-    gain: float,
-    clamp: float | None,
-) -> torch.Tensor:
-    """One pass over the values."""
-    library.check_size("bias_act", x.numel())
-    b = None if b is None else b.to(x.dtype)
-    return library.bias_act(x, b, native_plan(dim % max(x.ndim, 1), act, alpha, gain, clamp))
-
-
-@torch.compiler.disable
-@functools.lru_cache(maxsize=native.MAX_PLANS)
-def native_plan(dim: int, act: str, alpha: float, gain: float, clamp: float | None) -> native.BiasActPlan:
-    """What native code is told of an activation."""
-    return native.BiasActPlan(dim, library.ACTS.index(act), alpha, gain, math.inf if clamp is None else float(clamp))
+dispatch.implements("bias_act", "ref")(bias_act_ref)
+dispatch.implements("bias_act", "cpu")(bias_act_native)
+dispatch.implements("bias_act", "cuda")(bias_act_native)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import dispatch, library, native, tune
+from torch_utils.ops import dispatch, tune
 from torch_utils.ops.arguments import check_images, filter_size, output_size, parse_padding
-from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.bias_act import native_plan as bias_act_plan
-from torch_utils.ops.reference import upfirdn2d_ref
-from torch_utils.ops.resampler import IDENTITY, Resampler, Taps, make_kernel, plan, read_taps
+from torch_utils.ops.descriptions import ACTIVATE, BiasActPlan
+from torch_utils.ops.native_forms import filtered_lrelu_native, layer_plan
+from torch_utils.ops.reference import bias_act_ref, filtered_lrelu_ref
+from torch_utils.ops.resampler import Resampler, plan
 
 #----------------------------------------------------------------------------
 
@@ -88,40 +88,22 @@ def _fastest(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None, 
                         lambda form, x, b: form(x, fu, fd, b, up, down, padding, *settings))
 
 
-PROGRAM_NAMES = {native.DEFAULT_PROGRAM: "", native.GENERAL_PROGRAM: " general"}     # Behind the kind of device.
-
-
 def candidates(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,
                *settings: Any) -> dict[str, tune.Form]:
     """The forms among which the fastest is chosen, by name, the default first: programs of native code, matrices."""
-    plan, kind = _native_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), *settings, variant=0), x.device.type
-    if isinstance(plan, native.BiasActPlan):    # One pass over the values.
-        return {kind: filtered_lrelu_native}
-    programs = {f"{kind}{PROGRAM_NAMES[variant]}": functools.partial(filtered_lrelu_native, variant=variant)
-                for variant in native.layer_variants(plan, kind)}
-    return programs | {"matrix": filtered_lrelu_matrix}
+    plan, kind = layer_plan(x, fu, fd, *settings), x.device.type
+    forms: dict[str, tune.Form] = {kind: filtered_lrelu_native}
+    if isinstance(plan, BiasActPlan):       # One pass over the values.
+        return forms
+    if plan.fast_kind(ACTIVATE) is not None and dispatch.load(kind).fast is not None:
+        forms[f"{kind} general"] = functools.partial(filtered_lrelu_native, general=True)
+    return forms | {"matrix": filtered_lrelu_matrix}
 
 #----------------------------------------------------------------------------
 
-@dispatch.implements("filtered_lrelu", "ref")
-def filtered_lrelu_ref(
-    x: torch.Tensor,
-    fu: torch.Tensor | None,
-    fd: torch.Tensor | None,
-    b: torch.Tensor | None,
-    up: int,
-    down: int,
-    padding: tuple[int, int, int, int],
-    gain: float,
-    slope: float,
-    clamp: float | None,
-    flip_filter: bool,
-) -> torch.Tensor:
-    """The definition, step by step."""
-    x = bias_act(x, b, impl="ref")
-    x = upfirdn2d_ref(x, fu, (up, up), (1, 1), padding, flip_filter, float(up**2))
-    x = bias_act(x, act="lrelu", alpha=slope, gain=gain, clamp=clamp, impl="ref")
-    return upfirdn2d_ref(x, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
+dispatch.implements("filtered_lrelu", "ref")(filtered_lrelu_ref)
+dispatch.implements("filtered_lrelu", "cpu")(filtered_lrelu_native)
+dispatch.implements("filtered_lrelu", "cuda")(filtered_lrelu_native)
 
 #----------------------------------------------------------------------------
 # The fast form. Between the two resamplings stand about five times as many values as at either end. They are made for a
@@ -147,70 +129,13 @@ def filtered_lrelu_matrix(
     flip_filter: bool,
 ) -> torch.Tensor:
     """Matrix products (convolutions where those are better), fused over chunks of planes."""
-    x = bias_act(x, b, impl="ref")
+    x = bias_act_ref(x, b)
     n, c, h, w = x.shape
     # The leaky ReLU lets positive factors through, so that its gain can be part of the upsampling.
     upsample = plan((h, w), x.dtype, fu, (up, up), (1, 1), padding, flip_filter, up**2 * gain)
     downsample = plan(upsample.out_size, x.dtype, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
     layer = _Layer(upsample, downsample, slope, math.inf if clamp is None else float(clamp))
     return _LayerForward.apply(x.reshape(n * c, h, w), layer).reshape(n, c, *downsample.out_size)
-
-
-@dispatch.implements("filtered_lrelu", "cuda")
-@dispatch.implements("filtered_lrelu", "cpu")
-def filtered_lrelu_native(
-    x: torch.Tensor,
-    fu: torch.Tensor | None,
-    fd: torch.Tensor | None,
-    b: torch.Tensor | None,
-    up: int,
-    down: int,
-    padding: tuple[int, int, int, int],
-    gain: float,
-    slope: float,
-    clamp: float | None,
-    flip_filter: bool,
-    variant: int = 0,
-) -> torch.Tensor:
-    """Row by row: nothing of the upsampled size is stored but two bits per value, and these only for a gradient.
-
-    `variant` is one of `native.layer_variants`.
-    """
-    plan = _native_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), up, down, padding, gain, slope, clamp,
-                        flip_filter, variant)
-    if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
-        b = b.to(x.dtype).contiguous()
-    if isinstance(plan, native.BiasActPlan):
-        return library.bias_act(x, b, plan)
-    return library.filtered_lrelu(x, b, plan)
-
-
-@torch.compiler.disable
-@functools.lru_cache(maxsize=native.MAX_PLANS)
-def _native_plan(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    up_taps: Taps,
-    down_taps: Taps,
-    up: int,
-    down: int,
-    padding: tuple[int, int, int, int],
-    gain: float,
-    slope: float,
-    clamp: float | None,
-    flip_filter: bool,
-    variant: int,
-) -> native.LayerPlan | native.BiasActPlan:
-    """What native code is told of such a call; made once. Without filters the layer is an activation."""
-    if up == down == 1 and not any(padding) and up_taps == down_taps == IDENTITY:
-        library.check_size("bias_act", math.prod(shape))
-        return bias_act_plan(1, "lrelu", slope, gain, clamp)
-    n, c, *size = shape
-    upsample = make_kernel(up_taps, dtype, tuple(size), (up, up), (1, 1), padding, flip_filter, up**2 * gain)
-    downsample = make_kernel(down_taps, dtype, upsample.out_size, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
-    library.check_size("filtered_lrelu", math.prod(shape), n * c * math.prod(downsample.out_size))
-    return native.LayerPlan(upsample, downsample, tuple(size), slope, math.inf if clamp is None else float(clamp),
-                            variant)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 
-from torch_utils.ops import build, strips
+from torch_utils.ops import compilation, strips
+from torch_utils.ops.compilation import COMPILE_SECONDS, BuildError, first_message
+from torch_utils.ops.descriptions import Strips
 
+ARCHS = "80,90,100"             # Compute capabilities of three generations of GPUs.
 PROCESSES = 2                   # Compilers at a time.
 MODES = ("forward", "forward and codes", "gradient")        # As `StylesanMode` counts them.
 KEYS = ("kernel", "arch", "registers", "spill_bytes", "local_bytes", "instructions_per_output", "ffma_share")
@@ -32,7 +35,7 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0
 #----------------------------------------------------------------------------
 
 def make_report(archs: Sequence[str], dtypes: Sequence[torch.dtype] = tuple(strips.TYPES),
-                kinds: Sequence[strips.Strips] = tuple(strips.KINDS.values())) -> list[dict[str, Any]]:
+                kinds: Sequence[Strips] = tuple(strips.KINDS.values())) -> list[dict[str, Any]]:
     """A row (KEYS) for every program, type and architecture.
 
     Instructions are those of the loop that goes down the rows, all of them, also where a border skips some. They are
@@ -45,12 +48,12 @@ def make_report(archs: Sequence[str], dtypes: Sequence[torch.dtype] = tuple(stri
     Raises:
         BuildError: the compiler or the disassembler is missing or fails.
     """
-    compiler = build.cuda_target(archs[0]).compiler
+    compiler = compilation.cuda_target(archs[0]).compiler
     if compiler is None:
-        raise build.BuildError("no nvcc: install a CUDA toolkit, or nvidia-cuda-nvcc, -crt and nvidia-nvvm from PyPI")
+        raise BuildError("no nvcc: install a CUDA toolkit, or nvidia-cuda-nvcc, -crt and nvidia-nvvm from PyPI")
     disassembler = find_disassembler(compiler)
     if disassembler is None:
-        raise build.BuildError("no cuobjdump: install a CUDA toolkit, or triton from PyPI")
+        raise BuildError("no cuobjdump: install a CUDA toolkit, or triton from PyPI")
     jobs = [(kind, dtype, arch) for arch in archs for dtype in dtypes for kind in kinds]
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
         found = pool.map(lambda job: list(_rows(compiler, disassembler, Path(folder), *job)), jobs)
@@ -59,8 +62,8 @@ def make_report(archs: Sequence[str], dtypes: Sequence[torch.dtype] = tuple(stri
 
 def sources_hash() -> str:
     """Of all that decides what is compiled but the compiler."""
-    content = hashlib.sha256(repr((build.CUDA_FLAGS, strips.KINDS)).encode())
-    for path in sorted(build.SOURCES.iterdir()):
+    content = hashlib.sha256(repr((compilation.CUDA_FLAGS, strips.KINDS)).encode())
+    for path in sorted(compilation.SOURCES.iterdir()):
         if path.suffix in (".h", ".cu"):
             content.update(path.name.encode() + b"\0" + path.read_bytes())
     return content.hexdigest()[:16]
@@ -84,13 +87,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 #----------------------------------------------------------------------------
 
-def _rows(compiler: str, disassembler: str, folder: Path, kind: strips.Strips, dtype: torch.dtype,
+def _rows(compiler: str, disassembler: str, folder: Path, kind: Strips, dtype: torch.dtype,
           arch: str) -> Iterator[dict[str, Any]]:
-    source = build.strips_source(kind, dtype)
+    source = compilation.strips_source(kind, dtype)
     result = folder / f"{kind.name}-{strips.TYPES[dtype]}-{arch}.cubin"
-    flags = [flag for flag in build.CUDA_FLAGS if flag != "-cudart=none"]
+    flags = [flag for flag in compilation.CUDA_FLAGS if flag != "-cudart=none"]
     told = _run([compiler, *flags, *source.flags, f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v",
-                 str(build.SOURCES / source.file), "-o", str(result)])
+                 str(compilation.SOURCES / source.file), "-o", str(result)])
     resources = {name: [int(number) for number in numbers] for name, *numbers in _RESOURCES.findall(told)}
     for part in _run([disassembler, "-sass", str(result)]).split("Function : ")[1:]:
         name = part.split("\n", 1)[0].strip()
@@ -114,16 +117,16 @@ def _main_loop(text: str) -> list[str]:
         if target is not None and int(target[1], 16) < place:
             loops.append([name for _, name, _ in instructions[position[int(target[1], 16)] : i + 1]])
     if not loops:
-        raise build.BuildError("the disassembly of a program shows no loop")
+        raise BuildError("the disassembly of a program shows no loop")
     return max(loops, key=lambda loop: loop.count("FFMA"))
 
 
 def _run(command: list[str]) -> str:
     """What a program prints. Raises BuildError with its first line that looks like a message."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=build.COMPILE_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise build.BuildError(f"{Path(command[0]).name}: {error}") from None
+        raise BuildError(f"{Path(command[0]).name}: {error}") from None
     if done.returncode:
-        raise build.BuildError(f"{Path(command[0]).name}: {build.first_message(done.stdout + done.stderr)}")
+        raise BuildError(f"{Path(command[0]).name}: {first_message(done.stdout + done.stderr)}")
     return done.stdout + done.stderr

@@ -9,32 +9,19 @@ import dataclasses
 import functools
 import threading
 import weakref
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import native
 from torch_utils.ops.arguments import filter_size, output_size, split_gain
+from torch_utils.ops.descriptions import IDENTITY, AxisFilter, AxisRates, ResamplingFilter, Taps
 from torch_utils.ops.reference import pad_or_crop, upfirdn2d_ref
 
 CACHE_BYTES = 512 << 20     # Of matrices. A generator of 1024 pixels needs about 200 MiB, one of 256 a tenth of that.
 
 #----------------------------------------------------------------------------
 # Filters as hashable values.
-
-class Taps(NamedTuple):
-    """The content of a filter tensor. A tuple, because every call of an operation looks something up by it."""
-
-    shape: tuple[int, ...]      # [n] or [h, w].
-    content: bytes              # float64, C order.
-
-    def array(self) -> np.ndarray:
-        return np.frombuffer(self.content).reshape(self.shape)
-
-
-IDENTITY = Taps((1,), np.ones(1).tobytes())
 
 # id of a filter -> (reference to it, its version and address when it was read, its content). Reading a filter on a GPU
 # waits for the GPU, hence this memory. Entries leave with their tensors.
@@ -76,37 +63,17 @@ def split_axes(taps: Taps, eps: float) -> tuple[Taps, Taps] | None:
 #----------------------------------------------------------------------------
 # One axis.
 
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """What happens along one axis."""
-
-    taps: Taps              # [n].
-    size: int               # Samples in.
-    up: int
-    down: int
-    pad: tuple[int, int]    # Before and after, in upsampled samples; negative crops.
-    flip_filter: bool       # False: convolution; True: correlation.
-    gain: float
-
-    @property
-    def out_size(self) -> int:
-        return output_size(self.size, self.taps.shape[0], self.up, self.down, *self.pad)
-
-    def is_scale(self) -> bool:
-        """Whether nothing happens but a multiplication by `gain`."""
-        return self.taps == IDENTITY and self.up == self.down == 1 and self.pad == (0, 0)
-
-
 class _MatrixCache:
     """The matrices that were used last, up to a number of bytes."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._items: dict[tuple[Axis, torch.dtype, torch.device], torch.Tensor] = {}    # The oldest use comes first.
+        # The oldest use comes first.
+        self._items: dict[tuple[AxisFilter, torch.dtype, torch.device], torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    def get(self, axis: Axis, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def get(self, axis: AxisFilter, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         key = axis, dtype, device
         with self._lock:
             matrix = self._items.pop(key, None)
@@ -123,12 +90,12 @@ _matrices = _MatrixCache(CACHE_BYTES)
 
 
 @torch.compiler.disable
-def axis_matrix(axis: Axis, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def axis_matrix(axis: AxisFilter, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The matrix [out, in] of an axis. Shared between callers: not to be written to."""
     return _matrices.get(axis, dtype, device)
 
 
-def _make_matrix(axis: Axis, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _make_matrix(axis: AxisFilter, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     f = axis.taps.array()
     num_taps = len(f)
     f = (f if axis.flip_filter else f[::-1]) * axis.gain
@@ -145,8 +112,8 @@ def _make_matrix(axis: Axis, dtype: torch.dtype, device: torch.device) -> torch.
 class MatrixResampler:
     """Upsample, filter and downsample stacks of planes by matrix products."""
 
-    x: Axis
-    y: Axis
+    x: AxisFilter
+    y: AxisFilter
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -208,8 +175,8 @@ def plan_matrices(
         return None
     gains = split_gain(gain)
     return MatrixResampler(
-        x=Axis(taps[0], size[1], up[0], down[0], padding[:2], flip_filter, gains[0]),
-        y=Axis(taps[1], size[0], up[1], down[1], padding[2:], flip_filter, gains[1]),
+        x=AxisFilter(taps[0], size[1], up[0], down[0], padding[:2], flip_filter, gains[0]),
+        y=AxisFilter(taps[1], size[0], up[1], down[1], padding[2:], flip_filter, gains[1]),
     )
 
 
@@ -275,7 +242,7 @@ def plan(
 #----------------------------------------------------------------------------
 # For native code.
 
-def make_kernel(
+def make_filter(
     taps: Taps,
     dtype: torch.dtype,
     size: tuple[int, int],
@@ -284,16 +251,16 @@ def make_kernel(
     padding: tuple[int, int, int, int],
     flip_filter: bool,
     gain: float,
-) -> native.Kernel:
+) -> ResamplingFilter:
     """The native form for planes of size (height, width)."""
     axes = split_axes(taps, _separable_eps(dtype))
     gains = split_gain(gain)
     def values(f: np.ndarray, factor: float) -> tuple[float, ...]:
         return tuple((factor * (f if flip_filter else np.flip(f))).ravel().tolist())
-    def axis(num_taps: int, i: int) -> native.Axis:
+    def axis(num_taps: int, i: int) -> AxisRates:
         pad = padding[2 * i : 2 * i + 2]
-        return native.Axis(up[i], down[i], pad[0], num_taps, output_size(size[1 - i], num_taps, up[i], down[i], *pad))
+        return AxisRates(up[i], down[i], pad[0], num_taps, output_size(size[1 - i], num_taps, up[i], down[i], *pad))
     if axes is None:
-        return native.Kernel(values(taps.array(), gain), (), axis(taps.shape[1], 0), axis(taps.shape[0], 1))
-    return native.Kernel(values(axes[0].array(), gains[0]), values(axes[1].array(), gains[1]),
+        return ResamplingFilter(values(taps.array(), gain), (), axis(taps.shape[1], 0), axis(taps.shape[0], 1))
+    return ResamplingFilter(values(axes[0].array(), gains[0]), values(axes[1].array(), gains[1]),
                          axis(axes[0].shape[0], 0), axis(axes[1].shape[0], 1))

@@ -24,7 +24,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import cache_dir
 from dnnlib.util import atomic_write_text, file_lock
-from torch_utils.ops import build
+from torch_utils.ops import compilation
 
 KINDS = ("cuda",)           # Types of devices where forms are timed.
 LONG_SECONDS = 0.02         # A call that takes longer is timed once: little can disturb that, and forms may be many.
@@ -133,7 +133,7 @@ class Store:
     def __init__(self, device: torch.device):
         cuda = device.type == "cuda"
         self.device = torch.cuda.get_device_name(device) if cuda else device.type
-        self.library = (build.cuda_target() if cuda else build.cpu_target()).name
+        self.library = (compilation.cuda_target() if cuda else compilation.cpu_target()).name
         name = "-".join([re.sub(r"[^A-Za-z0-9]+", "-", self.device), self.library, torch.__version__])
         self.path = cache_dir() / "tuned" / f"{name}.json"
         self._can_write = True

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upsample, filter and downsample batches of images in one call (zero-insert, pad, FIR, decimate)."""
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from torch_utils.ops import dispatch, library, native
+from torch_utils.ops import dispatch
 from torch_utils.ops.arguments import check_images, describe_tensor, filter_size, parse_padding, parse_rate
+from torch_utils.ops.native_forms import upfirdn2d_native
 from torch_utils.ops.reference import upfirdn2d_ref
-from torch_utils.ops.resampler import Taps, make_kernel, plan_matrices, read_taps
+from torch_utils.ops.resampler import plan_matrices
 
 MIN_SEPARABLE_TAPS = 8      # Shorter 1-D filters become 2-D ones: official checkpoints hold them so.
 
@@ -95,6 +94,8 @@ def upfirdn2d(
 #----------------------------------------------------------------------------
 
 dispatch.implements("upfirdn2d", "ref")(upfirdn2d_ref)
+dispatch.implements("upfirdn2d", "cpu")(upfirdn2d_native)
+dispatch.implements("upfirdn2d", "cuda")(upfirdn2d_native)
 
 
 @dispatch.implements("upfirdn2d", "matrix")
@@ -113,40 +114,6 @@ def upfirdn2d_matrix(
     if resampler is None:
         return upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
     return resampler.forward(x.reshape(n * c, h, w)).reshape(n, c, *resampler.out_size)
-
-
-@dispatch.implements("upfirdn2d", "cuda")
-@dispatch.implements("upfirdn2d", "cpu")
-def upfirdn2d_native(
-    x: torch.Tensor,
-    f: torch.Tensor | None,
-    up: tuple[int, int],
-    down: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    flip_filter: bool,
-    gain: float,
-) -> torch.Tensor:
-    """Polyphase filters in one pass over the images."""
-    return library.resample(x, _native_plan(x.shape, x.dtype, read_taps(f), up, down, padding, flip_filter, gain))
-
-
-@torch.compiler.disable
-@functools.lru_cache(maxsize=native.MAX_PLANS)
-def _native_plan(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    taps: Taps,
-    up: tuple[int, int],
-    down: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    flip_filter: bool,
-    gain: float,
-) -> native.ResamplingPlan:
-    """What native code is told of such a call; made once."""
-    n, c, *size = shape
-    kernel = make_kernel(taps, dtype, tuple(size), up, down, padding, flip_filter, gain)
-    library.check_size("upfirdn2d", math.prod(shape), n * c * math.prod(kernel.out_size))
-    return native.ResamplingPlan(kernel, tuple(size))
 
 #----------------------------------------------------------------------------
 # The same with padding that keeps images aligned. `padding` comes on top of it.

@@ -15,10 +15,19 @@ from typing import Any
 
 import torch
 
-from torch_utils.ops import dispatch, native
-from torch_utils.ops.native import BiasActPlan, LayerPlan, ResamplingPlan
+from torch_utils.ops import native
+from torch_utils.ops.descriptions import (
+    ACTIVATE,
+    ACTIVATE_AND_KEEP,
+    ACTS,
+    READ_CODES,
+    BiasActPlan,
+    LayerPlan,
+    ResamplingPlan,
+    plan_of,
+)
+from torch_utils.ops.reference import bias_act_ref
 
-ACTS = ("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish")    # As in formulas.h.
 STRAIGHT = ACTS[:3]     # Made of straight lines: no second derivative.
 
 _library = torch.library.Library("stylesan", "DEF")
@@ -94,9 +103,9 @@ def _needs_gradient(x: torch.Tensor, b: torch.Tensor | None = None, g: torch.Ten
 #----------------------------------------------------------------------------
 # Resampling.
 
-@_operation("resample(Tensor x, int plan) -> Tensor", lambda x, plan: _new_images(x, native.plan_of(plan)))
+@_operation("resample(Tensor x, int plan) -> Tensor", lambda x, plan: _new_images(x, plan_of(plan)))
 def _resample(x: torch.Tensor, plan: int) -> torch.Tensor:
-    plan = native.plan_of(plan)
+    plan = plan_of(plan)
     y = _new_images(x, plan)
     if y.numel():
         native.resample(x, plan, y)
@@ -130,29 +139,29 @@ def _run_layer(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: i
 
 
 @_operation("filtered_lrelu(Tensor x, Tensor? b, int plan) -> Tensor",
-            lambda x, b, plan: _new_images(x, native.plan_of(plan)))
+            lambda x, b, plan: _new_images(x, plan_of(plan)))
 def _layer(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> torch.Tensor:
     """down(clamp(lrelu(up(x + b))))."""
-    return _run_layer(x, b, native.plan_of(plan), native.ACTIVATE, None)
+    return _run_layer(x, b, plan_of(plan), ACTIVATE, None)
 
 
 def _fake_layer_and_codes(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _new_images(x, native.plan_of(plan)), native.new_codes(x, native.plan_of(plan))
+    return _new_images(x, plan_of(plan)), native.new_codes(x, plan_of(plan))
 
 
 @_operation("filtered_lrelu_and_codes(Tensor x, Tensor? b, int plan) -> (Tensor, Tensor)", _fake_layer_and_codes)
 def _layer_and_codes(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, and the codes of the slopes for the gradient."""
-    plan = native.plan_of(plan)
+    plan = plan_of(plan)
     codes = native.new_codes(x, plan)
-    return _run_layer(x, b, plan, native.ACTIVATE_AND_KEEP, codes), codes
+    return _run_layer(x, b, plan, ACTIVATE_AND_KEEP, codes), codes
 
 
 @_operation("filtered_lrelu_slopes(Tensor v, Tensor codes, int plan) -> Tensor",
-            lambda v, codes, plan: _new_images(v, native.plan_of(plan)))
+            lambda v, codes, plan: _new_images(v, plan_of(plan)))
 def _slopes(v: torch.Tensor, codes: torch.Tensor, plan: int) -> torch.Tensor:
     """down(slopes * up(v)), with the slopes that the codes stand for: linear in v."""
-    return _run_layer(v, None, native.plan_of(plan), native.READ_CODES, codes)
+    return _run_layer(v, None, plan_of(plan), READ_CODES, codes)
 
 
 class _Layer(torch.autograd.Function):
@@ -208,13 +217,13 @@ def _run_bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | Non
 
 @_operation("bias_act(Tensor x, Tensor? b, int plan) -> Tensor", lambda x, b, plan: torch.empty_like(_dense(x)))
 def _bias_act(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> torch.Tensor:
-    return _run_bias_act(x, b, None, native.plan_of(plan), 0)
+    return _run_bias_act(x, b, None, plan_of(plan), 0)
 
 
 @_operation("bias_act_derivative(Tensor x, Tensor? b, Tensor g, int plan, int order) -> Tensor",
             lambda x, b, g, plan, order: torch.empty_like(_dense(x)))
 def _derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, plan: int, order: int) -> torch.Tensor:
-    return _run_bias_act(x, b, g, native.plan_of(plan), order)
+    return _run_bias_act(x, b, g, plan_of(plan), order)
 
 
 class _BiasAct(torch.autograd.Function):
@@ -271,8 +280,7 @@ def _third_derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, 
     further = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
-        y = dispatch.select("bias_act", "ref", x.device)(
-            x, b, plan.dim, ACTS[plan.act], plan.alpha, plan.gain, plan.clamp)
+        y = bias_act_ref(x, b, plan.dim, ACTS[plan.act], plan.alpha, plan.gain, plan.clamp)
         for _ in range(2):
             y, = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
         return torch.autograd.grad(y, x, g, create_graph=further)[0]
@@ -284,11 +292,3 @@ def _along(dx: torch.Tensor, b: torch.Tensor | None, dim: int) -> torch.Tensor |
         return None
     others = [d for d in range(dx.ndim) if d != dim]
     return dx.sum(others) if others else dx
-
-#----------------------------------------------------------------------------
-
-def check_size(op: str, *numels: int) -> None:
-    """Raises ValueError for tensors with more elements than the native code can count."""
-    if not native.is_small(*numels):
-        raise ValueError(f"{op}: a tensor of {max(numels):,} elements; native operations take up to "
-                         f"{native.MAX_ELEMENTS:,}: use smaller batches, or impl='ref'")

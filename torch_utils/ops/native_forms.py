@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native forms of the operations: a plan for each kind of call, which is made once, and the call.
+
+They take the arguments of the definitions (`reference`), so that one can stand for the other.
+"""
+import functools
+import math
+
+import torch
+
+from torch_utils.ops import operations, strips
+from torch_utils.ops.descriptions import ACTS, IDENTITY, BiasActPlan, LayerPlan, ResamplingPlan, Taps
+from torch_utils.ops.resampler import make_filter, read_taps
+
+MAX_ELEMENTS = 2**31 - 1        # Positions inside a tensor are 32-bit numbers on GPUs.
+MAX_PLANS = 1024                # Of an operation: those used last stay in memory, some kilobytes each.
+FAST_KINDS = tuple(strips.KINDS.values())
+
+
+def _check_size(op: str, *numels: int) -> None:
+    """Raises ValueError for tensors with more elements than native code can count."""
+    if max(numels) > MAX_ELEMENTS:
+        raise ValueError(f"{op}: a tensor of {max(numels):,} elements; native operations take up to "
+                         f"{MAX_ELEMENTS:,}: use smaller batches, or impl='ref'")
+
+#----------------------------------------------------------------------------
+
+def bias_act_native(
+    x: torch.Tensor,
+    b: torch.Tensor | None,
+    dim: int,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
+) -> torch.Tensor:
+    """One pass over the values."""
+    _check_size("bias_act", x.numel())
+    b = None if b is None else b.to(x.dtype)
+    return operations.bias_act(x, b, _bias_act_plan(dim % max(x.ndim, 1), act, alpha, gain, clamp))
+
+
+@torch.compiler.disable
+@functools.lru_cache(maxsize=MAX_PLANS)
+def _bias_act_plan(dim: int, act: str, alpha: float, gain: float, clamp: float | None) -> BiasActPlan:
+    return BiasActPlan(dim, ACTS.index(act), alpha, gain, math.inf if clamp is None else float(clamp))
+
+#----------------------------------------------------------------------------
+
+def upfirdn2d_native(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> torch.Tensor:
+    """Polyphase filters in one pass over the images."""
+    return operations.resample(x, _resampling_plan(x.shape, x.dtype, read_taps(f), up, down, padding, flip_filter,
+                                                   gain))
+
+
+@torch.compiler.disable
+@functools.lru_cache(maxsize=MAX_PLANS)
+def _resampling_plan(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    taps: Taps,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> ResamplingPlan:
+    n, c, *size = shape
+    f = make_filter(taps, dtype, tuple(size), up, down, padding, flip_filter, gain)
+    _check_size("upfirdn2d", math.prod(shape), n * c * math.prod(f.out_size))
+    return ResamplingPlan(f, tuple(size))
+
+#----------------------------------------------------------------------------
+
+def filtered_lrelu_native(
+    x: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    b: torch.Tensor | None,
+    up: int,
+    down: int,
+    padding: tuple[int, int, int, int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool,
+    general: bool = False,
+) -> torch.Tensor:
+    """Row by row: nothing of the upsampled size is stored but two bits per value, and these only for a gradient.
+
+    Args:
+        general: Take the program for all rates also where a GPU has a fast one for those of the layer.
+    """
+    plan = _layer_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), up, down, padding, gain, slope, clamp,
+                       flip_filter, general)
+    if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
+        b = b.to(x.dtype).contiguous()
+    if isinstance(plan, BiasActPlan):
+        return operations.bias_act(x, b, plan)
+    return operations.filtered_lrelu(x, b, plan)
+
+
+def layer_plan(
+    x: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    up: int,
+    down: int,
+    padding: tuple[int, int, int, int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool,
+) -> LayerPlan | BiasActPlan:
+    """The plan of such a call. Without filters the layer is an activation."""
+    return _layer_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), up, down, padding, gain, slope, clamp,
+                       flip_filter, False)
+
+
+@torch.compiler.disable
+@functools.lru_cache(maxsize=MAX_PLANS)
+def _layer_plan(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    up_taps: Taps,
+    down_taps: Taps,
+    up: int,
+    down: int,
+    padding: tuple[int, int, int, int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool,
+    general: bool,
+) -> LayerPlan | BiasActPlan:
+    if up == down == 1 and not any(padding) and up_taps == down_taps == IDENTITY:
+        _check_size("bias_act", math.prod(shape))
+        return _bias_act_plan(1, "lrelu", slope, gain, clamp)
+    n, c, *size = shape
+    upsample = make_filter(up_taps, dtype, tuple(size), (up, up), (1, 1), padding, flip_filter, up**2 * gain)
+    downsample = make_filter(down_taps, dtype, upsample.out_size, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
+    _check_size("filtered_lrelu", math.prod(shape), n * c * math.prod(downsample.out_size))
+    return LayerPlan(upsample, downsample, tuple(size), slope, math.inf if clamp is None else float(clamp),
+                     () if general else FAST_KINDS)
