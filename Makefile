@@ -24,8 +24,7 @@ demo: $(VENV)/.installed
 # One thread for each of the JOBS processes: more only get in each other's way (the suite then takes twice as long).
 test test-fast: export OMP_NUM_THREADS = 1
 
-test: $(VENV)/.installed
-	$(PY) -m ruff check .
+test: $(VENV)/.installed lint
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed
@@ -48,8 +47,10 @@ test-arithmetics-quick: $(VENV)/.installed
 	    tests/ops/test_parity.py tests/networks tests/discriminators/test_parity.py tests/discriminators/test_san.py \
 	    tests/metrics/test_formulas.py
 
+# Style, then types: pyproject.toml says what is checked. The first run reads PyTorch's types, too, and takes a minute.
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache

@@ -10,6 +10,12 @@ from dnnlib.errors import UserError
 
 #----------------------------------------------------------------------------
 
+class _Mistake(click.ClickException):
+    """One line on stderr, and the exit code of mistakes that the user can mend."""
+
+    exit_code = UserError.exit_code
+
+
 class Command(click.Command):
     """A click command that turns `UserError` and a full disk into one line on stderr and exit code 2."""
 
@@ -17,16 +23,12 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except UserError as err:
-            message = click.ClickException(" ".join(str(err).split("\n")))
-            message.exit_code = err.exit_code
-            raise message from err
+            raise _Mistake(" ".join(str(err).split("\n"))) from err
         except OSError as err:
             if err.errno != errno.ENOSPC:
                 raise
-            message = click.ClickException(f"{err.filename or 'writing a file'}: {err.strerror}: make room, then run "
-                                           "the same command again")
-            message.exit_code = UserError.exit_code
-            raise message from err
+            raise _Mistake(f"{err.filename or 'writing a file'}: {err.strerror}: make room, then run the same command "
+                           "again") from err
 
 #----------------------------------------------------------------------------
 
@@ -57,8 +59,8 @@ class IntOrAuto(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == "auto":
-            return value
-        return click.IntRange(min=1).convert(value, param, ctx)
+            return "auto"
+        return int(click.IntRange(min=1).convert(value, param, ctx))
 
 
 class StrList(click.ParamType):
