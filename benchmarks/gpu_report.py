@@ -56,7 +56,7 @@ STEPS = (
     Step("self_check", "self-check of the operations", 60),
     Step("training", "training, sampling, fid", 150),
     Step("ops", "operations at the layers of ImageNet-256", 100),
-    Step("iteration", "one iteration, 128 -> 256", 120),
+    Step("iteration", "one iteration, 128 -> 256", 160),
     Step("convolutions", "convolutions at the layers of ImageNet-256", 80),
     Step("stem", "one iteration of the stem", 80),
     Step("sampling", "sampling at 256 pixels", 60),

@@ -14,6 +14,7 @@ import torch
 from gpu_results import CLASSES, Context, ConvCase, LayerCase, conv_cases, layer_cases, recipe_config, stem_of_recipe
 
 from torch_utils import misc
+from torch_utils.ops import tune
 from training.config import GeneratorConfig
 
 OPS_BATCH = 8
@@ -320,13 +321,28 @@ def measure_tf32(prefix: str, step: Any, for_G: Any, for_D: Any, context: Contex
     context.results.put(**{f"{prefix}/tf32": statistics.median(times)})
 
 
+def measure_tuned(prefix: str, step: Any, for_G: Any, for_D: Any, context: Context) -> None:
+    """The iteration with the forms that are the fastest on this GPU, and the one in which they are timed."""
+    import bench_training as bench
+    call = lambda: step.iteration(for_G, for_D, bench.CUR_NIMG)
+    tune.use(context.device, None)
+    first = host_and_total(call, context.device)[1]
+    times = bench.in_turn({"": call}, 1 if context.quick else 5, context.device)[""]
+    context.results.put(**{f"{prefix}/tuning": first, f"{prefix}/tuned": statistics.median(times)})
+
+
 @misc.full_precision()          # As training.
 def iteration(context: Context) -> None:
-    """One iteration of the 128 -> 256 stage at micro-batches of 8 and 32, as a whole and by part."""
+    """One iteration of the 128 -> 256 stage at micro-batches of 8 and 32, as a whole and by part.
+
+    The default forms of the operations come first, because to time all forms takes a while; the larger micro-batch
+    has the defaults only.
+    """
     config, sizes = recipe_config(context.quick), (2,) if context.quick else (8, 32)
     told = []
     for batch in sizes:
         release_memory(context.device)
+        tune.use(context.device, tune.Choices(origin="the defaults, for this measurement"))
         try:
             step, for_G, for_D = make_step(config, batch, 8.0, context)
             measure_iteration(str(batch), step, for_G, for_D, context)
@@ -334,6 +350,10 @@ def iteration(context: Context) -> None:
             told.append(f"micro-batch {batch}: {1e3 * values[f'{batch}/iteration']:.0f} ms, "
                         f"{values[f'{batch}/images_per_s']:.3g} images/s")
             context.results.found("; ".join(told))
+            if batch == sizes[0]:
+                measure_tuned(str(batch), step, for_G, for_D, context)
+                told[-1] += f", with the fastest forms {1e3 * values[f'{batch}/tuned']:.0f} ms"
+                context.results.found("; ".join(told))
             measure_parts(str(batch), step, for_G, for_D, context)
             measure_tf32(str(batch), step, for_G, for_D, context)
         except torch.OutOfMemoryError:

@@ -103,6 +103,8 @@ def iteration_lines(report: Report) -> list[str]:
 
     small, large = ("2", "") if report.quick else ("8", "32")
     rows = [row(f"micro-batch {small}, one iteration", f"{small}/iteration", ms, "601 ms", "200 ms"),
+            row("the same with the forms that are fastest on this GPU", f"{small}/tuned", ms, "601 ms", "200 ms"),
+            row("the iteration in which forms are timed", f"{small}/tuning", seconds),
             row("images per second", f"{small}/images_per_s", number, "13.3", "40"),
             row("peak memory", f"{small}/peak", format_bytes, "27.7 GiB", "27.7 GiB"),
             ["all filtered_lrelu of it, the form that runs",

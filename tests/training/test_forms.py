@@ -79,8 +79,8 @@ def test_a_rehearsal_has_all_calls_of_an_iteration(timed):
     timed.is_slower = True
     rehearse(G, config)
     for name in tune.current(CPU).values:
-        size = int(re.match(r"\w+ (\d+)x", name)[1])
-        layer = re.sub(rf"\b{size}x", "", name).replace(" gradient", "")
+        size = int(re.match(r"\w+ (?:<=)?(\d+)x", name)[1])       # Without a gradient 4 stands for 2 to 4.
+        layer = re.sub(rf"(<=|\b){size}x", "", name).replace(" gradient", "")
         per_layer.setdefault(layer, []).append((size, " gradient" in name))
     assert len(per_layer) >= 6
     assert {layer.split()[0] for layer in per_layer} == {"filtered_lrelu", "modulated_conv2d"}

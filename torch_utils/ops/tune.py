@@ -289,8 +289,11 @@ def describe(device: torch.device | str) -> str | None:
 # What operations call.
 
 def fastest(op: str, inputs: Sequence[torch.Tensor | None], facts: Mapping[str, Hashable],
-            candidates: Callable[[], Mapping[str, Form]], call: Callable[..., torch.Tensor]) -> Form:
+            candidates: Callable[[], Mapping[str, Form]], call: Callable[..., torch.Tensor],
+            batched: Sequence[int] = (0,)) -> Form:
     """The form of an operation that is fastest for these inputs, on a device of KINDS.
+
+    Without a gradient, batches of about the same size count as one: the last batch of a program is often smaller.
 
     Args:
         op: Its name.
@@ -298,13 +301,18 @@ def fastest(op: str, inputs: Sequence[torch.Tensor | None], facts: Mapping[str, 
         facts: What else matters to the speed, by name.
         candidates: The forms by name, the default first; only called for a new shape.
         call: `call(form, *inputs)` runs a form.
+        batched: Which of the inputs have the batch as their first dimension.
     """
     device = inputs[0].device
     kinds = [None if t is None else (t.shape, t.dtype, _layout(t), wants_gradient(t)) for t in inputs]
+    if not any(kind is not None and kind[3] for kind in kinds):
+        for i in batched:
+            shape, *rest = kinds[i]
+            kinds[i] = (_batch_like(shape[0]), *shape[1:]), *rest
 
     def name() -> str:
         tensors = ["none" if kind is None else " ".join(filter(None, [
-            _text(kind[0]), str(kind[1]).removeprefix("torch."), kind[2], "gradient" if kind[3] else ""]))
+            _sizes(kind[0]), str(kind[1]).removeprefix("torch."), kind[2], "gradient" if kind[3] else ""]))
             for kind in kinds]
         return f"{op} {', '.join(tensors)}; {', '.join(f'{what} {_text(value)}' for what, value in facts.items())}"
 
@@ -322,7 +330,19 @@ def _layout(x: torch.Tensor) -> str:
     return "channels-last" if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else "strided"
 
 
+def _batch_like(size: int) -> str:
+    """'1', '<=4', '<=16' and so on."""
+    bound = 1
+    while bound < size:
+        bound *= 4
+    return "1" if bound == 1 else f"<={bound}"
+
+
+def _sizes(shape: Sequence[int | str]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
 def _text(value: Hashable) -> str:
     if isinstance(value, torch.Size):
-        return "x".join(map(str, value)) or "scalar"
+        return _sizes(value)
     return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
