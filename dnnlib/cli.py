@@ -2,11 +2,14 @@
 """Parsers and the command class that every script shares."""
 import errno
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from dnnlib.errors import UserError
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 #----------------------------------------------------------------------------
 
@@ -106,14 +109,14 @@ class Resolution(click.ParamType):
 
 #----------------------------------------------------------------------------
 
-def precision_option() -> Any:
+def precision_option() -> Callable[[Decorated], Decorated]:
     """The `--precision` option, the same for every script: keys of `training.networks_stylegan3.PRECISIONS`."""
     return click.option("--precision", metavar="auto|fp32|bf16", type=click.Choice(["auto", "fp32", "bf16"]),
                         default="auto", show_default=True, help="Of the generator; auto: fp16 on GPUs in the layers "
                         "that are trained so, else fp32; bf16: in these layers, faster on processors that have it")
 
 
-def device_option() -> Any:
+def device_option() -> Callable[[Decorated], Decorated]:
     """The `--device` option, the same for every script; resolve it with `torch_utils.misc.select_device`."""
     return click.option("--device", metavar="auto|cuda|cpu|mps", type=click.Choice(["auto", "cuda", "cpu", "mps"]),
                         default="auto", show_default=True, help="Where to compute; auto takes a GPU if there is one")

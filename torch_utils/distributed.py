@@ -20,7 +20,9 @@ import torch.distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dnnlib import UserError
-from torch_utils.launch import Launch, leave_exit_code, read_launch, run_local_processes  # noqa: F401
+from torch_utils.launch import Launch, read_launch
+from torch_utils.launch import leave_exit_code as leave_exit_code  # For whoever imports this module alone.
+from torch_utils.launch import run_local_processes as run_local_processes
 from torch_utils.watch import Watch
 
 TIMEOUT = datetime.timedelta(minutes=30)    # Of one collective. Who waits for rank 0's long work waits at a barrier.
