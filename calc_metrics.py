@@ -65,7 +65,8 @@ def label_probs(opts: EasyDict, c_dim: int, reference: Reference | None) -> np.n
     if len(counts) > c_dim:
         raise UserError(f"--data={opts.data or opts.ref}: has the label {len(counts) - 1}, but the network knows "
                         f"{c_dim} classes: use the data set it was trained on, or --labels=uniform")
-    return counts / counts.sum()
+    shares: np.ndarray = counts / counts.sum()
+    return shares
 
 
 def network_source(opts: EasyDict, network: Any, reference: Reference | None) -> metric_main.SourceFactory:
@@ -210,6 +211,7 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
                      else network_source(opts, network, reference))
         results = metric_main.evaluate(names, generated, reference, options)
     if opts.save_ref is not None:
+        assert reference is not None        # Asked for before: see `check_options`.
         save_reference(opts, reference, options)
     return results
 
@@ -265,7 +267,7 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
 @click.option("--out", metavar="DIR", help="Append results to metric-<name>.jsonl in this folder")
 @click.option("--verbose", metavar="BOOL", type=bool, default=True, show_default=True, help="Progress bars")
 @click.pass_context
-def main(ctx: click.Context, **kwargs: Any) -> None:
+def main(ctx: click.Context, /, **kwargs: Any) -> None:
     """Compute metrics of a generator or of images.
 
     The table goes to stderr; stdout gets one line of JSON per metric with everything that made the number.

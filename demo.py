@@ -68,6 +68,7 @@ def run_step(progress: Progress, log: Path, title: str, seconds: float, command:
         f.write(f"\n$ {' '.join(command)}\n")
         process = subprocess.Popen([sys.executable, *command], cwd=HERE, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
+        assert process.stdout is not None       # It is a pipe.
         for line in process.stdout:
             lines.append(line)
             f.write(line)

@@ -137,19 +137,20 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
     loaded = load_network(network, target)
     G = loaded.G_ema
     class_idx = None if class_name is None else find_class(class_name, loaded.class_names, G.c_dim)
-    G.synthesis.input.transform.copy_(make_transform(translate, rotate))
+    transform = G.synthesis.input.get_buffer("transform")
+    transform.copy_(make_transform(translate, rotate))
     centroids = None
     if centroids_path is not None:
-        centroids = load_centroids(centroids_path, G.w_dim).to(G.synthesis.input.transform.device)
-    settings = {"batch_size": batch_sz, "truncation_psi": trunc, "centroids": centroids,
-                "precision": precision}
+        centroids = load_centroids(centroids_path, G.w_dim).to(transform.device)
+    settings: dict[str, Any] = {"batch_size": batch_sz, "truncation_psi": trunc, "centroids": centroids,
+                                "precision": precision}
     try:
         if sheet is not None:
             classes = [class_idx] if class_idx is not None else list(range(min(max(G.c_dim, 1), SHEET_CLASSES)))
             with atomic_file(sheet) as f:
                 make_sheet(loaded, seeds, classes, **settings).save(f, format="PNG")
             click.echo(f"{sheet}: {len(classes)} row(s) of {len(seeds)} samples")
-        else:
+        elif outdir is not None:
             paths = write_images(loaded, seeds, class_idx, Path(outdir), **settings)
             click.echo(f"{outdir}: {len(paths)} images")
     except OSError as err:

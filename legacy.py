@@ -53,7 +53,7 @@ class LoadedNetwork:
     sha256: str
 
 
-def find_snapshot(path: str | os.PathLike) -> Path:
+def find_snapshot(path: str | os.PathLike[str]) -> Path:
     """The snapshot that `path` names: the file itself, or of a run's folder the best model, else the newest snapshot.
 
     Raises:
@@ -81,7 +81,7 @@ def find_snapshot(path: str | os.PathLike) -> Path:
     return files[-1]
 
 
-def open_snapshot(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
+def open_snapshot(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
     """Read a snapshot of either kind, told apart by content, to the CPU.
 
     Args:
@@ -101,7 +101,7 @@ def open_snapshot(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]
     return read_official_pickle(file)
 
 
-def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") -> LoadedNetwork:
+def load_network(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedNetwork:
     """The generator of a snapshot (`G_ema`).
 
     Raises:
@@ -126,7 +126,7 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") ->
                          file_sha256(file))
 
 
-def read_official_pickle(path: str | os.PathLike) -> dict[str, Any]:
+def read_official_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read an official pickle into the schema of our own snapshots, without running anything from it.
 
     Returns:
@@ -192,7 +192,7 @@ def _generator_config(G: ModuleRecord) -> GeneratorConfig:
     if not isinstance(head, list) or head != names[-len(head):]:
         raise Unfit("its head layers are not the last ones")
 
-    c_dim = as_size(mapping.get("c_dim"), "mapping.c_dim", low=0)
+    table, c_dim = None, as_size(mapping.get("c_dim"), "mapping.c_dim", low=0)
     if c_dim > 0:
         table = mapping.child("embed").group("_parameters").get("weight")
         if not isinstance(table, TensorRecord) or len(table.shape) != 2:
@@ -212,7 +212,7 @@ def _generator_config(G: ModuleRecord) -> GeneratorConfig:
         c_dim=c_dim,
         w_dim=as_size(mapping.get("w_dim"), "w_dim"),
         mapping_layers=as_size(mapping.get("num_layers"), "mapping.num_layers"),
-        embed_dim=table.shape[1] if c_dim > 0 else GeneratorConfig.embed_dim,
+        embed_dim=table.shape[1] if table is not None else GeneratorConfig.embed_dim,
         filter_size=_common(shared, "filter_size"),
         lrelu_upsampling=_common(shared, "lrelu_upsampling"),
         conv_clamp=clamps.pop() if clamps else GeneratorConfig.conv_clamp,

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import click
@@ -230,7 +230,7 @@ class _Run:
         progress.sealed = True
         self._commit()
 
-    def _outcomes(self, start: int, workers: int) -> Iterator[Outcome]:
+    def _outcomes(self, start: int, workers: int) -> Generator[Outcome, None, None]:
         """One outcome per file from a place on, in order; files are read here and decoded in the workers."""
         store = self.source.store
         files = ((store.where(i), read_image(store, i)) for i in self.source.indices[start:])

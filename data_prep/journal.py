@@ -27,8 +27,8 @@ class Level:
     chain: str = FIRST_LINK             # SHA-256 of the one before and the pixels of the last image.
     mark: int = 0                       # End of what is safe in the sink.
     enlarged: int = 0
-    sizes: array.array = dataclasses.field(default_factory=lambda: array.array("Q"))
-    crcs: array.array = dataclasses.field(default_factory=lambda: array.array("L"))
+    sizes: "array.array[int]" = dataclasses.field(default_factory=lambda: array.array("Q"))
+    crcs: "array.array[int]" = dataclasses.field(default_factory=lambda: array.array("L"))
 
 
 @dataclasses.dataclass
@@ -130,7 +130,7 @@ class Journal:
                 content = json.loads(line) if line.endswith(b"\n") else None
                 if key is None:
                     key = content
-                else:
+                elif content is not None:
                     progress.add(content)
             except (ValueError, TypeError, KeyError, OverflowError):
                 break

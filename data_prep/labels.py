@@ -3,6 +3,7 @@
 
 What is wrong with labels is usually wrong with many of them, so every message lists the first five and the count.
 """
+import collections
 import csv
 import io
 import json
@@ -47,7 +48,7 @@ def encode(where: str, names: Sequence[str], values: Sequence[Any], classes: lis
                             f"{list_some(odd)}: use names or indices for all")
         classes = sorted(set(values))
     index = {name: i for i, name in enumerate(classes or [])}
-    labels = [index.get(value, value) if isinstance(value, str) else value for value in values]
+    labels: list[Any] = [index.get(value, value) if isinstance(value, str) else value for value in values]
     top = len(classes) if classes is not None else MAX_CLASSES
     wrong = [f"{n} ({v!r})" for n, v in zip(names, labels, strict=True) if type(v) is not int or not 0 <= v < top]
     if wrong:
@@ -206,8 +207,8 @@ def from_file(path: str, names: Sequence[str], allow_gaps: bool = False) -> tupl
         raise UserError(f"--labels={path}: names none of the images: it lists {list_some(list(entries))}, the source "
                         f"holds {list_some(list(names))}: use paths relative to the source")
     if len(set(keys)) != len(keys):
-        seen: set[str] = set()
-        twice = [key for key in keys if key in entries and (key in seen or seen.add(key))]
+        counts = collections.Counter(keys)
+        twice = [key for key, count in counts.items() if count > 1 and key in entries]
         if twice:
             raise UserError(f"--labels={path}: {len(twice)} names fit several images: {list_some(twice)}: "
                             f"use paths relative to the source")

@@ -50,6 +50,7 @@ def _start_worker() -> None:
     """In a worker: leave Ctrl-C to the parent, and end with it, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None       # Only workers call this.
 
     def follow() -> None:
         parent.join()

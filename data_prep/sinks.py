@@ -56,7 +56,7 @@ class Sink(Protocol):
 class ZipSink:
     """A zip archive."""
 
-    def __init__(self, dest: Path, sizes: array.array, crcs: array.array, mark: int | None = None):
+    def __init__(self, dest: Path, sizes: "array.array[int]", crcs: "array.array[int]", mark: int | None = None):
         """Args:
             dest: The final name.
             sizes: Of the images written so far; images to come are added.
@@ -144,7 +144,7 @@ def _end(count: int, start: int, size: int) -> bytes:
 class FolderSink:
     """A folder of files."""
 
-    def __init__(self, dest: Path, sizes: array.array, crcs: array.array):
+    def __init__(self, dest: Path, sizes: "array.array[int]", crcs: "array.array[int]"):
         """Continue after the images in `sizes`; images to come are added to it and to `crcs`."""
         self.sizes, self.crcs, self.partial = sizes, crcs, partial_path(dest)
         self.partial.mkdir(exist_ok=True)
@@ -174,7 +174,8 @@ class FolderSink:
         """Nothing is held open."""
 
 
-def open_sink(dest: Path, sizes: array.array, crcs: array.array, mark: int | None = None) -> ZipSink | FolderSink:
+def open_sink(dest: Path, sizes: "array.array[int]", crcs: "array.array[int]",
+              mark: int | None = None) -> ZipSink | FolderSink:
     """A sink for an archive or a folder, by its name; see ZipSink. Raises OSError, UserError."""
     return ZipSink(dest, sizes, crcs, mark) if is_archive(dest) else FolderSink(dest, sizes, crcs)
 

@@ -2,7 +2,7 @@
 """Read and decode a whole data set, and say which files are bad."""
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import tqdm
@@ -60,7 +60,7 @@ def look_chunk(chunk: list[bytes | str]) -> list[Look]:
     return [look(data) for data in chunk]
 
 
-def _looks(store: FolderFiles | ZipFiles, workers: int) -> Iterator[Look]:
+def _looks(store: FolderFiles | ZipFiles, workers: int) -> Generator[Look, None, None]:
     files = (read_image(store, i) for i in range(len(store.names)))
     for block in ordered_map(look_chunk, chunks(files, len), workers):
         yield from block

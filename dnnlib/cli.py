@@ -2,13 +2,22 @@
 """Parsers and the command class that every script shares."""
 import errno
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from dnnlib.errors import UserError
 
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
 #----------------------------------------------------------------------------
+
+class _Mistake(click.ClickException):
+    """One line on stderr, and the exit code of mistakes that the user can mend."""
+
+    exit_code = UserError.exit_code
+
 
 class Command(click.Command):
     """A click command that turns `UserError` and a full disk into one line on stderr and exit code 2."""
@@ -17,16 +26,12 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except UserError as err:
-            message = click.ClickException(" ".join(str(err).split("\n")))
-            message.exit_code = err.exit_code
-            raise message from err
+            raise _Mistake(" ".join(str(err).split("\n"))) from err
         except OSError as err:
             if err.errno != errno.ENOSPC:
                 raise
-            message = click.ClickException(f"{err.filename or 'writing a file'}: {err.strerror}: make room, then run "
-                                           "the same command again")
-            message.exit_code = UserError.exit_code
-            raise message from err
+            raise _Mistake(f"{err.filename or 'writing a file'}: {err.strerror}: make room, then run the same command "
+                           "again") from err
 
 #----------------------------------------------------------------------------
 
@@ -57,8 +62,8 @@ class IntOrAuto(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == "auto":
-            return value
-        return click.IntRange(min=1).convert(value, param, ctx)
+            return "auto"
+        return int(click.IntRange(min=1).convert(value, param, ctx))
 
 
 class StrList(click.ParamType):
@@ -104,14 +109,14 @@ class Resolution(click.ParamType):
 
 #----------------------------------------------------------------------------
 
-def precision_option() -> Any:
+def precision_option() -> Callable[[Decorated], Decorated]:
     """The `--precision` option, the same for every script: keys of `training.networks_stylegan3.PRECISIONS`."""
     return click.option("--precision", metavar="auto|fp32|bf16", type=click.Choice(["auto", "fp32", "bf16"]),
                         default="auto", show_default=True, help="Of the generator; auto: fp16 on GPUs in the layers "
                         "that are trained so, else fp32; bf16: in these layers, faster on processors that have it")
 
 
-def device_option() -> Any:
+def device_option() -> Callable[[Decorated], Decorated]:
     """The `--device` option, the same for every script; resolve it with `torch_utils.misc.select_device`."""
     return click.option("--device", metavar="auto|cuda|cpu|mps", type=click.Choice(["auto", "cuda", "cpu", "mps"]),
                         default="auto", show_default=True, help="Where to compute; auto takes a GPU if there is one")

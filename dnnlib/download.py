@@ -57,7 +57,8 @@ def is_offline() -> bool:
 #----------------------------------------------------------------------------
 # Looking.
 
-def locate(asset: Asset, folders: Sequence[str | os.PathLike] = (), allow_unverified: bool = False) -> Found | None:
+def locate(asset: Asset, folders: Sequence[str | os.PathLike[str]] = (),
+           allow_unverified: bool = False) -> Found | None:
     """A copy of `asset` on this machine, or None.
 
     Looked for in `folders`, then in $STYLESAN_WEIGHTS, in the cache, and in torch.hub's folder where the asset may be
@@ -78,8 +79,8 @@ def locate(asset: Asset, folders: Sequence[str | os.PathLike] = (), allow_unveri
     return None
 
 
-def find_asset(asset: Asset, folders: Sequence[str | os.PathLike] = (), offline: bool | None = None,
-               allow_unverified: bool = False, into: str | os.PathLike | None = None) -> Found:
+def find_asset(asset: Asset, folders: Sequence[str | os.PathLike[str]] = (), offline: bool | None = None,
+               allow_unverified: bool = False, into: str | os.PathLike[str] | None = None) -> Found:
     """A copy of `asset`: one that is on this machine (see `locate`), else a download.
 
     Args:
@@ -104,17 +105,17 @@ def find_asset(asset: Asset, folders: Sequence[str | os.PathLike] = (), offline:
     return Found(target, asset.sha256, asset.sha256 is not None)
 
 
-def find_or_download(asset: Asset, folders: Sequence[str | os.PathLike] = (), offline: bool | None = None) -> Path:
+def find_or_download(asset: Asset, folders: Sequence[str | os.PathLike[str]] = (), offline: bool | None = None) -> Path:
     """Path of a verified copy of `asset`; see `find_asset`."""
     return find_asset(asset, folders, offline).path
 
 
-def default_place(asset: Asset, into: str | os.PathLike | None = None) -> Path:
+def default_place(asset: Asset, into: str | os.PathLike[str] | None = None) -> Path:
     """Where a download of `asset` goes: the folder `into`; None: the cache."""
     return Path(into or cache_dir() / "downloads") / asset.filename
 
 
-def _own_places(folders: Sequence[str | os.PathLike]) -> list[Path]:
+def _own_places(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     weights = os.environ.get("STYLESAN_WEIGHTS")
     return [Path(p) for p in folders] + ([Path(weights)] if weights else []) + [cache_dir() / "downloads"]
 
@@ -157,7 +158,7 @@ def _download(asset: Asset, target: Path) -> None:
 
 def _reason(err: requests.RequestException) -> str:
     """A failure in words: connection, answer or transfer."""
-    if isinstance(err, requests.HTTPError):
+    if isinstance(err, requests.HTTPError) and err.response is not None:
         return f"the server answers {err.response.status_code}"
     if isinstance(err, requests.Timeout):
         return f"no answer within {TIMEOUT_SECONDS} s"
@@ -173,7 +174,8 @@ def _fetch_patiently(url: str, part: Path) -> None:
             _fetch(url, part)
             return
         except requests.RequestException as err:
-            final = isinstance(err, requests.HTTPError) and err.response.status_code < 500
+            answer = err.response if isinstance(err, requests.HTTPError) else None
+            final = answer is not None and answer.status_code < 500
             if final or attempt == ATTEMPTS - 1:
                 raise
 

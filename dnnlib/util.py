@@ -7,18 +7,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 try:
     import fcntl
 except ImportError:     # Not on Windows.
-    fcntl = None
+    fcntl = None    # type: ignore[assignment]
 
 #----------------------------------------------------------------------------
 
-class EasyDict(dict):
+class EasyDict(dict[str, Any]):
     """A dict whose keys are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
@@ -57,7 +57,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def list_some(items: list, limit: int = 5) -> str:
+def list_some(items: Sequence[object], limit: int = 5) -> str:
     """The first `limit` items joined by commas, with a count of the rest: for error messages."""
     text = ", ".join(str(item) for item in items[:limit])
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
@@ -65,7 +65,7 @@ def list_some(items: list, limit: int = 5) -> str:
 #----------------------------------------------------------------------------
 # Files.
 
-def file_sha256(path: str | os.PathLike) -> str:
+def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, as 64 hex digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -107,7 +107,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike, previous: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary binary file beside `path`; rename it to `path` when the block ends without an error.
 
     Whoever reads `path` sees the old content or the whole new content, never a part, also after a power cut.
@@ -136,14 +136,14 @@ def atomic_file(path: str | os.PathLike, previous: Path | None = None) -> Iterat
         raise
 
 
-def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that readers see the old or the new content, never a part."""
     with atomic_file(path) as f:
         f.write(text.encode())
 
 
 @contextlib.contextmanager
-def file_lock(path: str | os.PathLike, seconds: float) -> Iterator[None]:
+def file_lock(path: str | os.PathLike[str], seconds: float) -> Iterator[None]:
     """Hold a lock for the block; it ends with this process, however that ends.
 
     After so many seconds, or where locks do not work, the block runs without it.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in files to be scored: folders, zip and tar archives, with labels from dataset.json or from sub-folders."""
 import functools
-import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,7 +96,7 @@ class ImageFiles:
 
 #----------------------------------------------------------------------------
 
-def crop_of_file(path: str | os.PathLike) -> str | None:
+def crop_of_file(path: str | Path) -> str | None:
     """The crop that dataset_tool noted in the data set's report; None where nothing is known."""
     try:
         crop = (read_report(path) or {}).get("transform")
@@ -109,8 +109,11 @@ def crop_of_file(path: str | os.PathLike) -> str | None:
 class ImageDatasetLike(Protocol):
     """What is used of `ImageFiles` and of `training.dataset.ImageDataset`."""
 
-    resolution: int
-    fingerprint: str
+    @property
+    def resolution(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -121,7 +124,7 @@ class ImageDatasetLike(Protocol):
         ...
 
 
-class _Items(torch.utils.data.Dataset):
+class _Items(torch.utils.data.Dataset[tuple[torch.Tensor, int] | UserError]):
     """Items with errors as values: an exception that passes between processes becomes an unreadable one."""
 
     def __init__(self, dataset: ImageDatasetLike):
@@ -136,10 +139,13 @@ class _Items(torch.utils.data.Dataset):
 
 
 def _stack(items: list[tuple[torch.Tensor, int] | UserError]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
+    images, labels = [], []
     for item in items:
         if isinstance(item, UserError):
             return item
-    return torch.stack([image for image, _label in items]), torch.tensor([label for _image, label in items])
+        images.append(item[0])
+        labels.append(item[1])
+    return torch.stack(images), torch.tensor(labels)
 
 
 class DatasetSource:
@@ -242,6 +248,7 @@ def open_files(store: ImageStore, form: str, labels: bool, workers: int) -> Data
             raise
     if found is None and (found := folder_labels(files)) is not None and len(found[1]) > 1:
         form += " with one sub-folder per class"
-    source = DatasetSource(files, str(store.path), *(found if found and labels else (None, None)), workers=workers)
+    values, names = found if found is not None and labels else (None, None)
+    source = DatasetSource(files, str(store.path), values, names, workers)
     source.description.update(format=form, labels_sorted=labels_sorted(found[0] if found else None))
     return source

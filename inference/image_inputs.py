@@ -18,7 +18,7 @@ from training.data.stores import open_store
 
 #----------------------------------------------------------------------------
 
-def kind_of(path: str | os.PathLike) -> str:
+def kind_of(path: str | os.PathLike[str]) -> str:
     """'statistics' (see `metrics.references`), 'samples' (other .npz) or 'dataset' (folder or archive of images).
 
     Raises:
@@ -49,7 +49,7 @@ def kind_of(path: str | os.PathLike) -> str:
                     "name one of these")
 
 
-def has_samples(path: str | os.PathLike) -> bool:
+def has_samples(path: str | os.PathLike[str]) -> bool:
     """Whether a file of statistics also holds images, as ADM's reference files do."""
     if not zipfile.is_zipfile(path):
         return False
@@ -57,7 +57,7 @@ def has_samples(path: str | os.PathLike) -> bool:
         return "arr_0.npy" in archive.namelist()
 
 
-def open_images(path: str | os.PathLike, labels: bool = False, workers: int = 0) -> DatasetSource | NpzSource:
+def open_images(path: str | os.PathLike[str], labels: bool = False, workers: int = 0) -> DatasetSource | NpzSource:
     """The images at `path`, whichever kind it is.
 
     Args:

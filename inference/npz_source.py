@@ -27,7 +27,7 @@ def labels_sorted(labels: np.ndarray | None) -> bool:
 class NpzSource:
     """The images of an .npz, stored or deflated, read as a stream: 50,000 of 256 pixels are 10 GB, so never whole."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = str(path)
         try:
             with zipfile.ZipFile(path) as archive:
@@ -91,7 +91,7 @@ class NpzSource:
 
     def _read(self, f: Any, size: int) -> bytes:
         try:
-            data = f.read(size)
+            data: bytes = f.read(size)
         except READ_ERRORS as err:
             raise UserError(f"{self.path}: arr_0 is damaged: make the file again") from err
         if len(data) != size:

@@ -15,7 +15,7 @@ BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}   # By first bytes.
 
 
-def is_tar(path: str | os.PathLike) -> bool:
+def is_tar(path: str | os.PathLike[str]) -> bool:
     """Whether an existing file is a tar archive, plain or compressed."""
     with open(path, "rb") as f:
         head = f.read(BLOCK)
@@ -39,7 +39,7 @@ class TarStore:
             same name.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.metadata: dict[str, Any] = {}
         self._file: BinaryIO | None = None

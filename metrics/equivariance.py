@@ -52,7 +52,11 @@ def equivariance(source: LatentSource, keys: Sequence[str], device: torch.device
         for positions in walk(source.num_images, chunk_size(source.G.img_resolution), progress):
             rows.append(positions, _sums(source, keys, positions, device))
     table = rows.gather(device)
-    return on_rank0(lambda: {key: _decibels(column) for key, column in zip(keys, table.unbind(dim=1), strict=True)})
+
+    def values() -> dict[str, float]:
+        assert table is not None        # Process 0 has it.
+        return {key: _decibels(column) for key, column in zip(keys, table.unbind(dim=1), strict=True)}
+    return on_rank0(values)
 
 
 def _decibels(sums: torch.Tensor) -> float:

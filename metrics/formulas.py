@@ -60,6 +60,7 @@ def neighbours(limit: int, dtype: torch.dtype) -> Formula:
 
 def shuffled_score(gen: Collected, real: RealSide, options: MetricOptions) -> Answer:
     """Inception score, ten splits of the shuffled images."""
+    assert gen.probs is not None            # What the metric wants of the walk says so.
     score = inception_score(gen.probs, shuffle_seed=options.seed)
     return {"_mean": score.mean, "_std": score.std}, {
         "num_splits": score.num_splits, "order": "shuffled", "shuffle_seed": score.shuffle_seed, "ddof": 0}
@@ -67,10 +68,12 @@ def shuffled_score(gen: Collected, real: RealSide, options: MetricOptions) -> An
 
 def score_in_order(gen: Collected, real: RealSide, options: MetricOptions) -> Answer:
     """Inception score as ADM's evaluator has it: splits of 5000 images in file order (the last may have fewer)."""
+    assert gen.probs is not None
     score = inception_score(gen.probs, split_size=ADM_SPLIT)
     return {"": score.mean}, {"num_splits": score.num_splits, "split_size": ADM_SPLIT, "order": "file"}
 
 
 def accuracy(gen: Collected, real: RealSide, options: MetricOptions) -> Answer:
     """Share of the images that the judge assigns to the class they were made for."""
+    assert gen.num_correct is not None
     return {"": gen.num_correct / gen.num_images}, {"num_correct": gen.num_correct}

@@ -87,7 +87,7 @@ def rotation_kernels(matrices: torch.Tensor) -> torch.Tensor:
     turned = torch.einsum("nba,bhw->nahw", matrices, places)        # By the inverse, which is the transpose.
     ours, other = lanczos(places).prod(dim=0), lanczos(turned).prod(dim=1)
     spectrum = torch.fft.rfft2(ours) * torch.fft.rfft2(other)
-    kernel = torch.fft.irfft2(spectrum, s=other.shape[1:])          # Centred at 0: both factors were at `half`.
+    kernel: torch.Tensor = torch.fft.irfft2(spectrum, s=other.shape[1:])    # Centred at 0: both factors were at `half`.
     kernel = torch.fft.fftshift(kernel, dim=(1, 2))
     kernel = kernel / kernel.sum(dim=(1, 2), keepdim=True) * TABLE_STEPS ** 2
     edge = half - ROTATION_RADIUS * TABLE_STEPS

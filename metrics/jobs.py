@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from dnnlib import UserError
 from metrics.options import MetricOptions
-from metrics.protocols import METRICS, GeneratorKind, Metric, expand
+from metrics.protocols import METRICS, GeneratorKind, Metric, MetricKind, expand
 
 DEFAULT_NUM_GEN = 50_000        # Of the free names.
 
@@ -31,12 +31,17 @@ class Job:
     @property
     def has_real_side(self) -> bool:
         """Whether it compares with real images."""
-        return not isinstance(self.metric.kind, GeneratorKind) and bool(self.metric.kind.real.wants)
+        return self.image_kind is not None and bool(self.image_kind.real.wants)
+
+    @property
+    def image_kind(self) -> MetricKind | None:
+        """The formula over images; None where the generator itself is measured."""
+        return self.metric.kind if isinstance(self.metric.kind, MetricKind) else None
 
     @property
     def outputs(self) -> list[str]:
         """Outputs of the detector whose mean and covariance are compared."""
-        return [] if isinstance(self.metric.kind, GeneratorKind) else sorted(self.metric.kind.real.wants.moments)
+        return [] if self.image_kind is None else sorted(self.image_kind.real.wants.moments)
 
 
 def plan(names: Iterable[str], options: MetricOptions) -> list[Job]:

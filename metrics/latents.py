@@ -41,8 +41,8 @@ class LatentSource(Protocol):
 
 #----------------------------------------------------------------------------
 
-def check_source(source: Any, metric: str) -> None:
-    """Refuse what is no generator, or a truncated one.
+def check_source(source: Any, metric: str) -> LatentSource:
+    """`source`, unless it is no generator or a truncated one.
 
     Raises:
         UserError: with the flag and what to do.
@@ -51,6 +51,7 @@ def check_source(source: Any, metric: str) -> None:
         raise UserError(f"--metrics={metric}: measures the generator itself: name it with --network (images alone are "
                         "not enough)")
     check_untruncated(source.description.get("truncation_psi", 1), metric)
+    return source
 
 
 def check_untruncated(truncation_psi: float, metric: str) -> None:
@@ -93,7 +94,7 @@ def synthesise(G: Any, ws: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: an image has non-finite values.
     """
-    images = G.synthesis(ws, force_fp32=True).float()
+    images: torch.Tensor = G.synthesis(ws, force_fp32=True).float()
     if not torch.isfinite(images).all():
         raise UserError("the network gives images with non-finite values: the snapshot is of a diverged run")
     return images

@@ -19,7 +19,7 @@ from metrics.jobs import Job, RealKey, plan
 from metrics.latents import check_source as check_latents
 from metrics.options import MetricOptions
 from metrics.passes import Collected, Wants, class_scores, collect, on_rank0
-from metrics.protocols import INCEPTION, METRICS, NOTHING, GeneratorKind, expand
+from metrics.protocols import INCEPTION, METRICS, NOTHING, GeneratorKind, MetricKind, expand
 from metrics.real_side import RealSide, RealWants, load_real_side
 from metrics.references import Reference, check_statistics
 from metrics.sources import ImageSource
@@ -71,7 +71,7 @@ def statistics_to_save(names: Iterable[str], options: MetricOptions) -> dict[str
     return wanted
 
 
-def _image_kinds(names: Iterable[str]) -> list:
+def _image_kinds(names: Iterable[str]) -> list[MetricKind]:
     kinds = [METRICS[name].kind for name in expand(names)]
     return [kind for kind in kinds if not isinstance(kind, GeneratorKind)]
 
@@ -114,10 +114,11 @@ def evaluate(names: Iterable[str], generated: SourceFactory, reference: Referenc
     _check_reference(jobs, reference)
     detectors = {spec: detector_for(spec, options) for spec in sorted({job.detector for job in jobs} - {""})}
     for job in jobs:
-        if job.detector:
-            _check_detector(job, detectors[job.detector], reference)
-    real = {key: load_real_side(reference, detectors[key[0]], needs, key[1], key[2], options)
-            for key, needs in _real_wants(jobs).items()}
+        if job.image_kind is not None:
+            _check_detector(job, job.image_kind.gen, detectors[job.detector], reference)
+    real = {} if reference is None else {
+        key: load_real_side(reference, detectors[key[0]], needs, key[1], key[2], options)
+        for key, needs in _real_wants(jobs).items()}
     done = {}
     for num in sorted({job.num for job in jobs}):
         group = [job for job in jobs if job.num == num]
@@ -140,16 +141,17 @@ def _answer(job: Job, source: ImageSource, gen: Collected | None, real: RealSide
     """Values and settings of one metric. All processes take part."""
     kind = job.metric.kind
     if isinstance(kind, GeneratorKind):
-        return kind.compute(source, options)
-    return on_rank0(lambda: kind.compute(gen, real, options))
+        return kind.compute(check_latents(source, job.metric.name), options)
+    assert gen is not None              # Every job with a detector has its part of the walk.
+    return on_rank0(functools.partial(kind.compute, gen, real, options))
 
 
 def _real_wants(jobs: list[Job]) -> dict[RealKey, RealWants]:
     """What is needed of the real images."""
     wants: dict[RealKey, RealWants] = collections.defaultdict(RealWants)
     for job in jobs:
-        if job.has_real_side:
-            wants[job.real] |= job.metric.kind.real
+        if job.image_kind is not None and job.has_real_side:
+            wants[job.real] |= job.image_kind.real
     return wants
 
 
@@ -158,8 +160,8 @@ def _collect_generated(source: ImageSource, jobs: list[Job], detectors: dict[str
     """One walk over the generated images for all detectors that these metrics use."""
     wanted: dict[str, Wants] = collections.defaultdict(Wants)
     for job in jobs:
-        if job.detector:
-            wanted[job.detector] |= job.metric.kind.gen
+        if job.image_kind is not None:
+            wanted[job.detector] |= job.image_kind.gen
     if not wanted:
         return {}
     asked = {spec: (detectors[spec], wants) for spec, wants in wanted.items()}
@@ -171,12 +173,12 @@ def _collect_generated(source: ImageSource, jobs: list[Job], detectors: dict[str
 
 def _check_reference(jobs: list[Job], reference: Reference | None) -> None:
     for job in jobs:
-        if not job.has_real_side:
+        if job.image_kind is None or not job.has_real_side:
             continue
         name = job.metric.name
         if reference is None or reference.source is None and not reference.statistics:
             raise UserError(f"--metrics={name} compares with real images: name them with --data or --ref")
-        if reference.source is None and job.metric.kind.real.wants.features:
+        if reference.source is None and job.image_kind.real.wants.features:
             raise UserError(f"--metrics={name}: not computable from {path_of(reference)}, which holds only mean and "
                             "covariance: name the images themselves with --data or --ref")
 
@@ -186,8 +188,8 @@ def path_of(reference: Reference) -> str | None:
     return reference.statistics[0].path
 
 
-def _check_detector(job: Job, detector: Detector, reference: Reference | None) -> None:
-    name, gen = job.metric.name, job.metric.kind.gen
+def _check_detector(job: Job, gen: Wants, detector: Detector, reference: Reference | None) -> None:
+    name = job.metric.name
     if gen.probs and class_scores(detector) not in detector.outputs:
         raise UserError(f"--detector={detector.name}: {name} needs a classifier, and it has no classes: use "
                         f"{INCEPTION} or a .safetensors judge")
@@ -197,6 +199,8 @@ def _check_detector(job: Job, detector: Detector, reference: Reference | None) -
     for output in sorted((gen.moments | gen.features) - set(detector.outputs)):
         raise UserError(f"--detector={detector.name}: {name} needs its output '{output}', which it does not have: use "
                         f"{INCEPTION}")
+    if reference is None:               # The metric has no real side.
+        return
     for output in job.outputs:
         stored = reference.statistics_for(detector.name, output)
         if stored is not None:
@@ -214,9 +218,9 @@ def _check_source(source: ImageSource, reference: Reference | None, jobs: list[J
                   detectors: dict[str, Detector]) -> None:
     """Sizes must agree, and so must the meaning of labels where both sides give names to their classes."""
     for job in jobs:
-        if not job.detector:
+        if job.image_kind is None:
             check_latents(source, job.metric.name)
-        if job.detector and job.metric.kind.is_ordered and source.description.get("labels_sorted"):
+        elif job.image_kind.is_ordered and source.description.get("labels_sorted"):
             _warn(f"{job.metric.name} takes the images in file order, and they are sorted by class: the value will be "
                   "far too low: shuffle them, or use --metrics=is")
     compared = [job.metric.name for job in jobs if job.has_real_side]
@@ -227,7 +231,7 @@ def _check_source(source: ImageSource, reference: Reference | None, jobs: list[J
         raise UserError(f"the generated images have {ours}x{ours} pixels, the reference {theirs}x{theirs}: "
                         f"make both of one size, for example with dataset_tool.py --resolution={ours}")
     names = source.description.get("class_names") or []
-    for judge in [detectors[job.detector] for job in jobs if job.detector and job.metric.kind.gen.correct]:
+    for judge in [detectors[job.detector] for job in jobs if job.image_kind is not None and job.image_kind.gen.correct]:
         known = judge.class_names or []
         if _are_names(names) and _are_names(known) and list(names) != list(known):
             raise UserError(f"--detector={judge.name}: knows the classes {list_some(list(known))}, the images have "

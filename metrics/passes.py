@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from metrics.read_ahead import read_ahead
 from metrics.sources import ImageSource, chunks_of_rank, pinned, read_chunks
 from torch_utils import distributed
 from torch_utils.misc import to_device
+
+T = TypeVar("T")
 
 DETECTOR_BATCH = 64     # Images per detector call. A constant: rounding in a network depends on the batch it sees.
 
@@ -162,15 +164,16 @@ def collect(
 
 #----------------------------------------------------------------------------
 
-def on_rank0(action: Callable[[], Any]) -> Any:
+def on_rank0(action: Callable[[], T]) -> T:
     """Run `action` on process 0 and hand its value, or the exception it raised, to all processes."""
-    value, error = None, None
+    value: T | None = None
+    error: Exception | None = None
     if distributed.rank() == 0:
         try:
             value = action()
         except Exception as err:        # Carried to all: a process that waited for the value would wait for ever.
             error = err
-    value, error = distributed.broadcast_object((value, error))
-    if error is not None:
-        raise error
-    return value
+    answer: tuple[T, Exception | None] = distributed.broadcast_object((value, error))
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

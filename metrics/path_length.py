@@ -43,7 +43,11 @@ def perceptual_path_length(source: LatentSource, lpips: Distance, device: torch.
         for positions in walk(source.num_images, chunk_size(source.G.img_resolution), progress):
             rows.append(positions, _distances(source, positions, lpips, device).cpu().double())
     distances = rows.gather(device)
-    return on_rank0(lambda: trimmed_mean(distances.numpy()))
+
+    def value() -> float:
+        assert distances is not None    # Process 0 has them.
+        return trimmed_mean(distances.numpy())
+    return on_rank0(value)
 
 
 def _distances(source: LatentSource, positions: np.ndarray, lpips: Distance, device: torch.device) -> torch.Tensor:

@@ -143,8 +143,8 @@ _protocol("clean-fid", ("clean_fid50k", FID_DDOF1, "inception-2015-12-05-clean",
 _protocol("fd-dinov2", ("fd_dinov2_50k", FID_DDOF1, "dinov2-vitl14", 50_000, None))
 _protocol("own", ("rfid_random", FID, "inception-random-seed0", 50_000, None))
 
-for _name, _kind in (("ppl2_wend", PPL), ("eqt50k_int", EQT_INT), ("eqt50k_frac", EQT_FRAC), ("eqr50k", EQR)):
-    register(Metric(_name, _kind, num_gen=50_000, protocol="stylegan"))
+for _name, _measurement in (("ppl2_wend", PPL), ("eqt50k_int", EQT_INT), ("eqt50k_frac", EQT_FRAC), ("eqr50k", EQR)):
+    register(Metric(_name, _measurement, num_gen=50_000, protocol="stylegan"))
 
 for _kind in (FID, SFID, KID, PR, IS, ACCURACY):
     register(Metric(_kind.free_name, _kind, takes_mirror=True))

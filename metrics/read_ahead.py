@@ -2,7 +2,7 @@
 """Reading in a thread: images are read and decoded while a network works on those before."""
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -10,7 +10,7 @@ T = TypeVar("T")
 DEPTH = 2       # Batches that wait at most: one being taken, one ready.
 
 
-def read_ahead(items: Iterator[T], depth: int = DEPTH) -> Iterator[T]:
+def read_ahead(items: Iterator[T], depth: int = DEPTH) -> Generator[T, None, None]:
     """The same items in the same order, produced by a thread that runs at most `depth` items ahead.
 
     What the thread raises is raised here, after the items before it. Leaving early (an exception, `close`) ends the
@@ -21,7 +21,7 @@ def read_ahead(items: Iterator[T], depth: int = DEPTH) -> Iterator[T]:
             gradient mode.
         depth: 1 or more.
     """
-    ready: queue.Queue = queue.Queue(maxsize=depth)     # Items, then an _End.
+    ready: queue.Queue[T | _End] = queue.Queue(maxsize=depth)   # Items, then an _End.
     stopped = threading.Event()
     thread = threading.Thread(target=_produce, args=(items, ready, stopped), name="read-ahead", daemon=True)
     thread.start()
@@ -47,7 +47,7 @@ class _End:
         self.error = error
 
 
-def _produce(items: Iterator, ready: queue.Queue, stopped: threading.Event) -> None:
+def _produce(items: Iterator[T], ready: queue.Queue[T | _End], stopped: threading.Event) -> None:
     end = _End()
     try:
         for item in items:
@@ -62,7 +62,7 @@ def _produce(items: Iterator, ready: queue.Queue, stopped: threading.Event) -> N
         ready.put(end)
 
 
-def _drain(ready: queue.Queue) -> None:
+def _drain(ready: queue.Queue[T]) -> None:
     try:
         while True:
             ready.get_nowait()

@@ -71,6 +71,7 @@ def load_real_side(
             side.moments[output] = stored
     wants = dataclasses.replace(needs.wants, moments=frozenset(from_images))
     if wants:
+        assert reference.source is not None         # Checked before any work: see `metric_main`.
         _from_images(side, view_of(reference.source, mirror, limit), detector, wants, needs.max_features, options)
     return side
 

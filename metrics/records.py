@@ -100,7 +100,8 @@ def _of_reference(job: Job, detector: Detector | None, reference: Reference | No
     if reference is None or detector is None or not job.has_real_side:
         return {"reference": None, "reference_fingerprint": None}
     stored = next((x for output in job.outputs if (x := reference.statistics_for(detector.name, output))), None)
-    fingerprint = reference.source.fingerprint if stored is None else stored.fingerprint
+    used = reference.source if stored is None else stored
+    fingerprint = None if used is None else used.fingerprint
     return {"reference": reference.describe(stored), "reference_fingerprint": fingerprint}
 
 
@@ -109,7 +110,7 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(record, allow_nan=False, default=str)
 
 
-def append_line(folder: str | os.PathLike, record: dict[str, Any]) -> None:
+def append_line(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
     """Append a record to metric-<name>.jsonl in `folder`; earlier lines stay."""
     path = Path(folder) / f"metric-{record['metric']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 Images travel as uint8 because that is what a viewer sees: rounding belongs to the source, not to the metric.
 """
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -70,7 +70,7 @@ def chunks_of_rank(num: int, chunk_size: int, rank: int, world_size: int) -> lis
 
 
 def read_chunks(source: ImageSource, batch_size: int, chunks: Sequence[np.ndarray],
-                indices: np.ndarray | None = None) -> Iterator[Chunk]:
+                indices: np.ndarray | None = None) -> Generator[Chunk, None, None]:
     """Read a source in chunks of positions, regrouping its batches.
 
     Args:
@@ -101,7 +101,7 @@ def read_chunks(source: ImageSource, batch_size: int, chunks: Sequence[np.ndarra
 
 #----------------------------------------------------------------------------
 
-def pinned(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+def pinned(chunks: Iterator[Chunk]) -> Generator[Chunk, None, None]:
     """Chunks with their images in page-locked memory, from which copies to a GPU do not wait for its other work."""
     for positions, images, labels in chunks:
         yield positions, images.pin_memory() if images.device.type == "cpu" else images, labels
@@ -111,7 +111,7 @@ def pinned(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
 class Subset:
     """The images of `source` with the given ascending numbers."""
 
-    def __init__(self, source: ImageSource, indices: Sequence[int], note: dict[str, Any] | None = None):
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray, note: dict[str, Any] | None = None):
         self.source = source
         self.indices = np.asarray(indices, dtype=np.int64)
         self.num_images = len(self.indices)

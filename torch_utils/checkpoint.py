@@ -4,7 +4,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -12,7 +12,7 @@ from dnnlib import UserError
 from dnnlib.util import atomic_file
 
 
-def save(path: str | os.PathLike, content: dict[str, Any], previous: Path | None = None) -> None:
+def save(path: str | os.PathLike[str], content: dict[str, Any], previous: Path | None = None) -> None:
     """Write a dict of tensors and plain values (None, bool, int, float, str, list, tuple, dict).
 
     The file is a zip archive as `torch.save` writes it and can be read with `torch.load(..., weights_only=True)`.
@@ -28,7 +28,7 @@ def save(path: str | os.PathLike, content: dict[str, Any], previous: Path | None
     try:
         with atomic_file(path, previous) as f:
             recorded = _ErrorKeeper(f)
-            torch.save(content, recorded)
+            torch.save(content, cast(IO[bytes], recorded))      # It uses no other methods.
             if recorded.error is not None:
                 raise recorded.error
     except OSError as err:
@@ -59,13 +59,14 @@ class _ErrorKeeper:
         """Nothing: `atomic_file` does it."""
 
 
-def is_checkpoint(path: str | os.PathLike) -> bool:
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether the file looks like one that `save` wrote (official pickles do not start like a zip archive)."""
     with open(path, "rb") as f:
         return f.read(4) == b"PK\x03\x04"
 
 
-def load(path: str | os.PathLike, expected_format: str, mmap: bool = False, verify: bool = False) -> dict[str, Any]:
+def load(path: str | os.PathLike[str], expected_format: str, mmap: bool = False,
+         verify: bool = False) -> dict[str, Any]:
     """Read a file that `save` wrote, to the CPU.
 
     Args:

@@ -20,7 +20,9 @@ import torch.distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dnnlib import UserError
-from torch_utils.launch import Launch, leave_exit_code, read_launch, run_local_processes  # noqa: F401
+from torch_utils.launch import Launch, read_launch
+from torch_utils.launch import leave_exit_code as leave_exit_code  # For whoever imports this module alone.
+from torch_utils.launch import run_local_processes as run_local_processes
 from torch_utils.watch import Watch
 
 TIMEOUT = datetime.timedelta(minutes=30)    # Of one collective. Who waits for rank 0's long work waits at a barrier.
@@ -93,10 +95,9 @@ def _join(launch: Launch, device: torch.device) -> None:
     asker = store.clone()
     watch.set_deadline(limit, lambda: _explain_silence(asker, names, limit))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    options = {"device_id": device} if device.type == "cuda" else {}
     torch.distributed.init_process_group(
         backend, store=torch.distributed.PrefixStore("group", store), rank=launch.rank, world_size=launch.world_size,
-        timeout=TIMEOUT, **options)
+        timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
     count = torch.ones([], device=device)
     torch.distributed.all_reduce(count)
     if int(count) != launch.world_size:
@@ -170,10 +171,11 @@ def _explain_silence(store: Any, names: dict[int, str], limit: float) -> str:
 
 def shutdown() -> None:
     """Leave the process group, if one was joined. All processes must call it."""
-    if torch.distributed.is_initialized():
+    watch, launch = _group.watch, _group.launch
+    if watch is not None and launch is not None:
         barrier()
-        _group.watch.stop()
-        if not _group.launch.hosts_store:
+        watch.stop()
+        if not launch.hosts_store:
             _group.store.set(f"left/{rank()}", "")
         elif world_size() > 1:              # The others must not find its end before they have left.
             _group.store.wait([f"left/{r}" for r in range(1, world_size())])
@@ -195,8 +197,8 @@ def run_in_group(device_type: str, body: Callable[[torch.device], int]) -> int:
             raise
         shutdown()
         return result
-    # torchrun's summary then names the first error.
-    return record(member)() if read_launch() is not None else member()
+    # torchrun's summary then names the first error. What PyTorch wraps returns None where it ends by exit code 0.
+    return (record(member)() or 0) if read_launch() is not None else member()
 
 
 def _fail(error: Exception) -> None:
@@ -210,7 +212,7 @@ def _fail(error: Exception) -> None:
         time.sleep(LEAVE_SECONDS)           # The watch ends this process, with the name of the one that failed first.
     if not isinstance(error, UserError):
         print(f"{where} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
-    if _group.launch.hosts_store:
+    if _group.launch is not None and _group.launch.hosts_store:
         _group.watch.wait_for_readers()
 
 #----------------------------------------------------------------------------

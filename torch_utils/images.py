@@ -19,7 +19,7 @@ def to_uint8_metric(images: torch.Tensor) -> torch.Tensor:
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def save_image(path: str | os.PathLike, image: np.ndarray) -> None:
+def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write uint8 [H, W, 3] (or [H, W]) as PNG, atomically."""
     with atomic_file(path) as f:
         PIL.Image.fromarray(image).save(f, format="PNG", compress_level=1)

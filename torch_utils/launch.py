@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 
 from dnnlib import UserError
 
@@ -71,8 +72,8 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if value is None and default is not None:
         return default
     try:
-        return int(value)
-    except (TypeError, ValueError):
+        return int(value or "")
+    except ValueError:
         raise UserError(f"the launcher's environment has {name}={value!r}, which is no number: start with torchrun, "
                         "srun or --gpus") from None
 
@@ -125,12 +126,12 @@ def run_local_processes(num_processes: int, argv: list[str], max_restarts: int =
         return int(exit_file.read_text()) if code == 0 and exit_file.is_file() else code
 
 
-def _forward_to(process: subprocess.Popen):
+def _forward_to(process: subprocess.Popen[bytes]) -> Callable[[int, FrameType | None], None]:
     """A signal handler that passes the signal to torchrun's children.
 
     Not to torchrun itself: it would leave them 30 seconds, and saving a large model may take longer.
     """
-    def forward(number: int, _frame) -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
         children = children_of(process.pid)
         for pid in children:
             os.kill(pid, number)

@@ -64,22 +64,22 @@ class LocalNet(torch.nn.Module):
     @property
     def input_resolution(self) -> int:
         """Side of the images that `maps`, `embed` and `logits` take."""
-        return self.config["input_resolution"]
+        return int(self.config["input_resolution"])
 
     @property
     def embed_dim(self) -> int:
         """D of `embed`."""
-        return self.config["widths"][-1]
+        return int(self.config["widths"][-1])
 
     @property
     def num_classes(self) -> int:
         """Width of `logits`."""
-        return self.config["num_classes"]
+        return int(self.config["num_classes"])
 
     @property
     def class_names(self) -> list[str]:
         """One per class."""
-        return self.config["class_names"]
+        return list(self.config["class_names"])
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] -> float in [-1, 1], resized to the input resolution."""
@@ -122,7 +122,7 @@ class LocalNet(torch.nn.Module):
 
 #----------------------------------------------------------------------------
 
-def save_local_network(path: str | os.PathLike, net: LocalNet, metadata: dict[str, Any] | None = None) -> str:
+def save_local_network(path: str | os.PathLike[str], net: LocalNet, metadata: dict[str, Any] | None = None) -> str:
     """Write a network, atomically. The same network and metadata give the same bytes.
 
     Args:
@@ -140,7 +140,7 @@ def save_local_network(path: str | os.PathLike, net: LocalNet, metadata: dict[st
     return file_sha256(path)
 
 
-def load_local_network(path: str | os.PathLike) -> LocalNet:
+def load_local_network(path: str | os.PathLike[str]) -> LocalNet:
     """Read a network: on the CPU, in eval mode, frozen.
 
     Raises:

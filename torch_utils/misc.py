@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices, shape checks, module summaries and scoped changes of global settings."""
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -16,7 +17,8 @@ def select_device(name: str) -> str:
     Raises:
         UserError: the device that was asked for is not there.
     """
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    available: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not available[name]():
@@ -99,20 +101,21 @@ def autotuning(wanted: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _single_precision_on_gpus(value: str) -> Iterator[None]:
     """How matrix products and convolutions of float32 are computed there, for the block, in all threads."""
-    old = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    cudnn: Any = torch.backends.cudnn       # Its settings per operation are made at run time.
+    old = torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = value
-        torch.backends.cudnn.conv.fp32_precision = value
+        cudnn.conv.fp32_precision = value
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = old
+        torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision = old
 
 
-def full_precision() -> AbstractContextManager:
+def full_precision() -> AbstractContextManager[None]:
     """No TF32 in matrix products and convolutions for the block (the default for convolutions is TF32)."""
     return _single_precision_on_gpus("ieee")
 
 
-def tf32() -> AbstractContextManager:
+def tf32() -> AbstractContextManager[None]:
     """Matrix products and convolutions of float32 may round their arguments to TF32 (10 bits) for the block."""
     return _single_precision_on_gpus("tf32")

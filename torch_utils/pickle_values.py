@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,11 +70,11 @@ class Call:
     """A call or a construction that was written down instead of being made."""
 
     function: Any               # A Symbol, or another Call that stands for a class or function.
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     states: list[Any] = dataclasses.field(default_factory=list)     # What was to go to __setstate__ or __dict__.
     elements: list[Any] = dataclasses.field(default_factory=list)   # What was to be appended or added.
-    entries: list[tuple] = dataclasses.field(default_factory=list)  # What was to be set as [key] = value.
+    entries: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)    # What was to be set as [key] = value.
 
     @property
     def state(self) -> Any:
@@ -216,7 +216,7 @@ class NumpyType:
     """A NumPy dtype. Its byte order arrives after it, as the object's state."""
 
     code: str
-    order: str = "="
+    order: Literal["<", ">", "=", "|"] = "="
 
     def set_state(self, state: Any) -> None:
         """Take the byte order out of what was to go to dtype.__setstate__."""
@@ -260,7 +260,8 @@ def _numpy_scalar(limits: Limits, kind: Any, data: Any = b"") -> np.generic:
     values = np.frombuffer(_plain_bytes(limits, data), dtype=dtype)
     if values.size != 1:
         raise ValueError("a scalar of several values")
-    return values[0]
+    scalar: np.generic = values[0]
+    return scalar
 
 
 def _numpy_reconstruct(_limits: Limits, kind: Any, _shape: Any = None, _code: Any = None) -> np.ndarray:
@@ -279,7 +280,8 @@ def set_array_state(limits: Limits, array: np.ndarray, state: Any) -> None:
     """
     shape, kind, fortran, data = state[-4:]
     dtype, data = _array_parts(limits, shape, kind, data)
-    array.__setstate__((1, shape, dtype, bool(fortran), data))
+    content: Any = (1, shape, dtype, bool(fortran), data)       # NumPy's own annotation asks for its kind of bool.
+    array.__setstate__(content)
 
 
 def _array_parts(limits: Limits, shape: Any, kind: Any, data: Any) -> tuple[np.dtype, bytes]:
@@ -309,19 +311,19 @@ def _numpy_frombuffer(limits: Limits, data: Any, kind: Any, shape: Any, order: A
 #----------------------------------------------------------------------------
 # Containers and strings.
 
-def _items(limits: Limits, items: Any) -> list | tuple:
+def _items(limits: Limits, items: Any) -> list[Any] | tuple[Any, ...]:
     if not isinstance(items, list | tuple):
         raise TypeError("items of a container")
     limits.copy(64 * len(items))
     return items
 
 
-def _make_set(limits: Limits, items: Any = ()) -> set:
+def _make_set(limits: Limits, items: Any = ()) -> set[Any]:
     return {check_key(item) for item in _items(limits, items)}
 
 
-def _make_dict(kind: type) -> Callable[..., dict]:
-    def make(limits: Limits, items: Any = ()) -> dict:
+def _make_dict(kind: type[dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+    def make(limits: Limits, items: Any = ()) -> dict[Any, Any]:
         made = kind()
         for key, value in _items(limits, items):
             made[check_key(key)] = value

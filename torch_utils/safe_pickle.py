@@ -279,7 +279,7 @@ class _Machine:
         function, *args = self.pop_mark()
         self._call(function, tuple(args))
 
-    def _call(self, function: Any, args: Any, kwargs: dict | None = None) -> None:
+    def _call(self, function: Any, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         if not isinstance(args, tuple):
             raise TypeError("arguments that are no tuple")
         if not isinstance(function, Symbol | Call):
@@ -350,7 +350,7 @@ _READERS = {"GLOBAL": _two_lines, "INST": _two_lines, "PERSID": _line, "STRING":
             "SHORT_BINBYTES": _byte_string("<B"), "BINBYTES": _byte_string("<I"), "BINBYTES8": _byte_string("<Q"),
             "BYTEARRAY8": _byte_string("<Q")}
 # Byte -> (name, reader of the argument or None, method or None).
-_TABLE = {
+_TABLE: dict[bytes, tuple[str, Callable[..., Any] | None, Callable[..., None] | None]] = {
     op.code.encode("latin1"): (
         op.name,
         _READERS.get(op.name) or (op.arg.reader if op.arg else None),
@@ -440,7 +440,7 @@ def _read_torch_legacy(source: _Source, limits: Limits, allowed: Callable[[str, 
 
 def _read_any(data: memoryview, limits: Limits, allowed: Callable[[str, str], bool]) -> Any:
     """A torch.save file of either format, or one pickle."""
-    if data[:4] == b"PK\x03\x04":
+    if bytes(data[:4]) == b"PK\x03\x04":
         return _read_torch_zip(data, limits, allowed)
     source = _Source(data)
     first = _Machine(source, limits, allowed).run()
@@ -460,7 +460,7 @@ def _read_storage(limits: Limits, payload: Any) -> Storage:
 
 #----------------------------------------------------------------------------
 
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike[str]) -> Any:
     """Read a pickle or a torch.save file without running anything from it.
 
     Returns:

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 
-Piece, Result = TypeVar("Piece"), TypeVar("Result")
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
 
 def side_by_side(function: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:

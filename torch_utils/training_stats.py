@@ -65,7 +65,7 @@ class Collector:
 
     def _on_host(self) -> dict[str, list[float]]:
         """The sums; each device is waited for once."""
-        found = {}
+        found: dict[str, list[float]] = {}
         for device in {sums.device for sums in self._sums.values()}:
             here = [name for name, sums in self._sums.items() if sums.device == device]
             table = torch.stack([self._sums[name] for name in here]).tolist()

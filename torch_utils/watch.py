@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 BEAT_SECONDS = 2.0
@@ -30,7 +31,8 @@ def end_process(message: str, code: int = EXIT_FAILED) -> None:
 class Watch:
     """The thread. `store` is a client of its own: a blocking call of the main thread must not stop it."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, host: str, end=end_process):
+    def __init__(self, store: Any, rank: int, world_size: int, host: str,
+                 end: Callable[[str], None] = end_process):
         self.store, self.rank, self.world_size, self.host = store, rank, world_size, host
         self._end = end
         self._stop = threading.Event()
@@ -47,7 +49,7 @@ class Watch:
         self._stop.set()
         self._thread.join(timeout=GOODBYE_SECONDS)
 
-    def set_deadline(self, seconds: float | None, explain=lambda: "") -> None:
+    def set_deadline(self, seconds: float | None, explain: Callable[[], str] = lambda: "") -> None:
         """End the process with the text of `explain` unless this is called again in time; None: no deadline."""
         self._deadline = None if seconds is None else (time.monotonic() + seconds, explain)
 
@@ -69,7 +71,7 @@ class Watch:
     def _report(self, rank: int, host: str, text: str, summary: str) -> bool:
         message = json.dumps({"rank": rank, "host": host, "text": text, "summary": summary, "by": self.rank})
         try:
-            return json.loads(self.store.compare_set(FAILURE, "", message))["by"] == self.rank
+            return bool(json.loads(self.store.compare_set(FAILURE, "", message))["by"] == self.rank)
         except RuntimeError:
             return True             # No store, nobody to tell.
 

@@ -102,9 +102,10 @@ def _open_files(path: str, files: Sequence[Path], options: SourceOptions) -> Sou
     values = shards.web_values(store)
     if values is not None and not store.metadata:
         _need_images(store)
-        found = labels.encode(path, store.names, values, None, options.allow_gaps) if _own_labels(options) else (None,
-                                                                                                                 None)
-        return Source(store, range(len(store.names)), *found, layout="webdataset")
+        found: tuple[list[int] | None, list[str] | None] = (None, None)
+        if _own_labels(options):
+            found = labels.encode(path, store.names, values, None, options.allow_gaps)
+        return Source(store, range(len(store.names)), *found, "webdataset")
     return _with_labels(store, path, options)
 
 
@@ -126,14 +127,14 @@ def _with_labels(store: FolderFiles | ZipFiles | shards.TarStore, path: str, opt
     if store.metadata:
         if _own_labels(options):
             found = labels.from_metadata(f"{path}: {METADATA_NAME}", store.metadata, store.names, options.allow_gaps)
-        return Source(store, indices, *found, layout=METADATA_NAME)
+        return Source(store, indices, *found, METADATA_NAME)
     prefix = imagenet_prefix(inner)
     if prefix is not None:
         indices = [i for i in indices if inner[i].startswith(prefix)]
     if _own_labels(options):
         found = labels.from_folders(path, [printable(inner[i][len(prefix or ""):]) for i in indices])
     layout = "imagenet" if prefix is not None else "images" if found[0] is None else "folders"
-    return Source(store, indices, *found, layout=layout)
+    return Source(store, indices, *found, layout)
 
 
 def imagenet_prefix(names: Sequence[str]) -> str | None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small classic sets that come as arrays: scikit-learn's digits, CIFAR-10 and CIFAR-100, MNIST and its relatives."""
+import functools
 import gzip
 import math
 import struct
@@ -60,7 +61,7 @@ def cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
         content = {name: tar.read(member) for name, member in inside.items()}
     finally:
         tar.close()
-    return {name: (lambda data=data: data) for name, data in content.items()}
+    return {name: functools.partial(bytes, data) for name, data in content.items()}
 
 
 def _text(value: Any) -> Any:

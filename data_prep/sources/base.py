@@ -19,7 +19,11 @@ class ImageStore(Protocol):
     """Files by index, sorted by name; FolderStore and ZipStore of training.data.stores are two of them."""
 
     path: Path
-    names: Sequence[str]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the files, sorted."""
+        ...
 
     def where(self, index: int) -> str:
         """The file as messages name it."""
@@ -85,7 +89,7 @@ def read_image(store: ImageStore, index: int) -> bytes | str:
 class ArrayStore:
     """Images that lie in one array in memory: uint8 [N, H, W] or [N, H, W, 3]."""
 
-    def __init__(self, path: str | os.PathLike, images: np.ndarray):
+    def __init__(self, path: str | os.PathLike[str], images: np.ndarray):
         self.path = Path(path)
         self.names = [f"{i:08d}.png" for i in range(len(images))]
         self._images = images
@@ -94,7 +98,7 @@ class ArrayStore:
         return f"{self.path}: image {index}"
 
     def size(self, index: int) -> int:
-        return self._images[index].nbytes
+        return int(self._images[index].nbytes)
 
     def read(self, index: int) -> bytes:
         return encode_plain_png(self._images[index])

@@ -24,7 +24,7 @@ WNID = re.compile(r"n\d{8}")
 class TarStore:
     """The images in one or more tar archives, sorted by archive and name. Only one archive is open at a time."""
 
-    def __init__(self, path: str | os.PathLike, tars: Sequence[Path]):
+    def __init__(self, path: str | os.PathLike[str], tars: Sequence[Path]):
         self.path, self._tars = Path(path), list(tars)
         self.metadata: dict[str, Any] = {}
         self.web_labels: dict[str, Any] = {}            # Image name -> value of its .cls or .json.

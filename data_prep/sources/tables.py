@@ -21,7 +21,7 @@ IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "image_
 CLASS_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "class_id", "category")
 
 
-def _need(package: str, source: str | os.PathLike) -> Any:
+def _need(package: str, source: str | os.PathLike[str]) -> Any:
     """An optional package. Raises UserError that tells how to install it."""
     try:
         if package == "lmdb":
@@ -39,7 +39,7 @@ def _need(package: str, source: str | os.PathLike) -> Any:
 class LmdbStore:
     """The values of an lmdb database, which are image files, sorted by key."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._lmdb, self._env = _need("lmdb", path), None
         try:
@@ -62,7 +62,7 @@ class LmdbStore:
             raise OSError(f"the database is damaged ({err})") from err
         if value is None:
             raise OSError("the database has changed: the key is gone")
-        return value
+        return bytes(value)
 
     def where(self, index: int) -> str:
         return f"{self.path}: {self.names[index]}"
@@ -92,15 +92,16 @@ def lsun(path: Path) -> Source:
 class ParquetStore:
     """The images in a column of Parquet files, in the order of files and rows. One row group is in memory at a time."""
 
-    def __init__(self, path: str | os.PathLike, files: Sequence[Path]):
+    def __init__(self, path: str | os.PathLike[str], files: Sequence[Path]):
         self.path, self._files = Path(path), list(files)
         self._parquet = _need("pyarrow", path)
         self.values: list[Any] = []                 # Of the column of labels.
         self.classes: list[str] | None = None
-        self.column, self.label_column = "", None
+        self.column = ""
+        self.label_column: str | None = None
         self._group: tuple[int, int, list[Any]] | None = None
         self.names: list[str] = []
-        entries = []                                # File, row group and row in it.
+        entries: list[tuple[int, int, int]] = []    # File, row group and row in it.
         for number, file in enumerate(self._files):
             for group, rows in enumerate(self._index(file)):
                 entries.extend((number, group, row) for row in range(rows))
@@ -173,7 +174,7 @@ def _image_column(file: Path, schema: Any) -> str:
     import pyarrow
     for field in schema:
         if pyarrow.types.is_struct(field.type) and "bytes" in [inner.name for inner in field.type]:
-            return field.name
+            return str(field.name)
     for name in IMAGE_COLUMNS:
         if name in schema.names:
             kind = schema.field(name).type
@@ -193,7 +194,7 @@ def _class_names(schema: Any, column: str | None) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def parquet(path: str | os.PathLike, files: Sequence[Path], use_labels: bool, allow_gaps: bool) -> Source:
+def parquet(path: str | os.PathLike[str], files: Sequence[Path], use_labels: bool, allow_gaps: bool) -> Source:
     """The images and labels of Parquet files. Raises UserError."""
     store = ParquetStore(path, files)
     if not store.names:

@@ -11,9 +11,9 @@ import lzma
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from dnnlib import UserError
 from dnnlib.util import format_bytes
@@ -24,7 +24,7 @@ MAX_NAME_BYTES = 65536
 MAX_DEPTH = 2                       # A tar of tars, and no deeper.
 MAX_EXPANSION = 200                 # Unpacked bytes per packed byte; images hardly shrink at all.
 FREE_EXPANSION = 64 << 20           # Allowed in any case.
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 class Member(NamedTuple):
@@ -71,7 +71,8 @@ def _pax_records(data: bytes) -> dict[str, str]:
 
 def _headers(file: BinaryIO, start: int, end: int) -> Iterator[tuple[str, str, int, int]]:
     """(name, type, offset, size) of every member between two positions. Raises ValueError if the tar is damaged."""
-    position, long_name, pax = start, None, {}
+    position, long_name = start, None
+    pax: dict[str, str] = {}
     while True:
         file.seek(position)
         header = file.read(min(BLOCK, end - position))
@@ -127,7 +128,7 @@ def _walk(file: BinaryIO, start: int, end: int, prefix: str, depth: int) -> Iter
             yield Member(name, offset, size)
 
 
-def members(path: str | os.PathLike, file: BinaryIO) -> Iterator[Member]:
+def members(path: str | os.PathLike[str], file: BinaryIO) -> Iterator[Member]:
     """Every regular file of an open tar, in the order of the archive; the files of tars inside lie in a folder of
     that tar's name.
 
@@ -141,7 +142,7 @@ def members(path: str | os.PathLike, file: BinaryIO) -> Iterator[Member]:
 
 
 @contextlib.contextmanager
-def _unpacked(path: Path, opener: object) -> Iterator[BinaryIO]:
+def _unpacked(path: Path, opener: Callable[[Path], Any]) -> Iterator[BinaryIO]:
     """A packed tar, unpacked to a temporary file that has no name. Raises UserError."""
     limit = FREE_EXPANSION + MAX_EXPANSION * path.stat().st_size
     with tempfile.TemporaryFile(prefix="dataset_tool.") as whole:
@@ -172,7 +173,7 @@ def is_tar(path: Path) -> bool:
 class OpenTar:
     """One tar archive, held open: plain ones in place, packed ones as an unpacked temporary file."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._stack = contextlib.ExitStack()
         with open(self.path, "rb") as f:

@@ -115,8 +115,9 @@ DETECTORS = Registry("detector")    # Name -> DetectorKind.
 def _imagenet_colours(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation, [1, 3, 1, 1]. Kept between calls, because copying numbers to a GPU waits for it."""
     with torch.inference_mode(False):       # The first caller's mode must not decide what later callers may do.
-        return tuple(torch.tensor(values, device=device).reshape(1, 3, 1, 1)
+        mean, std = (torch.tensor(values, device=device).reshape(1, 3, 1, 1)
                      for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return mean, std
 
 
 def imagenet_normalised(x: torch.Tensor) -> torch.Tensor:

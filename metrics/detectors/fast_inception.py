@@ -48,7 +48,7 @@ class FoldedConv(torch.nn.Module):
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """The same without rectification."""
         parts = x.split([weight.shape[1] for weight in self.weights], dim=1)
-        y = F.conv2d(parts[0], self.weights[0], self.bias, self.stride, self.padding)
+        y: torch.Tensor = F.conv2d(parts[0], self.weights[0], self.bias, self.stride, self.padding)
         for part, weight in zip(parts[1:], list(self.weights)[1:], strict=True):
             y += F.conv2d(part, weight, None, self.stride, self.padding)
         return y

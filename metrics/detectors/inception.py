@@ -2,7 +2,7 @@
 """The Inception network of 2015 that FID is defined by: torch-fidelity's port, under each resize that is in use."""
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,7 +36,7 @@ def make_inception() -> torch.nn.Module:
     """torch-fidelity's network, without weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    class Net(FeatureExtractorInceptionV3):
+    class Net(FeatureExtractorInceptionV3):     # type: ignore[misc]    # It has no types.
         """Its constructor downloads a file or unpickles one without restriction: it is handed an empty dict instead."""
 
         def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -75,7 +75,7 @@ def _pytorch_fid(images: torch.Tensor) -> torch.Tensor:
 def _kind(asset: Asset | None, prepare: Callable[[torch.Tensor], torch.Tensor], resize: str) -> DetectorKind:
     return DetectorKind(
         asset, POOL_DIM, ("pool", "spatial", "logits_unbiased"), make_inception,
-        lambda net, images: _run(net, images, prepare),
+        lambda net, images: _run(cast(FastInception, net), images, prepare),
         dims={"spatial": SPATIAL_DIM, "logits_unbiased": NUM_LOGITS}, resize=f"{resize}_{SIZE}", rebuild=FastInception)
 
 

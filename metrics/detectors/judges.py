@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from dnnlib.util import file_sha256
 from metrics.detectors.base import Detector, Outputs
 
 
@@ -20,6 +21,6 @@ def load_judge(path: Path, device: torch.device) -> Detector:
 
     size = net.input_resolution
     probe = forward(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
-    return Detector(f"local:{path.name}", net.sha256, probe["pool"].shape[1], ("pool", "logits"), forward, device,
-                    net.num_classes, list(net.class_names), dims={"logits": net.num_classes},
+    return Detector(f"local:{path.name}", net.sha256 or file_sha256(path), probe["pool"].shape[1], ("pool", "logits"),
+                    forward, device, net.num_classes, list(net.class_names), dims={"logits": net.num_classes},
                     resize=f"judge_{size}")

@@ -108,8 +108,10 @@ def read_state(path: Path) -> State:
     """A plain state dict, read without running code."""
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            state: State = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except Exception as err:                                            # Any failure means the same to the user.
         raise UserError(f"{path}: not a readable file of weights ({type(err).__name__}): fetch it again") from err
 
@@ -123,7 +125,7 @@ def _fitting(kind: DetectorKind, state: State, net: torch.nn.Module, spec: str, 
     wanted = net.state_dict()
     counters = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in wanted.items()
                 if name.endswith("num_batches_tracked")}                # Unused in evaluation, and not in every file.
-    problem = "it holds no tensors by name"
+    problem: str | None = "it holds no tensors by name"
     if isinstance(state, dict) and state and all(isinstance(x, torch.Tensor) for x in state.values()):
         state = {**counters, **kind.convert(state)}
         problem = misfit(state, wanted)

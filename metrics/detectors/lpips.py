@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """LPIPS, the learned perceptual distance of two images (Zhang et al. 2018), version 0.1 on VGG16."""
+import functools
 import hashlib
 
 import torch
@@ -27,7 +28,7 @@ EPSILON = 1e-10                                     # Keeps features that are al
 class Lpips(torch.nn.Module):
     """The distance as a frozen network."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.features = make_vgg16().features[: max(TAPS) + 1]
         for i, channels in enumerate(TAPS.values()):
@@ -44,10 +45,11 @@ class Lpips(torch.nn.Module):
         """
         misc.assert_shape(first, [None, 3, None, None])
         with misc.full_precision():
-            return sum(self._layer_distances(imagenet_normalised(torch.cat([first, second]).float())))
+            x = imagenet_normalised(torch.cat([first, second]).float())
+            return functools.reduce(torch.add, self._layer_distances(x))
 
     def _layer_distances(self, x: torch.Tensor) -> list[torch.Tensor]:
-        distances = []
+        distances: list[torch.Tensor] = []
         for layer, module in enumerate(self.features):
             x = module(x)
             if layer in TAPS:

@@ -55,7 +55,7 @@ def pytorch_fid_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
 def pil_bicubic_float(images: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 [N, C, H, W] -> float32 [N, C, size, size] in 0..255, within 1e-4 of PIL's resize of mode 'F' images."""
     height, width = images.shape[2:]
-    x = images.float() @ _float_weights(width, size, images.device).T       # PIL, too, goes along the rows first.
+    x: torch.Tensor = images.float() @ _float_weights(width, size, images.device).T     # PIL, too, begins with rows.
     x = _float_weights(height, size, images.device) @ x
     return x.clamp(0, 255)
 
@@ -76,7 +76,7 @@ def pil_bicubic_uint8(images: torch.Tensor, size: int) -> torch.Tensor:
 def _integer_rows(x: torch.Tensor, size: int) -> torch.Tensor:
     """Whole numbers 0..255 [N, C, H, W] -> [N, C, H, size], in float64."""
     sums = x @ _integer_weights(x.shape[3], size, x.device).T
-    return ((sums + 2 ** (PIL_BITS - 1)) / 2 ** PIL_BITS).floor().clamp(0, 255)
+    return ((sums + (1 << (PIL_BITS - 1))) / (1 << PIL_BITS)).floor().clamp(0, 255)
 
 #----------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ SIZE = 224
 def make_vgg16() -> torch.nn.Module:
     """torchvision's network, without weights."""
     import torchvision
-    return torchvision.models.vgg16(weights=None, init_weights=False)
+    net: torch.nn.Module = torchvision.models.vgg16(weights=None, init_weights=False)
+    return net
 
 
 def _forward(net: torch.nn.Module, images: torch.Tensor) -> Outputs:

@@ -42,6 +42,7 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Keep arrays; a full disk or a read-only folder costs the cache, not the result."""
     try:
         with atomic_file(path) as f:
-            np.savez(f, **arrays)
+            named: dict[str, Any] = dict(arrays)        # Some of NumPy's annotations take every name for an option.
+            np.savez(f, **named)
     except OSError as err:
         print(f"Warning: statistics were not kept in {path}: {err}", file=sys.stderr)

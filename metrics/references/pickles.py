@@ -59,7 +59,7 @@ def read_pickle(path: str) -> tuple[Statistics, ...]:
                     "cache or torch-fidelity's cache, or an .npz; a network goes to --network")
 
 
-def _array(path: str, values: Mapping, key: str) -> np.ndarray:
+def _array(path: str, values: Mapping[Any, Any], key: str) -> np.ndarray:
     value = values.get(key)
     if isinstance(value, TensorRecord):
         value = value.load().numpy()
@@ -69,7 +69,7 @@ def _array(path: str, values: Mapping, key: str) -> np.ndarray:
     return value
 
 
-def _count(path: str, values: Mapping, key: str) -> int:
+def _count(path: str, values: Mapping[Any, Any], key: str) -> int:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise UserError(f"{path}: {key} is {str(value)[:50]!a}, but must be a number of images: make the file again")
@@ -77,7 +77,7 @@ def _count(path: str, values: Mapping, key: str) -> int:
 
 #----------------------------------------------------------------------------
 
-def _edm2(path: str, root: Mapping) -> tuple[Statistics, ...]:
+def _edm2(path: str, root: Mapping[Any, Any]) -> tuple[Statistics, ...]:
     num = _count(path, root, "num_images")
     entries = []
     for key, detector in EDM2_DETECTORS.items():
@@ -92,7 +92,7 @@ def _edm2(path: str, root: Mapping) -> tuple[Statistics, ...]:
     return tuple(entries)
 
 
-def _stylegan(path: str, root: Mapping) -> Statistics:
+def _stylegan(path: str, root: Mapping[Any, Any]) -> Statistics:
     """The attributes of StyleGAN's FeatureStats."""
     num = _count(path, root, "num_items")
     name = STYLEGAN_NAME.fullmatch(Path(path).name)
@@ -113,7 +113,7 @@ def _stylegan(path: str, root: Mapping) -> Statistics:
     return make_statistics(path, "raw_mean and raw_cov", mean, covariance, num, 0, **more)
 
 
-def _stored_features(path: str, root: Mapping, num: int) -> torch.Tensor:
+def _stored_features(path: str, root: Mapping[Any, Any], num: int) -> torch.Tensor:
     blocks = root.get("all_features")
     if not isinstance(blocks, list) or not blocks or not all(
             isinstance(x, np.ndarray) and x.ndim == 2 and x.shape[1] == blocks[0].shape[-1] for x in blocks):

@@ -34,7 +34,7 @@ READ_ERRORS = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeErro
 
 #----------------------------------------------------------------------------
 
-def is_statistics(path: str | os.PathLike) -> bool:
+def is_statistics(path: str | os.PathLike[str]) -> bool:
     """Whether an existing file looks like one of statistics: an .npz with such keys, or any pickle.
 
     Raises:
@@ -51,14 +51,14 @@ def is_statistics(path: str | os.PathLike) -> bool:
     return torch_file or ours or bool({"mu", "sigma", *FEATURE_KEYS} & names)
 
 
-def _is_pickle(path: str | os.PathLike) -> bool:
+def _is_pickle(path: str | os.PathLike[str]) -> bool:
     """Whether a file starts as pickles of protocols 2 to 5 do."""
     with open(path, "rb") as f:
         start = f.read(2)
     return len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5
 
 
-def load_statistics(path: str | os.PathLike) -> tuple[Statistics, ...]:
+def load_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, ...]:
     """Everything that a file of statistics holds; at least one entry.
 
     Covariances are converted to ddof 0 where the number of images is known. Foreign .npz files divide by N - 1 but do

@@ -25,7 +25,7 @@ DATE = (1980, 1, 1, 0, 0, 0)    # Of every member: equal statistics make equal f
 
 #----------------------------------------------------------------------------
 
-def save_statistics(path: str | os.PathLike, statistics: Sequence[Statistics], metadata: dict[str, Any],
+def save_statistics(path: str | os.PathLike[str], statistics: Sequence[Statistics], metadata: dict[str, Any],
                     images: ImageSource | None = None, num_images: int = 0) -> None:
     """Write statistics of one set of images. Covariances are divided by N - 1, as in the foreign files.
 

@@ -26,7 +26,8 @@ def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_p
             ws = G.mapping(z, c)
             nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
             ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
-        return G.synthesis(ws, **PRECISIONS[precision])
+        images: torch.Tensor = G.synthesis(ws, **PRECISIONS[precision])
+        return images
 
 
 def require_finite(finite: torch.Tensor) -> None:
