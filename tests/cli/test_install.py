@@ -14,7 +14,7 @@ import torch
 
 from tests.legacy.test_snapshots import own_snapshot
 from torch_utils import checkpoint
-from training.layer_schedule import stem_config
+from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 
 ROOT = Path(__file__).resolve().parents[2]
