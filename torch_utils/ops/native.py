@@ -72,7 +72,11 @@ def load(kind: str) -> Loaded:
             if is_first:
                 _loaded[kind] = _load(kind)
         if is_first:
-            _loaded[kind] = _checked(kind, _loaded[kind])
+            try:
+                _loaded[kind] = _checked(kind, _loaded[kind])
+            except BaseException:       # What has not passed the check is not kept.
+                _loaded.pop(kind, None)
+                raise
     loaded = _loaded[kind]
     if loaded.functions is None and choice() == "native":
         raise UserError(f"STYLESAN_OPS=native: no {kind} ops: {loaded.reason}: mend that, or unset STYLESAN_OPS")
@@ -86,7 +90,11 @@ def _load(kind: str) -> Loaded:
     except build.BuildError as error:
         return Loaded(None, str(error))
     except (OSError, AttributeError) as error:
-        return Loaded(None, f"the library does not load: {str(error).splitlines()[0]}")
+        return Loaded(None, f"the library does not load: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _checked(kind: str, loaded: Loaded) -> Loaded:
@@ -102,7 +110,7 @@ def _fault_or_error(check: Callable[[], str | None]) -> str | None:
     try:
         return check()
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return _first_line(error)
 
 
 def bind(path: str | os.PathLike, with_stream: bool) -> dict[str, Callable[..., int]]:
@@ -135,29 +143,37 @@ class _StripLibraries:
         key = kind.family, dtype
         if dtype not in strips.TYPES:
             return None
-        if key not in self._found:
+        found = self._found.get(key)
+        if found is None:
             with self._lock:
                 is_first = key not in self._found
                 if is_first:
                     self._found[key] = self._load(*key)
-            if is_first and self._found[key]:
-                self._check(*key)
-        return self._found[key].get(kind.name)
+                found = self._found[key]
+            if is_first and found:
+                found = self._found[key] = self._checked(found, *key)
+        return found.get(kind.name)
 
     def _load(self, family: str, dtype: torch.dtype) -> dict[str, Callable[..., int]]:
         names = [kind.name for kind in strips.KINDS.values() if kind.family == family]
         try:
             return bind_strips(build.library(build.strips_target(family, dtype)), names)
         except (build.BuildError, OSError, AttributeError) as error:
-            self._do_without(str(error).splitlines()[0])
+            self._do_without(_first_line(error))
         return {}
 
-    def _check(self, family: str, dtype: torch.dtype) -> None:
+    def _checked(self, found: dict[str, Callable[..., int]], family: str,
+                 dtype: torch.dtype) -> dict[str, Callable[..., int]]:
+        """The programs if they compute what the definitions do, else none."""
         from torch_utils.ops import self_check  # It uses the operations, which use this module.
-        fault = _fault_or_error(lambda: self_check.find_fault_of_strips("cuda", family, dtype))
-        if fault is not None:
-            self._do_without(f"self-check failed: {fault}")
-            self._found[family, dtype] = {}
+        try:
+            fault = _fault_or_error(lambda: self_check.find_fault_of_strips("cuda", family, dtype))
+            if fault is not None:
+                self._do_without(f"self-check failed: {fault}")
+        except BaseException:       # What has not passed the check is not kept.
+            self._found.pop((family, dtype), None)
+            raise
+        return found if fault is None else {}
 
     @staticmethod
     def _do_without(reason: str) -> None:
@@ -192,7 +208,9 @@ ACTIVATE, ACTIVATE_AND_KEEP, READ_CODES = range(3)
 DEFAULT_PROGRAM, GENERAL_PROGRAM = range(2)
 _NO_CODES = (0,) * 9
 _FAILURES = {-1: "the compiler that built the library has no such type", -2: "the filters have too many taps",
-             -3: "no tile of these rates fits into shared memory", -4: "there is no program of this kind for the layer"}
+             -3: "no tile of these rates fits into shared memory", -4: "there is no program of this kind for the layer",
+             209: "the library was compiled for another kind of GPU, the one that this process used first "
+                  "(CUDA_VISIBLE_DEVICES can show it GPUs of one kind)"}
 
 #----------------------------------------------------------------------------
 # A resampler as plain numbers.
