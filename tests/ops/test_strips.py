@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,11 @@ def test_what_is_left_to_the_general_program(monkeypatch):
     for options in calls:
         found, want = (filtered_lrelu(x, **options, impl=impl) for impl in ("cpu", "ref"))
         assert rel_error(found, want) < 1e-12
-    assert called == ["filtered_lrelu"] * len(calls)
+    # Columns that are far from each other: fast programs count the bytes between them in 32 bits.
+    apart = torch.ones(14, dtype=torch.float64).as_strided((1, 1, 14, 1), (14, 14, 1, native.MAX_COLUMN_STRIDE + 1))
+    found, want = (filtered_lrelu(apart, f, f, up=2, down=2, padding=11, impl=impl) for impl in ("cpu", "ref"))
+    assert rel_error(found, want) < 1e-12
+    assert called == ["filtered_lrelu"] * (len(calls) + 1)
 
 
 @needs_compiler
@@ -185,6 +190,22 @@ def test_not_a_number_stays_one_and_zero_has_the_slope(clamp, monkeypatch):
     grads = [torch.autograd.grad(filtered_lrelu(zeros, f, f, up=2, down=2, padding=9, clamp=clamp, impl=impl).sum(),
                                  zeros)[0] for impl in ("cpu", "ref")]
     assert rel_error(*grads) < 1e-12
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_threads_do_not_meddle(tmp_path):
+    """Several threads per block, several blocks at once: ThreadSanitizer sees who writes where another one reads."""
+    program = tmp_path / "races"
+    flags = "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{build.SOURCES}"
+    command = [build.cpu_target().compiler, *flags, str(Path(__file__).with_name("races.cpp")), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if built.returncode and "tsan" in built.stderr:
+        pytest.skip("the compiler has no ThreadSanitizer")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
 
 @pytest.mark.gpu
 @needs_cuda

@@ -23,6 +23,7 @@ from torch_utils.ops import build, strips
 
 CHOICES = ("auto", "native", "reference")
 MAX_ELEMENTS = 2**31 - 1        # Positions inside a tensor are 32-bit numbers on GPUs.
+MAX_COLUMN_STRIDE = 2**28 - 1   # Of what fast programs read: from column to column they count bytes in 32 bits.
 LANES, CODES_PER_WORD = 16, 16  # As in lanes.h and formulas.h.
 MAX_PLANS = 1024                # Of an operation: those used last stay in memory, some kilobytes each.
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -362,8 +363,9 @@ def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mod
 
 def _layer_function(x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
     loaded = _functions_for(x)
-    if loaded.fast is not None and plan.fast_kind(mode) is not None:
-        function = loaded.fast(plan.fast_kind(mode), x.dtype)
+    kind = plan.fast_kind(mode) if loaded.fast is not None else None
+    if kind is not None and x.stride(3) <= MAX_COLUMN_STRIDE:
+        function = loaded.fast(kind, x.dtype)
         if function is not None:
             return function
     return loaded.functions["filtered_lrelu"]
