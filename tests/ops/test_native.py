@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from dnnlib import UserError
 from tests import needs_cuda
 from tests.closeness import rel_error
 from tests.ops.cases import needs_compiler, randn, use_programs_of_gpu
@@ -375,6 +376,34 @@ def _result_of(name, args):
     if name == "bias_act":
         return struct.unpack_from("4P", args[1])[3]
     return struct.unpack_from("P", args[{"resample": 2, "filtered_lrelu": 3}[name]])[0]
+
+
+def test_code_whose_check_does_not_end_is_not_kept(monkeypatch):
+    """Nor used by whoever goes on after the error."""
+    loads = []
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "_load", lambda kind: loads.append(kind) or native.Loaded({}))
+    def interrupt(kind):
+        raise UserError("STYLESAN_OPS=native: no fast programs")
+    monkeypatch.setattr(self_check, "find_fault", interrupt)
+    for _ in range(2):
+        with pytest.raises(UserError):
+            native.load("cpu")
+    assert loads == ["cpu"] * 2
+    assert not native._loaded
+
+
+def test_the_self_check_names_its_devices():
+    """Whatever device new tensors have by default."""
+    with torch.device("meta"):
+        assert self_check.find_fault("cpu") is None
+
+
+def test_the_self_check_runs_the_general_program(monkeypatch):
+    """The fast ones have checks of their own, when a layer asks for them."""
+    called = use_programs_of_gpu(monkeypatch, fast=True)
+    assert self_check.find_fault("cpu") is None
+    assert set(called) == {"bias_act", "filtered_lrelu", "resample"}
 
 
 def test_failing_code_is_not_used(monkeypatch):

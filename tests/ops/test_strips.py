@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import subprocess
 import threading
 from pathlib import Path
 
@@ -87,12 +88,12 @@ def test_the_table_is_that_of_the_source():
 #----------------------------------------------------------------------------
 # What they compute.
 
-def layer(kind, sizes, dtype, layout, phase_of=None):
+def layer(kind, sizes, dtype, layout, seed=3):
     """(call of a layer of that kind, x, b) with taps of no symmetry. `sizes`: in (height, width)."""
     fu, fd = (randn(*[n] * (1 + radial), seed=n + 1) for n, radial in
               ((kind.up_taps, kind.up_radial), (kind.down_taps, kind.down_radial)))
     low = kind.phase + 2 * kind.up
-    x = randn(2, 5, *sizes, seed=3).to(dtype).to(memory_format=layout).requires_grad_()
+    x = randn(2, 5, *sizes, seed=seed).to(dtype).to(memory_format=layout).requires_grad_()
     b = randn(5, seed=4).to(dtype).requires_grad_()
 
     def call(x, b, impl, slope=0.2, clamp=2.5):
@@ -172,7 +173,11 @@ def test_what_is_left_to_the_general_program(monkeypatch):
     for options in calls:
         found, want = (filtered_lrelu(x, **options, impl=impl) for impl in ("cpu", "ref"))
         assert rel_error(found, want) < 1e-12
-    assert called == ["filtered_lrelu"] * len(calls)
+    # Columns that are far from each other: fast programs count the bytes between them in 32 bits.
+    apart = torch.ones(14, dtype=torch.float64).as_strided((1, 1, 14, 1), (14, 14, 1, native.MAX_COLUMN_STRIDE + 1))
+    found, want = (filtered_lrelu(apart, f, f, up=2, down=2, padding=11, impl=impl) for impl in ("cpu", "ref"))
+    assert rel_error(found, want) < 1e-12
+    assert called == ["filtered_lrelu"] * (len(calls) + 1)
 
 
 @needs_compiler
@@ -189,6 +194,23 @@ def test_not_a_number_stays_one_and_zero_has_the_slope(clamp, monkeypatch):
                                  zeros)[0] for impl in ("cpu", "ref")]
     assert rel_error(*grads) < 1e-12
 
+
+@needs_compiler
+@pytest.mark.slow
+def test_threads_do_not_meddle(tmp_path):
+    """Several threads per block, several blocks at once: ThreadSanitizer sees who writes where another one reads."""
+    program = tmp_path / "races"
+    flags = "-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{compilation.SOURCES}"
+    source = Path(__file__).with_name("races.cpp")
+    command = [compilation.cpu_target().compiler, *flags, str(source), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if built.returncode and "tsan" in built.stderr:
+        pytest.skip("the compiler has no ThreadSanitizer")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
+
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -197,13 +219,14 @@ def test_not_a_number_stays_one_and_zero_has_the_slope(clamp, monkeypatch):
 def test_gpu_is_ref(kind, dtype, layout):
     """Value, gradients, second order; sizes of several strips, chunks and blocks."""
     assert dispatch.load("cuda").fast(kind, dtype) is not None
-    call, x, b = layer(kind, (61, 43), dtype, LAYOUTS[layout])
+    # With these numbers no upsampled value is so near to zero or to the bound that rounding decides on which side it
+    # is: the nearest one is six times as far as their usual error.
+    call, x, b = layer(kind, (61, 43), dtype, LAYOUTS[layout], seed=20)
     exact = [t.detach().double().requires_grad_() for t in (x, b)]
     on_gpu = [t.detach().cuda().requires_grad_() for t in (x, b)]
     found = results(call, *on_gpu, "cuda", LAYOUTS[layout])
     want = results(call, *exact, "ref", LAYOUTS[layout])
     for a, reference in zip(found, want, strict=True):
-        # Values next to a bound or to zero may fall on the other side of it, in their gradients.
         assert rel_error(a.cpu().double(), reference) < max(8 * torch.finfo(dtype).eps, 5e-5)
 
 #----------------------------------------------------------------------------
@@ -256,6 +279,37 @@ def test_without_its_fast_programs_native_is_an_error(monkeypatch):
     for _ in range(2):
         with pytest.raises(UserError, match="STYLESAN_OPS=native: no fast programs: no nvcc on PATH: mend that, or"):
             programs(strips.KINDS["22"], torch.float16)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_wrong_program_is_never_used_where_native_code_is_a_must(raises, monkeypatch):
+    """The error comes again, however often somebody catches it; so it is when the check itself is interrupted."""
+    def check(family, dtype):
+        if raises:
+            raise KeyboardInterrupt
+        return "the result differs"
+    monkeypatch.setenv("STYLESAN_OPS", "native")
+    monkeypatch.setattr(native, "load_strips", lambda family, dtype: native.Loaded({"22": lambda *args: 0}))
+    programs = dispatch.FastPrograms(check)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt if raises else UserError):
+            programs(strips.KINDS["22"], torch.float16)
+
+
+@needs_compiler
+def test_a_right_program_is_used_when_first_asked_for_inside_an_operation(monkeypatch):
+    """The check takes gradients there, whatever mode the caller is in."""
+    use_programs_of_gpu(monkeypatch, fast=True)
+    loaded = native.in_use["cpu"]
+    monkeypatch.setattr(native, "load_strips", lambda family, dtype: native.Loaded({
+        kind.name: loaded.fast(kind, dtype) for kind in strips.KINDS.values() if kind.family == family}))
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        programs = dispatch.FastPrograms(functools.partial(self_check.find_fault_of_strips, "cpu"))
+        monkeypatch.setitem(native.in_use, "cpu", native.Loaded(loaded.functions, fast=programs))
+        f, x = randn(12, seed=1, dtype=torch.float32), randn(1, 3, 14, 15, dtype=torch.float32)
+        with mode():
+            filtered_lrelu(x.requires_grad_(mode is torch.enable_grad), f, f, up=2, down=2, padding=9, impl="cpu")
+        assert programs(strips.KINDS["42"], torch.float32) is not None
 
 
 def test_a_gpu_has_its_programs_while_they_are_checked(monkeypatch):

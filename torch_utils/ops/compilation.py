@@ -213,7 +213,10 @@ def library(target: Target, retry: bool = False) -> Path:
 def _compile(target: Target, folder: Path, failure: Path) -> None:
     """Compile in a temporary folder and rename it to `folder`."""
     for left_over in folder.parent.glob(f"tmp-{folder.name}-*"):    # Of processes that were killed.
-        shutil.rmtree(left_over, ignore_errors=True)
+        # Where locks do not work another process may be at it.
+        with contextlib.suppress(OSError):
+            if time.time() - left_over.stat().st_mtime > COMPILE_SECONDS:
+                shutil.rmtree(left_over, ignore_errors=True)
     print(f"Compiling the native {target.kind} ops (once, less than a minute) ...", file=sys.stderr, flush=True)
     temp = Path(tempfile.mkdtemp(prefix=f"tmp-{folder.name}-", dir=folder.parent))
     try:

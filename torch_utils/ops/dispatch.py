@@ -64,7 +64,11 @@ def load(kind: str) -> Loaded:
             if is_first:
                 native.in_use[kind] = _with_fast_programs(kind, native.load(kind))
         if is_first:
-            native.in_use[kind] = _checked(kind, native.in_use[kind])
+            try:
+                native.in_use[kind] = _checked(kind, native.in_use[kind])
+            except BaseException:       # What has not passed the check is not kept.
+                native.in_use.pop(kind, None)
+                raise
     loaded = native.in_use[kind]
     if loaded.functions is None and choice() == "native":
         raise UserError(f"STYLESAN_OPS=native: no {kind} ops: {loaded.reason}: mend that, or unset STYLESAN_OPS")
@@ -107,30 +111,34 @@ class FastPrograms:
         key = kind.family, dtype
         if dtype not in strips.TYPES:
             return None
-        if key not in self._found:
+        found = self._found.get(key)
+        if found is None:
             with self._lock:
                 is_first = key not in self._found
                 if is_first:
                     self._found[key] = native.load_strips(*key)
+                found = self._found[key]
             if is_first:
-                self._check(*key)
-        found = self._found[key]
+                found = self._checked(found, *key)
         if found.functions is not None:
             return found.functions.get(kind.name)
         if choice() == "native":
             raise UserError(f"STYLESAN_OPS=native: no fast programs: {found.reason}: mend that, or unset STYLESAN_OPS")
         return None
 
-    def _check(self, family: str, dtype: torch.dtype) -> None:
-        found = self._found[family, dtype]
-        if found.functions is not None:
-            fault = self._find_fault(family, dtype)
-            if fault is None:
-                return
+    def _checked(self, found: Loaded, family: str, dtype: torch.dtype) -> Loaded:
+        """The programs if they compute what the definitions do, else why not; that is kept."""
+        try:
+            fault = None if found.functions is None else self._find_fault(family, dtype)
+        except BaseException:       # What has not passed the check is not kept.
+            self._found.pop((family, dtype), None)
+            raise
+        if fault is not None:
             found = self._found[family, dtype] = Loaded(None, f"self-check failed: {fault}")
-        if choice() != "native":
+        if found.functions is None and choice() != "native":
             print(f"ops: the general program is used instead of fast ones ({found.reason})", file=sys.stderr,
                   flush=True)
+        return found
 
 
 def describe(device: torch.device | str) -> str:

@@ -25,6 +25,7 @@ from torch_utils.ops.descriptions import (
     Strips,
 )
 
+MAX_COLUMN_STRIDE = 2**28 - 1   # Of what fast programs read: from column to column they count bytes in 32 bits.
 LANES, CODES_PER_WORD = 16, 16  # As in lanes.h and formulas.h.
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -66,7 +67,7 @@ def _load(functions: Callable[[], dict[str, Callable[..., int]]], told: str) -> 
     except compilation.BuildError as error:
         return Loaded(None, str(error))
     except (OSError, AttributeError) as error:
-        return Loaded(None, f"{told}{str(error).splitlines()[0]}")
+        return Loaded(None, told + (str(error).splitlines() or [type(error).__name__])[0])
 
 
 def bind(path: str | os.PathLike, with_stream: bool) -> dict[str, Callable[..., int]]:
@@ -104,7 +105,9 @@ _SIGNATURES = {     # After the type; structures are passed as addresses.
 }
 _NO_CODES = (0,) * 9
 _FAILURES = {-1: "the compiler that built the library has no such type", -2: "the filters have too many taps",
-             -3: "no tile of these rates fits into shared memory", -4: "there is no program of this kind for the layer"}
+             -3: "no tile of these rates fits into shared memory", -4: "there is no program of this kind for the layer",
+             209: "the library was compiled for another kind of GPU, the one that this process used first "
+                  "(CUDA_VISIBLE_DEVICES can show it GPUs of one kind)"}
 
 
 # Held while what belongs to a plan is packed, never while operations run. If two threads packed the same, the arrays
@@ -170,8 +173,9 @@ def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mod
 
 def _layer_function(x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
     loaded = _loaded_for(x)
-    if loaded.fast is not None and plan.fast_kind(mode) is not None:
-        function = loaded.fast(plan.fast_kind(mode), x.dtype)
+    kind = plan.fast_kind(mode) if loaded.fast is not None else None
+    if kind is not None and x.stride(3) <= MAX_COLUMN_STRIDE:
+        function = loaded.fast(kind, x.dtype)
         if function is not None:
             return function
     return loaded.functions["filtered_lrelu"]
