@@ -381,16 +381,16 @@ def _result_of(name, args):
 def test_code_whose_check_does_not_end_is_not_kept(monkeypatch):
     """Nor used by whoever goes on after the error."""
     loads = []
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_load", lambda kind: loads.append(kind) or native.Loaded({}))
+    monkeypatch.setattr(native, "in_use", {})
+    monkeypatch.setattr(native, "load", lambda kind: loads.append(kind) or native.Loaded({}))
     def interrupt(kind):
         raise UserError("STYLESAN_OPS=native: no fast programs")
     monkeypatch.setattr(self_check, "find_fault", interrupt)
     for _ in range(2):
         with pytest.raises(UserError):
-            native.load("cpu")
+            dispatch.load("cpu")
     assert loads == ["cpu"] * 2
-    assert not native._loaded
+    assert not native.in_use
 
 
 def test_the_self_check_names_its_devices():
