@@ -14,7 +14,7 @@ TARGETS = set(re.findall(r"\bmake ([a-z][a-z-]+)", TEXT))
 
 def test_something_was_found():
     assert len(FILES) > 20
-    assert len(FOLDERS) > 1
+    assert FOLDERS
     assert {"lint", "format", "test", "test-fast"} <= TARGETS
 
 
