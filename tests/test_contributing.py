@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 FILES = set(re.findall(r"[\w./-]+/[\w.-]+\.(?:py|md|yml)\b", TEXT))
-FOLDERS = set(re.findall(r"\btests/\w+(?![\w/.])", TEXT))
+FOLDERS = set(re.findall(r"\btests/\w+(?:/\w+)*(?![\w./])", TEXT))
 TARGETS = set(re.findall(r"\bmake ([a-z][a-z-]+)", TEXT))
 
 
