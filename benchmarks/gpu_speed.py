@@ -303,12 +303,17 @@ def measure_iteration(prefix: str, step: Any, for_G: Any, for_D: Any, context: C
                        f"{prefix}/idle": max(1 - work[0] / total, 0.0)})
 
 
+def median_seconds(call: Callable[[], object], rounds: int, context: Context) -> float:
+    """Of that many calls, or of one in quick mode."""
+    import bench_training as bench
+    return statistics.median(bench.in_turn({"": call}, 1 if context.quick else rounds, context.device)[""])
+
+
 def measure_parts(prefix: str, step: Any, for_G: Any, for_D: Any, context: Context) -> None:
     """Every part of the iteration by itself."""
     import bench_training as bench
     for name, call in bench.parts(step, for_G, for_D):
-        times = bench.in_turn({name: call}, 1 if context.quick else 3, context.device)[name]
-        context.results.put(**{f"{prefix}/part/{name}": statistics.median(times)})
+        context.results.put(**{f"{prefix}/part/{name}": median_seconds(call, 3, context)})
 
 
 def measure_tf32(prefix: str, step: Any, for_G: Any, for_D: Any, context: Context) -> None:
@@ -317,8 +322,7 @@ def measure_tf32(prefix: str, step: Any, for_G: Any, for_D: Any, context: Contex
     step.D.make_fast_("tf32")
     step.loss.classifier.make_fast_("tf32")
     call = lambda: step.iteration(for_G, for_D, bench.CUR_NIMG)
-    times = bench.in_turn({"": call}, 1 if context.quick else 3, context.device)[""]
-    context.results.put(**{f"{prefix}/tf32": statistics.median(times)})
+    context.results.put(**{f"{prefix}/tf32": median_seconds(call, 3, context)})
 
 
 def measure_tuned(prefix: str, step: Any, for_G: Any, for_D: Any, context: Context) -> None:
@@ -327,8 +331,7 @@ def measure_tuned(prefix: str, step: Any, for_G: Any, for_D: Any, context: Conte
     call = lambda: step.iteration(for_G, for_D, bench.CUR_NIMG)
     tune.use(context.device, None)
     first = host_and_total(call, context.device)[1]
-    times = bench.in_turn({"": call}, 1 if context.quick else 5, context.device)[""]
-    context.results.put(**{f"{prefix}/tuning": first, f"{prefix}/tuned": statistics.median(times)})
+    context.results.put(**{f"{prefix}/tuning": first, f"{prefix}/tuned": median_seconds(call, 5, context)})
 
 
 @misc.full_precision()          # As training.

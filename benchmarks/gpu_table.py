@@ -11,7 +11,7 @@ from dnnlib.util import format_bytes
 MISSING = "not measured"
 FORMS = ("cuda", "cpu", "matrix", "ref")       # The first that exists is the one that runs.
 LAYOUTS = ("contiguous", "channels last")
-# Of the generator's convolutions -> column.
+# The forms of the generator's convolutions, with the headings of their columns.
 CONV_FORMS = {"padded": "shared, padded, channels last", "channels_last": "shared, unpadded, channels last",
               "shared": "shared, contiguous", "grouped": "grouped", "per_sample": "per sample", "products": "products"}
 OFFICIAL = ("Official: its own code with its CUDA plugins, one iteration of the same recipe with the same networks, "

@@ -62,6 +62,11 @@ def list_some(items: Sequence[object], limit: int = 5) -> str:
     text = ", ".join(str(item) for item in items[:limit])
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
 
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its class if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
 #----------------------------------------------------------------------------
 # Files.
 

@@ -124,7 +124,8 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
-def part_of_training(module: str) -> str:
+def part_of(module: str) -> str:
+    """Of the package: what stands directly below it."""
     return module.split(".")[1]
 
 
@@ -141,10 +142,10 @@ def test_every_part_of_training_has_its_place():
 def test_arrows_within_training(path):
     if path == ROOT / "training" / "__init__.py":
         return
-    part = part_of_training(module_name(path))
+    part = part_of(module_name(path))
     modules = imported_modules(path)
     assert "training" not in modules, "which part of training?"
-    parts = {part_of_training(name) for name in modules if name.startswith("training.")}
+    parts = {part_of(name) for name in modules if name.startswith("training.")}
     assert parts <= TRAINING[part] | {part}, f"imports {sorted(parts - TRAINING[part] - {part})}"
     if part == "step":
         others = {name for name in modules if not name.startswith("training.")}
@@ -157,20 +158,11 @@ def test_modules_import_in_no_circle():
     graphlib.TopologicalSorter(graph).prepare()         # Raises CycleError, which names the modules.
 
 
-def parts_of(tree: ast.AST, package: str) -> set[str]:
-    """What is imported of a package: the names directly below it."""
-    names = imports(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == package:
-            names |= {f"{package}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith(package + ".")}
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "transport").rglob("*.py")), ids=relative)
 def test_studies_do_not_know_each_other(path):
     folder = path.parent.name
     tree = ast.parse(path.read_text())
-    known = parts_of(tree, "transport")
+    known = {part_of(name) for name in imported_modules(path) if name.startswith("transport.")}
     allowed = TRANSPORT_MAY_IMPORT.get(folder, {"common", *STUDIES})
     assert known <= allowed, f"{relative(path)} imports {sorted(known - allowed)} of transport"
     if path.name == "__main__.py" or (folder == "transport" and known & set(STUDIES)):
@@ -247,14 +239,10 @@ def test_nothing_large_or_generated_is_committed():
 
 def imports_of_operations() -> dict[str, set[str]]:
     """Module of torch_utils/ops -> those that it imports, at its top or anywhere else."""
-    folder, found = ROOT / "torch_utils" / "ops", {}
-    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    for module in modules:
-        tree = ast.parse((folder / f"{module}.py").read_text())
-        names = imports(tree) | {f"{node.module}.{alias.name}" for node in ast.walk(tree)
-                                 if isinstance(node, ast.ImportFrom) for alias in node.names}
-        found[module] = {name.split(".")[2] for name in names if name.startswith("torch_utils.ops.")} & modules
-    return found
+    prefix = "torch_utils.ops."
+    return {name.removeprefix(prefix): {other.removeprefix(prefix) for other in imported_modules(path) & set(MODULES)
+                                        if other.startswith(prefix)}
+            for name, path in MODULES.items() if name.startswith(prefix)}
 
 
 def test_operations_have_no_circle():

@@ -20,6 +20,7 @@ import torch.distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dnnlib import UserError
+from dnnlib.util import first_line
 from torch_utils.launch import Launch, read_launch
 from torch_utils.launch import leave_exit_code as leave_exit_code  # For whoever imports this module alone.
 from torch_utils.launch import run_local_processes as run_local_processes
@@ -114,7 +115,7 @@ def _open_store(launch: Launch, limit: float) -> Any:
             timeout=datetime.timedelta(seconds=limit))
     except RuntimeError as err:
         raise UserError(f"rank {launch.rank} on {socket.gethostname()} cannot reach the first process at "
-                        f"{launch.master_addr}:{launch.master_port} ({str(err).splitlines()[0]}). {HINTS}") from err
+                        f"{launch.master_addr}:{launch.master_port} ({first_line(err)}). {HINTS}") from err
 
 
 def _meet(server: Any, launch: Launch, host: str, limit: float) -> Any:

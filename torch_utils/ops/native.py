@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from dnnlib.util import first_line
 from torch_utils.ops import compilation, strips
 from torch_utils.ops.descriptions import (
     AxisRates,
@@ -67,7 +68,7 @@ def _load(functions: Callable[[], dict[str, Callable[..., int]]], told: str) -> 
     except compilation.BuildError as error:
         return Loaded(None, str(error))
     except (OSError, AttributeError) as error:
-        return Loaded(None, told + (str(error).splitlines() or [type(error).__name__])[0])
+        return Loaded(None, told + first_line(error))
 
 
 def bind(path: str | os.PathLike, with_stream: bool) -> dict[str, Callable[..., int]]:
@@ -197,10 +198,14 @@ def _codes_of_lanes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
 
 def _codes_of_channels(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
     height, width = plan.up.out_size
-    size = *x.shape[:2], height, -(-width // CODES_PER_WORD)
+    return new_beside(x, (*x.shape[:2], height, -(-width // CODES_PER_WORD)), torch.int32)
+
+
+def new_beside(x: torch.Tensor, size: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Room for what belongs to images x: channels last if x is, else contiguous."""
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return x.new_empty(size, dtype=torch.int32)
-    return torch.empty(size, dtype=torch.int32, device=x.device, memory_format=torch.channels_last)
+        return x.new_empty(size, dtype=dtype)
+    return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 # Processors go through blocks of planes. On GPUs neighbouring threads have neighbouring channels where x has them.

@@ -99,8 +99,7 @@ def filtered_lrelu_native(
     Args:
         general: Take the program for all rates also where a GPU has a fast one for those of the layer.
     """
-    plan = _layer_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), up, down, padding, gain, slope, clamp,
-                       flip_filter, general)
+    plan = layer_plan(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter, general)
     if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
         b = b.to(x.dtype).contiguous()
     if isinstance(plan, BiasActPlan):
@@ -119,10 +118,11 @@ def layer_plan(
     slope: float,
     clamp: float | None,
     flip_filter: bool,
+    general: bool = False,
 ) -> LayerPlan | BiasActPlan:
     """The plan of such a call. Without filters the layer is an activation."""
     return _layer_plan(x.shape, x.dtype, read_taps(fu), read_taps(fd), up, down, padding, gain, slope, clamp,
-                       flip_filter, False)
+                       flip_filter, general)
 
 
 @torch.compiler.disable

@@ -57,10 +57,7 @@ def _new_images(x: torch.Tensor, plan: ResamplingPlan | LayerPlan) -> torch.Tens
     shape = x.shape
     if shape[2:] != plan.size:
         raise ValueError(f"images of shape {list(shape)} met a plan for {plan.size[0]}x{plan.size[1]}")
-    size = (*shape[:2], *plan.out_size)
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return x.new_empty(size)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return native.new_beside(x, (*shape[:2], *plan.out_size), x.dtype)
 
 
 def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:

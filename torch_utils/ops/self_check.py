@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from dnnlib.util import first_line
 from torch_utils.ops import strips
 from torch_utils.ops.descriptions import Strips
 from torch_utils.ops.native_forms import bias_act_native, filtered_lrelu_native, upfirdn2d_native
@@ -50,7 +51,7 @@ def _first_fault(comparisons: Iterable[tuple[str, Call, str, torch.dtype]]) -> s
     try:
         return next((fault for comparison in comparisons if (fault := _compare(*comparison)) is not None), None)
     except RuntimeError as error:       # Native code says itself that it failed.
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
 
 
 def _compare(name: str, call: Call, kind: str, dtype: torch.dtype) -> str | None:

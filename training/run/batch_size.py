@@ -242,7 +242,7 @@ class Trial:
                  device: torch.device, memory: GpuMemory, clock: Callable[[], float] = time.perf_counter):
         self.config, self.device, self.memory, self.clock = config, device, memory, clock
         self.G = Generator(config.generator).train().requires_grad_(False).to(device)
-        self.G_ema = copy.deepcopy(self.G)      # Takes its room.
+        self.G_ema = copy.deepcopy(self.G)      # Training has it in memory, too.
         self.D = D.train().requires_grad_(False).to(device)
         self.D.make_fast_(config.feature_precision)
         if classifier is not None:

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.spatial.distance import pdist, squareform
 
 from dnnlib import UserError
+from dnnlib.util import first_line
 
 _LEAVES = np.deg2rad([90.0, 210.0, 330.0])
 KNOWN = {
@@ -57,7 +58,7 @@ def load(path: str) -> np.ndarray:
     try:
         points = reader()
     except (OSError, ValueError) as error:
-        raise UserError(f"--points={path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--points={path}: cannot be read: {first_line(error)}") from None
     return checked(points, f"--points={path}")
 
 

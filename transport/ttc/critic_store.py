@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import atomic_file, atomic_write_text
+from dnnlib.util import atomic_file, atomic_write_text, first_line
 from transport.ttc.critic_sequence import Stage
 
 HEADER_KEY = "trust_the_critics"        # The header's only entry: the order of several would differ from file to file.
@@ -55,8 +55,8 @@ def load_stage(folder: Path, number: int, make: Callable[[], torch.nn.Module]) -
             raise ValueError(f"it is critic {header['number']}")
         estimates, etas = (tuple(float(value) for value in header[key]) for key in ("estimates", "etas"))
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as err:
-        reason = str(err).splitlines()[0]
-        raise UserError(f"{path}: not a usable critic ({reason}): delete it and the later ones, and run again") from err
+        raise UserError(f"{path}: not a usable critic ({first_line(err)}): delete it and the later ones, and run "
+                        "again") from err
     return Stage(critic.eval().requires_grad_(False), estimates, etas)
 
 
