@@ -15,14 +15,18 @@ from torch_utils.ops import native, tune
 from torch_utils.ops.resampler import Mark
 
 MAX_CALLS = 1024        # Of an operation. All are forgotten when there are more.
-PLAIN = {int, float, bool, str, type(None), tuple}      # Settings of these types are the same where they are equal.
+PLAIN = {int, float, bool, str, type(None)}     # Settings of these types are the same where they are equal.
 
 Call = Callable[..., torch.Tensor]
 
 
 def plain(setting: object) -> object:
-    """A number or a sequence as something that can be looked up."""
+    """A number or a list of them as something that can be looked up."""
     return tuple(setting) if type(setting) is list else setting
+
+
+def _is_plain(setting: object) -> bool:
+    return all(map(_is_plain, setting)) if type(setting) is tuple else type(setting) in PLAIN
 
 
 class _Entry(NamedTuple):
@@ -44,13 +48,13 @@ class Calls:
 
         Args:
             x: Its shape, type and device matter.
-            b: Likewise.
+            b: Its shape matters.
             filters: Their contents matter.
             settings: All else that `prepare` looks at.
             prepare: Checks the arguments and returns the call, which takes the tensors.
         """
-        key = (x.shape, x.dtype, x.device, None if b is None else (b.shape, b.dtype, b.device), *map(id, filters),
-               settings, os.environ.get("STYLESAN_OPS"), tune.KINDS)
+        key = (x.shape, x.dtype, x.device, None if b is None else b.shape, *map(id, filters), settings,
+               os.environ.get("STYLESAN_OPS"), tune.KINDS)
         try:
             entry = self._entries.get(key)
         except TypeError:       # A setting that cannot be looked up, such as an array.
@@ -63,7 +67,7 @@ class Calls:
                 return entry.call
         call, kind = prepare(), x.device.type
         tensors = [f for f in filters if f is not None]
-        if all(type(setting) in PLAIN for setting in settings) and not any(f.is_inference() for f in tensors):
+        if _is_plain(settings) and not any(f.is_inference() for f in tensors):
             if len(self._entries) >= MAX_CALLS:
                 self._entries.clear()
             self._entries[key] = _Entry(call, tuple(map(Mark, tensors)), kind, native.in_use.get(kind))

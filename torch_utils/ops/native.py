@@ -18,6 +18,7 @@ import torch
 from dnnlib.util import first_line
 from torch_utils.ops import compilation, strips
 from torch_utils.ops.descriptions import (
+    ACTIVATE_AND_KEEP,
     AxisRates,
     BiasActPlan,
     LayerPlan,
@@ -183,7 +184,23 @@ def resample(x: torch.Tensor, plan: ResamplingPlan) -> torch.Tensor:
 def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
                    codes: torch.Tensor | None) -> torch.Tensor:
     """y = down(activation(up(x + b))), or with mode READ_CODES y = down(derivative * up(x))."""
+    return _run_layer(_template(x, plan), x, b, plan, mode, codes)
+
+
+def filtered_lrelu_and_codes(x: torch.Tensor, b: torch.Tensor | None,
+                             plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = down(activation(up(x + b))), and the codes of the slopes."""
     template = _template(x, plan)
+    if template.codes is None:
+        codes = new_codes(x, plan)
+        template.codes = codes.shape, codes.stride()
+    else:
+        codes = x.new_empty_strided(*template.codes, dtype=torch.int32)
+    return _run_layer(template, x, b, plan, ACTIVATE_AND_KEEP, codes), codes
+
+
+def _run_layer(template: Template, x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
+               codes: torch.Tensor | None) -> torch.Tensor:
     y = x.new_empty_strided(template.size, template.stride)
     if not template.is_empty:
         if codes is None:
@@ -300,16 +317,6 @@ _CODES = {"cpu": _codes_of_lanes, "cuda": _codes_of_channels}
 def new_codes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
     """Room for the codes of the slopes between the filters of a layer for x: the only place that decides its shape."""
     return _CODES[x.device.type](x, plan)
-
-
-def new_codes_of_call(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-    """The same, for a call on x that follows."""
-    template = _template(x, plan)
-    if template.codes is None:
-        codes = new_codes(x, plan)
-        template.codes = codes.shape, codes.stride()
-        return codes
-    return x.new_empty_strided(*template.codes, dtype=torch.int32)
 
 
 def _loaded_for(x: torch.Tensor) -> Loaded:

@@ -16,7 +16,6 @@ import torch
 from torch_utils.ops import native
 from torch_utils.ops.descriptions import (
     ACTIVATE,
-    ACTIVATE_AND_KEEP,
     ACTS,
     READ_CODES,
     BiasActPlan,
@@ -94,9 +93,7 @@ def _fake_layer_and_codes(x: torch.Tensor, b: torch.Tensor | None, plan: int) ->
 @_operation("filtered_lrelu_and_codes(Tensor x, Tensor? b, int plan) -> (Tensor, Tensor)", _fake_layer_and_codes)
 def _layer_and_codes(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, and the codes of the slopes for the gradient."""
-    found = plan_of(plan)
-    codes = native.new_codes_of_call(x, found)
-    return native.filtered_lrelu(x, b, found, ACTIVATE_AND_KEEP, codes), codes
+    return native.filtered_lrelu_and_codes(x, b, plan_of(plan))
 
 
 @_operation("filtered_lrelu_slopes(Tensor v, Tensor codes, int plan) -> Tensor",

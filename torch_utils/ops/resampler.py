@@ -39,8 +39,8 @@ class Mark:
         return f is not None and f._version == self._version and f.data_ptr() == self._address
 
 
-# id of a filter -> (a mark of it, its content when it was read). Reading a filter on a GPU waits for the GPU, hence this
-# memory. Entries leave with their tensors, so that no other tensor can have the number of one.
+# id of a filter -> (a mark of it, its content when it was read). Reading a filter on a GPU waits for the GPU, hence
+# this memory. Entries leave with their tensors, so that no other tensor can have the number of one.
 _read: dict[int, tuple[Mark, Taps]] = {}
 
 
