@@ -37,14 +37,15 @@ def bias_act(
     Raises:
         ValueError: `act` or `impl` is not known, `b` does not fit, or `clamp` is negative.
     """
-    def prepare() -> BiasActCall:
-        return _prepare(x, b, dim, act, alpha, gain, clamp, impl)
     if torch.compiler.is_compiling():       # What is remembered between calls is no part of a graph.
-        return prepare()(x, b)
-    return _calls.find(x, b, (), (dim, act, alpha, gain, clamp, impl), prepare)(x, b)
+        return _prepare(x, b, dim, act, alpha, gain, clamp, impl)(x, b)
+    settings = dim, act, alpha, gain, clamp, impl
+    key = x.shape, x.dtype, x.device, None if b is None else b.shape, settings
+    call = _calls.find(key) or _calls.keep(key, _prepare(x, b, *settings), x, (), settings)
+    return call(x, b)
 
 
-_calls = Calls()
+_calls: Calls[BiasActCall] = Calls()
 
 
 def _prepare(x: torch.Tensor, b: torch.Tensor | None, dim: int, act: str, alpha: float | None, gain: float | None,

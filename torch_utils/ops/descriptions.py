@@ -176,8 +176,10 @@ class Plan:
 
 def plan_of(number: int) -> Plan:
     """The plan with this number."""
-    reference = _plans.get(number)
-    plan = None if reference is None else reference()
+    try:
+        plan = _plans[number]()
+    except KeyError:
+        plan = None
     if plan is None:
         raise RuntimeError(f"plan {number} of a native operation does not exist any more: hold the plan itself for as "
                            "long as its number is used")

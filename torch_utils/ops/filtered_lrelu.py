@@ -65,15 +65,16 @@ def filtered_lrelu(
     Raises:
         ValueError: an argument does not fit, or a filter is larger than the images that it meets.
     """
-    def prepare() -> LayerCall:
-        return _prepare(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter, impl)
     if torch.compiler.is_compiling():       # What is remembered between calls is no part of a graph.
-        return prepare()(x, fu, fd, b)
+        return _prepare(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter, impl)(x, fu, fd, b)
     settings = up, down, plain(padding), gain, slope, clamp, flip_filter, impl
-    return _calls.find(x, b, (fu, fd), settings, prepare)(x, fu, fd, b)
+    key = x.shape, x.dtype, x.device, None if b is None else b.shape, id(fu), id(fd), settings
+    call = _calls.find(key) or _calls.keep(
+        key, _prepare(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter, impl), x, (fu, fd), settings)
+    return call(x, fu, fd, b)
 
 
-_calls = Calls()
+_calls: Calls[LayerCall] = Calls()
 
 
 def _prepare(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None, b: torch.Tensor | None, up: int,

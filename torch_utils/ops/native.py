@@ -7,6 +7,7 @@ is computed: calls take plans (`descriptions`).
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import struct
@@ -143,21 +144,22 @@ def _pack_layer(plan: LayerPlan) -> Packed:
 class Template:
     """What all calls of a plan have in common for images of one shape, layout, type and device."""
 
-    __slots__ = "codes", "is_empty", "kind", "loaded", "size", "stride", "type", "x_end", "y_end"
+    __slots__ = "codes", "function", "is_empty", "kind", "loaded", "size", "stride", "type", "x_end", "y_end"
 
-    def __init__(self, x: torch.Tensor, plan: ResamplingPlan | LayerPlan):
+    def __init__(self, x: torch.Tensor, plan: ResamplingPlan | LayerPlan, name: str):
         y = new_result(x, plan)
         self.kind, self.loaded, self.type = x.device.type, _loaded_for(x), TYPES[x.dtype]
+        self.function = _function(self.loaded, name, x)
         self.size, self.stride, self.is_empty = y.shape, y.stride(), not y.numel()
         self.x_end, self.y_end = (_IMAGES_END.pack(*t.shape, *t.stride()) for t in (x, y))
         self.codes: tuple[tuple[int, ...], tuple[int, ...]] | None = None     # Their size and strides, once known.
 
 
-def _template(x: torch.Tensor, plan: ResamplingPlan | LayerPlan) -> Template:
+def _template(x: torch.Tensor, plan: ResamplingPlan | LayerPlan, name: str) -> Template:
     key = x.shape, x.stride(), x.dtype, x.device
     found: Template | None = plan.templates.get(key)
     if found is None or found.loaded is not in_use.get(found.kind):
-        found = Template(x, plan)
+        found = Template(x, plan, name)
         _keep(plan, key, found)
     return found
 
@@ -167,30 +169,45 @@ def _keep(plan: Plan, key: Hashable, value: object) -> None:
         plan.templates.clear()
     plan.templates[key] = value
 
+
+def _function(loaded: Loaded, name: str, x: torch.Tensor) -> Callable[..., int]:
+    return _on_device(loaded.functions[name], x)
+
+
+def _on_device(function: Callable[..., int], x: torch.Tensor) -> Callable[..., int]:
+    """The function as it is called where x is. On GPUs it gets the stream that is the current one then."""
+    return functools.partial(_call_on_gpu, function, x.device) if x.is_cuda else function
+
+
+def _call_on_gpu(function: Callable[..., int], device: torch.device, *arguments: bytes | int | None) -> int:
+    with contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
+        return function(*arguments, torch.cuda.current_stream().cuda_stream)
+
 #----------------------------------------------------------------------------
 # Calls. Tensors have to be on the same device and of one type.
 
 def resample(x: torch.Tensor, plan: ResamplingPlan) -> torch.Tensor:
     """x [N, C, H, W], any strides -> [N, C, H', W']."""
-    template = _template(x, plan)
+    template = _template(x, plan, "resample")
     y = x.new_empty_strided(template.size, template.stride)
     if not template.is_empty:
-        _call("resample", template.loaded.functions["resample"], template.type, x,
-              _ADDRESS.pack(x.data_ptr()) + template.x_end, _ADDRESS.pack(y.data_ptr()) + template.y_end,
-              (plan.packed or _packed(plan)).content)
+        code = template.function(template.type, _ADDRESS.pack(x.data_ptr()) + template.x_end,
+                                 _ADDRESS.pack(y.data_ptr()) + template.y_end, (plan.packed or _packed(plan)).content)
+        if code:
+            raise _failure("resample", x, code)
     return y
 
 
 def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
                    codes: torch.Tensor | None) -> torch.Tensor:
     """y = down(activation(up(x + b))), or with mode READ_CODES y = down(derivative * up(x))."""
-    return _run_layer(_template(x, plan), x, b, plan, mode, codes)
+    return _run_layer(_template(x, plan, "filtered_lrelu"), x, b, plan, mode, codes)
 
 
 def filtered_lrelu_and_codes(x: torch.Tensor, b: torch.Tensor | None,
                              plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """y = down(activation(up(x + b))), and the codes of the slopes."""
-    template = _template(x, plan)
+    template = _template(x, plan, "filtered_lrelu")
     if template.codes is None:
         codes = new_codes(x, plan)
         template.codes = codes.shape, codes.stride()
@@ -202,17 +219,30 @@ def filtered_lrelu_and_codes(x: torch.Tensor, b: torch.Tensor | None,
 def _run_layer(template: Template, x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
                codes: torch.Tensor | None) -> torch.Tensor:
     y = x.new_empty_strided(template.size, template.stride)
-    if not template.is_empty:
-        if codes is None:
-            end = _NO_CODES[mode]
-        elif codes.ndim == 4:
-            end = _ADDRESS.pack(codes.data_ptr()) + _LAYER_END.pack(*codes.shape, *codes.stride(), mode)
-        else:
-            end = _ADDRESS.pack(codes.data_ptr()) + _CODES_OF_LANES[mode]
-        _call("filtered_lrelu", _layer_function(x, plan, mode, template.loaded), template.type, x,
-              _ADDRESS.pack(x.data_ptr()) + template.x_end, None if b is None else b.data_ptr(),
-              _ADDRESS.pack(y.data_ptr()) + template.y_end, (plan.packed or _packed(plan)).content + end)
+    if template.is_empty:
+        return y
+    if codes is None:
+        end = _NO_CODES[mode]
+    elif codes.ndim == 4:
+        end = _ADDRESS.pack(codes.data_ptr()) + _LAYER_END.pack(*codes.shape, *codes.stride(), mode)
+    else:
+        end = _ADDRESS.pack(codes.data_ptr()) + _CODES_OF_LANES[mode]
+    function = template.function if template.loaded.fast is None else _fast_function(template, x, plan, mode)
+    code = function(template.type, _ADDRESS.pack(x.data_ptr()) + template.x_end, None if b is None else b.data_ptr(),
+                    _ADDRESS.pack(y.data_ptr()) + template.y_end, (plan.packed or _packed(plan)).content + end)
+    if code:
+        raise _failure("filtered_lrelu", x, code)
     return y
+
+
+def _fast_function(template: Template, x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
+    """The fast program for a layer on a GPU, or the general one. It is asked for anew: it may fail its check."""
+    kind = plan.fast_kind(mode)
+    if kind is not None and x.stride(3) <= MAX_COLUMN_STRIDE:
+        function = template.loaded.fast(kind, x.dtype)
+        if function is not None:
+            return _on_device(function, x)
+    return template.function
 
 
 # The end of a layer's structure by mode: without codes, and after the address of codes whose layout C++ knows.
@@ -229,15 +259,6 @@ def _packed(plan: ResamplingPlan | LayerPlan) -> Packed:
         return plan.packed
 
 
-def _layer_function(x: torch.Tensor, plan: LayerPlan, mode: int, loaded: Loaded) -> Callable[..., int]:
-    kind = plan.fast_kind(mode) if loaded.fast is not None else None
-    if kind is not None and x.stride(3) <= MAX_COLUMN_STRIDE:
-        function = loaded.fast(kind, x.dtype)
-        if function is not None:
-            return function
-    return loaded.functions["filtered_lrelu"]
-
-
 def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, plan: BiasActPlan,
              order: int) -> torch.Tensor:
     """Derivative of that order at x + b, times g [like x, or None at order 0]; b [x.shape[dim]], contiguous."""
@@ -249,9 +270,16 @@ def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, pl
         _keep(plan, key, end)
     out = torch.empty_like(x)
     if out.numel():
-        _call("bias_act", _loaded_for(x).functions["bias_act"], TYPES[x.dtype], x, _BIAS_ACT.pack(
+        code = _function(_loaded_for(x), "bias_act", x)(TYPES[x.dtype], _BIAS_ACT.pack(
             x.data_ptr(), 0 if b is None else b.data_ptr(), 0 if g is None else g.data_ptr(), out.data_ptr()) + end)
+        if code:
+            raise _failure("bias_act", x, code)
     return out
+
+
+def _failure(name: str, x: torch.Tensor, code: int) -> RuntimeError:
+    return RuntimeError(f"{name} for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
+                        "STYLESAN_OPS=reference does without native code")
 
 #----------------------------------------------------------------------------
 # Layouts.
@@ -325,15 +353,3 @@ def _loaded_for(x: torch.Tensor) -> Loaded:
         raise RuntimeError(f"no native code for {x.device.type} is loaded: call an operation of torch_utils.ops first, "
                            "which loads and checks it")
     return loaded
-
-
-def _call(name: str, function: Callable[..., int], kind: int, x: torch.Tensor, *arguments: bytes | int | None) -> None:
-    if x.is_cuda:
-        device = x.device
-        with contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
-            code = function(kind, *arguments, torch.cuda.current_stream().cuda_stream)
-    else:
-        code = function(kind, *arguments)
-    if code:
-        raise RuntimeError(f"{name} for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
-                           "STYLESAN_OPS=reference does without native code")

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,24 +23,9 @@ CACHE_BYTES = 512 << 20     # Of matrices. A generator of 1024 pixels needs abou
 #----------------------------------------------------------------------------
 # Filters as hashable values.
 
-class Mark:
-    """A tensor as it was seen, to be recognized. It does not keep the tensor alive."""
-
-    __slots__ = "_address", "_reference", "_version"
-
-    def __init__(self, f: torch.Tensor, forget: "Callable[[weakref.ref[torch.Tensor]], object] | None" = None):
-        self._reference = weakref.ref(f, forget)
-        self._version, self._address = f._version, f.data_ptr()
-
-    def is_unchanged(self) -> bool:
-        """Whether the tensor is still there and was not written to."""
-        f = self._reference()
-        return f is not None and f._version == self._version and f.data_ptr() == self._address
-
-
-# id of a filter -> (a mark of it, its content when it was read). Reading a filter on a GPU waits for the GPU, hence
-# this memory. Entries leave with their tensors, so that no other tensor can have the number of one.
-_read: dict[int, tuple[Mark, Taps]] = {}
+# id of a filter -> (reference to it, its version and address when it was read, its content). Reading a filter on a GPU
+# waits for the GPU, hence this memory. Entries leave with their tensors.
+_read: dict[int, tuple[weakref.ref, tuple[int, int], Taps]] = {}
 
 
 @torch.compiler.disable     # As all that is remembered between calls.
@@ -51,10 +35,12 @@ def read_taps(f: torch.Tensor | None) -> Taps:
         return IDENTITY
     if f.is_inference():        # Has no version counter.
         return _copy_taps(f)
-    key, entry = id(f), _read.get(id(f))
-    if entry is None or not entry[0].is_unchanged():
-        entry = _read[key] = Mark(f, lambda _: _read.pop(key, None)), _copy_taps(f)
-    return entry[1]
+    key, state = id(f), (f._version, f.data_ptr())
+    entry = _read.get(key)
+    if entry is None or entry[0]() is not f or entry[1] != state:
+        entry = (weakref.ref(f, lambda _: _read.pop(key, None)), state, _copy_taps(f))
+        _read[key] = entry
+    return entry[2]
 
 
 def _copy_taps(f: torch.Tensor) -> Taps:

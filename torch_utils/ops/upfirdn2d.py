@@ -88,15 +88,16 @@ def upfirdn2d(
     Raises:
         ValueError: an argument does not fit, or the filter is larger than the padded image.
     """
-    def prepare() -> ResamplingCall:
-        return _prepare(x, f, up, down, padding, flip_filter, gain, impl)
     if torch.compiler.is_compiling():       # What is remembered between calls is no part of a graph.
-        return prepare()(x, f)
+        return _prepare(x, f, up, down, padding, flip_filter, gain, impl)(x, f)
     settings = plain(up), plain(down), plain(padding), flip_filter, gain, impl
-    return _calls.find(x, None, (f,), settings, prepare)(x, f)
+    key = x.shape, x.dtype, x.device, id(f), settings
+    call = _calls.find(key) or _calls.keep(key, _prepare(x, f, up, down, padding, flip_filter, gain, impl), x, (f,),
+                                           settings)
+    return call(x, f)
 
 
-_calls = Calls()
+_calls: Calls[ResamplingCall] = Calls()
 
 
 def _prepare(x: torch.Tensor, f: torch.Tensor | None, up: int | Sequence[int], down: int | Sequence[int],
