@@ -100,7 +100,7 @@ def training_loop(
     if rank == 0:
         check_disk(folder, state_bytes([G, G_ema, D], phases))
     guard = GradientGuard(config.batch, collector.report)
-    health = HealthCheck(config, dataset, device, guard)
+    health = HealthCheck(config, dataset, guard)
     saved = load_state(folder, report.say)
     resumed = saved is not None
     if resumed:

@@ -32,8 +32,7 @@ class FeatureFusion(torch.nn.Module):
     """CCM and CSM for any number of maps, shallowest first.
 
     CCM gives map i `proj_channels * 2^i` channels; CSM gives half of that (`proj_channels` for i = 0) at twice the
-    size.
-    Names in the state dict are official: layer<i>_ccm, layer<i>_csm.out_conv.
+    size. Names in the state dict are official: layer<i>_ccm, layer<i>_csm.out_conv.
     """
 
     def __init__(self, in_channels: Sequence[int], proj_channels: int):
@@ -85,7 +84,9 @@ class Reassembly(torch.nn.Module):
             torch.nn.Conv2d(c4, c4, kernel_size=3, stride=2, padding=1),
         ]
         for i, (width, last) in enumerate(zip(self.out_channels, resize, strict=True), start=1):
-            steps = {"3": torch.nn.Conv2d(channels, width, kernel_size=1)} | ({"4": last} if last is not None else {})
+            steps: dict[str, torch.nn.Module] = {"3": torch.nn.Conv2d(channels, width, kernel_size=1)}
+            if last is not None:
+                steps["4"] = last
             self.add_module(f"layer{i}", torch.nn.ModuleDict(steps))
         frozen(self)
 

@@ -13,7 +13,7 @@ def diversity_loss(images: torch.Tensor, target: float) -> torch.Tensor:
     """What pairs lack in distance: images [N, C, H, W] in [-1, 1], 2k and 2k + 1 of one class -> [N / 2], at least 0.
 
     Args:
-        images: Of independent z. N is even.
+        images: Made from independent z; N is even.
         target: Mean absolute difference to reach, `training.dataset.real_pair_distance`.
     """
     distances = (images[0::2] - images[1::2]).abs().mean(dim=[1, 2, 3])

@@ -14,7 +14,8 @@ class GradientGuard:
     run stops once LIMIT steps of a phase in a row had any.
 
     Args:
-        batch: Global batch size: our gradients are smaller than the official ones, and so is what infinities become.
+        batch: Global batch size. Our gradients are smaller than the official ones by a factor that depends on it, and so
+            is what infinities become.
         report: Takes a name and a value.
     """
 
@@ -31,8 +32,9 @@ class GradientGuard:
         """Replace non-finite elements of a phase's flat gradient in place; remember how many there were and where."""
         norm = gradient.norm()
         zero = torch.zeros([], dtype=torch.int64, device=gradient.device)
-        if norm.device.type == "cpu" and norm.isfinite():   # Nothing to wait for there, and the rest takes ten times as
-            self._total.setdefault(name, zero)              # long: all elements are finite.
+        if norm.device.type == "cpu" and norm.isfinite():
+            # All elements are finite, which costs no wait to know on a CPU; what follows would take ten times as long.
+            self._total.setdefault(name, zero)
             self._in_a_row[name] = zero
             self._first.setdefault(name, zero - 1)
             self.report(f"Gradients/{name}", norm)

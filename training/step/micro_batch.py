@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a phase's backward pass gets: the samples of one micro-batch."""
+"""The samples of one micro-batch, which the backward pass of a phase gets."""
 import dataclasses
 
 import torch

@@ -6,8 +6,8 @@ import torch
 
 from training.config import DiscriminatorConfig, LossConfig, OptimConfig
 from training.discriminators.projected import ProjectedDiscriminator
-from training.generator.layer_schedule import stem_config
-from training.generator.superres import grow, stage_table
+from training.generator.layer_schedule import stem_config, superres_config
+from training.generator.superres import load_stem_into, stage_table
 from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
 from training.step.ema import update_ema
@@ -30,7 +30,9 @@ def stem():
 @pytest.fixture
 def stage(stem):
     torch.manual_seed(1)
-    return grow(stem.config, stem.state_dict(), 2, 4).train().requires_grad_(False)
+    G = Generator(superres_config(stem.config, 2, 4))
+    load_stem_into(G, stem.config, stem.state_dict())
+    return G.train().requires_grad_(False)
 
 
 def old_update(G_ema, G, cur_nimg: int, batch: int, config: OptimConfig) -> None:
