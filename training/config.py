@@ -71,7 +71,7 @@ class GeneratorConfig:
     conv_clamp: float | None = 256
     magnitude_ema_beta: float = 0.999
     output_scale: float = 0.25
-    margin_size: int = 10           # Extra pixels around feature maps; a stage that is grown on this one needs it again.
+    margin_size: int = 10           # Extra pixels around feature maps; a stage grown on this one needs it again.
     channel_base: int = 65536       # This and the next: widths of the layers that this stage added, see `stem_config`;
     channel_max: int = 1024         # a stage that is grown on this one begins from them.
     num_frozen_layers: int = 0      # Leading L* layers that a super-resolution stage keeps from its stem, frozen.

@@ -137,7 +137,8 @@ class StyleSanLoss:
     def discriminator_main(self, batch: MicroBatch, global_batch: int) -> None:
         """Tell generated from real images, and turn the SAN directions towards where they differ most."""
         real_img, real_c = batch.real_img, batch.real_c
-        assert real_img is not None and real_c is not None, "a phase with `uses_real_images` gets real images"
+        assert real_img is not None, "a phase with `uses_real_images` gets real images"
+        assert real_c is not None
         with torch.no_grad():
             ws = self.G.mapping(batch.z, batch.gen_c)
             self._drawn.append((ws[:, 0], batch.gen_c))

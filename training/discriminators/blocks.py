@@ -112,8 +112,10 @@ class GhostBatchNorm2d(torch.nn.BatchNorm2d):
     def move_running(self) -> None:
         """Move the running statistics by what `sums` holds, if it holds anything, and empty it."""
         running_mean, running_var, momentum = self.running_mean, self.running_var, self.momentum
-        assert running_mean is not None and running_var is not None, "made with running statistics"
-        assert momentum is not None and self.num_batches_tracked is not None, "made with running statistics"
+        assert running_mean is not None, "the constructor asks for running statistics"
+        assert running_var is not None
+        assert momentum is not None
+        assert self.num_batches_tracked is not None
         has_any = self.sums[2] > 0          # The device answers this itself, so nothing waits for it.
         for running, total in zip((running_mean, running_var), self.sums[:2], strict=True):
             running.copy_(torch.where(has_any, running.lerp(total / self.sums[2], momentum), running))

@@ -14,8 +14,8 @@ class GradientGuard:
     run stops once LIMIT steps of a phase in a row had any.
 
     Args:
-        batch: Global batch size. Our gradients are smaller than the official ones by a factor that depends on it, and so
-            is what infinities become.
+        batch: Global batch size. Our gradients are smaller than the official ones by a factor that depends on it, so
+            infinities become smaller numbers, too.
         report: Takes a name and a value.
     """
 
