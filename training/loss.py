@@ -91,12 +91,11 @@ class StyleSanLoss:
         interval of the phase (StyleGAN3 does that; StyleGAN-XL does not). With ghost batches samples are chosen from
         each, and the mean is the one before the step and moves after it: neither depends on micro-batches.
         """
-        assert batch.pl_noise is not None, "a phase with `uses_noise` gets noise"
         ghost = self.D.config.split_group
         count = max((ghost or len(batch.z)) // self.config.pl_batch_shrink, 1)
         # These are slices, because a list of positions would be copied to the device, which waits for it.
         z, c, noise = (x.unflatten(0, (-1, ghost))[:, :count].flatten(0, 1) if ghost else x[:count]
-                       for x in (batch.z, batch.gen_c, batch.pl_noise))
+                       for x in (batch.z, batch.gen_c, batch.noise()))
         ws = self.G.mapping(z, c)
         images = self.G.synthesis(ws, **self.precision)
         lengths = path_lengths(images, ws, noise)
@@ -136,9 +135,7 @@ class StyleSanLoss:
 
     def discriminator_main(self, batch: MicroBatch, global_batch: int) -> None:
         """Tell generated from real images, and turn the SAN directions towards where they differ most."""
-        real_img, real_c = batch.real_img, batch.real_c
-        assert real_img is not None, "a phase with `uses_real_images` gets real images"
-        assert real_c is not None
+        real_img, real_c = batch.real()
         with torch.no_grad():
             ws = self.G.mapping(batch.z, batch.gen_c)
             self._drawn.append((ws[:, 0], batch.gen_c))

@@ -61,7 +61,8 @@ class Exact:
         """u' of the best critic at each r; where m = 0 it is free up to 1, and 0 is returned."""
         check_lamb(lamb)
         m, sigma = self.at(r)
-        return np.sign(m) * (1 + np.abs(m) / (2 * lamb * sigma))
+        slope: np.ndarray = np.sign(m) * (1 + np.abs(m) / (2 * lamb * sigma))
+        return slope
 
     def value_of(self, slope: Callable[[np.ndarray], np.ndarray], lamb: float, points: int = 601) -> float:
         """What a critic reaches, from its slope at `points` even places: without noise, and at most P."""
@@ -160,7 +161,7 @@ def radial_gaussians(dims: int, std_x: float, std_y: float) -> Exact:
     _check_positive(dims=dims, std_x=std_x, std_y=std_y)
     half, spread = dims / 2, max(std_x, std_y)
     middle = math.sqrt(dims) * (std_x + std_y) / 2
-    log_scale = (1 - half) * math.log(2) - math.lgamma(half)        # Of the density of chi with `dims` degrees.
+    log_scale = (1 - half) * math.log(2) - math.lgamma(half)        # Scales the density of chi with `dims` degrees.
 
     def gap(r: float) -> float:
         qx, qy = (r / std_x) ** 2 / 2, (r / std_y) ** 2 / 2
@@ -210,10 +211,10 @@ def _check_positive(**values: float) -> None:
 
 
 def _quad(function: Curve, low: float, high: float) -> float:
-    return quad(function, low, high, epsabs=1e-12, epsrel=1e-9, limit=200)[0]
+    return float(quad(function, low, high, epsabs=1e-12, epsrel=1e-9, limit=200)[0])
 
 
 def _over_t(function: Curve, *breaks: float) -> float:
-    """int_0^1: sigma is a mixture over t. `breaks` that lie outside are left out."""
+    """The integral over t from 0 to 1, because sigma is a mixture over t. `breaks` that lie outside are left out."""
     edges = [0.0, *sorted({b for b in breaks if 0 < b < 1}), 1.0]
     return sum(_quad(function, a, b) for a, b in zip(edges, edges[1:], strict=False))

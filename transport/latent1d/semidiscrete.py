@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the image of a uniform latent is from a finite sample, in W1 with the Euclidean distance: exactly."""
+"""The exact distance of the image of a uniform latent from a finite sample: W1 with the Euclidean distance."""
 import dataclasses
 
 import numpy as np
@@ -28,7 +28,8 @@ def distances(places: np.ndarray, points: np.ndarray) -> np.ndarray:
     """
     if places.shape[1] != points.shape[1]:
         raise UserError(f"places of {places.shape[1]} dimensions and points of {points.shape[1]}: give them the same")
-    return cdist(places, points)
+    found: np.ndarray = cdist(places, points)
+    return found
 
 
 def transport(places: np.ndarray, points: np.ndarray) -> Transport:
@@ -47,7 +48,7 @@ def transport(places: np.ndarray, points: np.ndarray) -> Transport:
 
 
 def w1_assignment(places: np.ndarray, points: np.ndarray) -> float:
-    """The same by assignment, every point copied M / n times.
+    """W1 as in `transport`, but by assignment, with every point copied M / n times.
 
     Raises:
         UserError: M is not a multiple of n.
@@ -93,7 +94,7 @@ def line_optimum(points: np.ndarray, speed: float, cells: int = 1200) -> tuple[f
     """
     if points.ndim != 2 or points.shape[1] != 1:
         raise UserError(f"points of shape {list(points.shape)}: the linear programme takes points on the line, [n, 1]")
-    positive(speed)
+    check_speed(speed)
     copies = -(-cells // len(points))
     quantile = np.repeat(np.sort(points[:, 0]), copies)
     m = len(quantile)
@@ -110,12 +111,12 @@ def line_optimum(points: np.ndarray, speed: float, cells: int = 1200) -> tuple[f
 
 def two_points(distance: float, speed: float) -> float:
     """The least W1 for two points: l^2 / (4 K) from K = l on, l / 2 - K / 4 below."""
-    positive(speed)
+    check_speed(speed)
     return distance ** 2 / (4 * speed) if speed >= distance else distance / 2 - speed / 4
 
 
 def geometric_median(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """Where K -> 0 leads: the place [d] with the least mean distance to points [n, d], and that distance."""
+    """The place [d] with the least mean distance to points [n, d], to which K -> 0 leads, and that distance."""
     def mean_distance(place: np.ndarray) -> tuple[float, np.ndarray]:
         way = place - points
         length = np.linalg.norm(way, axis=1, keepdims=True)
@@ -129,12 +130,7 @@ def geometric_median(points: np.ndarray) -> tuple[np.ndarray, float]:
     return best, mean_distance(best)[0]
 
 
-def positive(speed: float) -> float:
-    """A Lipschitz constant above 0.
-
-    Raises:
-        UserError: it is not.
-    """
+def check_speed(speed: float) -> None:
+    """Raises UserError unless the Lipschitz constant is above 0."""
     if not speed > 0:
         raise UserError(f"a Lipschitz constant of {speed:g}: must be above 0")
-    return speed

@@ -35,7 +35,7 @@ class Radial(torch.nn.Module):
         return self.u[index].lerp(self.u[index + 1], place - index)
 
 
-def test_measure_on_a_sphere():                                                                             # C-T9
+def test_measure_on_a_sphere():
     radius, lamb, dims = 2.0, 10.0, 7
 
     def draw(count, generator):
@@ -56,7 +56,7 @@ def test_measure_on_a_sphere():                                                 
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_measure_and_flow_of_an_exact_critic(sign):                                         # C-T7, C-T12, C-T13, C-T14
+def test_measure_and_flow_of_an_exact_critic(sign):
     critic = Radial(RADIAL, 1, sign)
     draw = RADIAL_PAIR if sign == 1 else lambda count, generator: RADIAL_PAIR(count, generator)[::-1]
     reached = critic_training.measure(critic, draw, Recipe(1), seeded(0, "m"), count=20_000, rounds=20)
@@ -81,7 +81,7 @@ def test_measure_and_flow_of_an_exact_critic(sign):                             
     assert found.shortfall < 0.1
 
 
-def test_momentum():                                                                                        # C-T13
+def test_momentum():
     gradient = np.array([[3.0, 4], [0.3, 0.4], [0, 0], [0, -2]])
     flow = momentum.momentum(gradient, np.array([0.5, 0.5, 0.5, 0]), 10)
     assert flow == approx(np.array([[-24, -32], [0, 0], [0, 0], [0, 0]]))    # -2 * 10 * .5 * 4 * [.6, .8]
@@ -132,7 +132,7 @@ def trained(draw, seed, **settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sides", critic_training.SIDES)
-def test_trained_on_the_line(sides):                                                            # C-T2, C-T12, C-T13
+def test_trained_on_the_line(sides):
     critic, reached = trained(LINE_PAIR, 0, sides=sides)
     slope = lambda r: critics.gradient(critic, torch.from_numpy(r).float()[:, None])[:, 0].numpy().astype(np.float64)
     assert 0.995 * LINE.value(1) <= LINE.value_of(slope, 1) <= LINE.value(1)     # Without noise: at most P.
@@ -145,14 +145,14 @@ def test_trained_on_the_line(sides):                                            
 
 
 @pytest.mark.slow
-def test_trained_in_the_plane():                                                                            # C-T7
+def test_trained_in_the_plane():
     _, reached = trained(RADIAL_PAIR, 0)
     assert 0.97 * RADIAL.value(1) <= reached.objective <= RADIAL.value(1) + 3 * reached.error
     assert reached.norms.mean() > 1
 
 
 @pytest.mark.slow
-def test_trained_on_three_points():                                                                         # C-T10
+def test_trained_on_three_points():
     x, y = torch.tensor(experiment.FEW_X), torch.tensor(experiment.FEW_Y)
     allowed = finite_sample.solve(x.numpy(), y.numpy(), 1).dual
     _, reached = trained(pairs.resample(x, y), 0, steps=600, rate=1e-2, batch=256)

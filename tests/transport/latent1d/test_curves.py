@@ -16,7 +16,7 @@ def built(points, walk, speed, cells):
     return semidiscrete.transport(curve.grid(cells), points).value
 
 
-# D-T4, D-T5, D-T7: W1 of the built curves by exact transport.
+# W1 of the built curves by exact transport.
 @pytest.mark.parametrize(("name", "speed", "cells", "expected", "tolerance"), [
     ("star", 8, 1200, 0.125000, 1e-4), ("star", 12, 1200, 0.083333, 1e-4), ("star", 20, 1200, 0.050000, 1e-4),
     ("triangle", 3, 1200, 0.166667, 1e-6),
@@ -28,7 +28,8 @@ def test_optimal_curves(name, speed, cells, expected, tolerance):
     assert curves.bound(walk, speed) == pytest.approx(expected, abs=2e-5)
 
 
-def test_curves_of_permutations():                              # D-T4: less than c / (4 K), but more than the walk's.
+def test_curves_of_permutations():
+    """Their W1 is less than c / (4 K), but more than that of the walk."""
     once = walks.shortest_permutation(KNOWN["star"])
     for speed, expected in ((8, 0.153531), (12, 0.102353), (20, 0.061412)):
         w1 = built(KNOWN["star"], once, speed, 1200)
@@ -48,7 +49,7 @@ def test_every_point_gets_its_share():
         np.testing.assert_allclose(np.bincount(nearest) / 4000, 0.25, atol=1e-3)
 
 
-def test_scaling_and_slope():                                   # D-T8
+def test_scaling_and_slope():
     points = KNOWN["eight"]
     walk, scaled = walks.shortest_walk(points), walks.shortest_walk(2.5 * points)
     assert built(2.5 * points, scaled, 2.5 * 6, 800) == approx(2.5 * built(points, walk, 6, 800), rel=1e-9)
@@ -56,7 +57,7 @@ def test_scaling_and_slope():                                   # D-T8
     assert np.polyfit(np.log([5, 10, 20, 40]), np.log(values), 1)[0] == pytest.approx(-1, abs=0.005)
 
 
-def test_transport_assignment_and_dual_agree():                 # D-T10, on random curves.
+def test_transport_assignment_and_dual_agree():                 # On random curves.
     rng = np.random.default_rng(0)
     for dims, n in ((1, 3), (2, 5), (3, 8)):
         points = point_sets.uniform(n, dims, rng)
@@ -85,13 +86,13 @@ def test_dual_is_concave_and_never_too_large():
 # Below the threshold.
 
 @pytest.mark.parametrize(("speed", "expected"), [(0.25, 0.4375), (0.5, 0.375), (1, 0.25), (2, 0.125), (4, 0.0625)])
-def test_two_points(speed, expected):                           # D-T1
+def test_two_points(speed, expected):
     assert semidiscrete.two_points(1, speed) == approx(expected, abs=1e-12)
     value, _ = semidiscrete.line_optimum(np.array([[0.0], [1]]), speed, cells=400)
     assert value == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("points", "speed", "expected"), [     # D-T2, D-T3
+@pytest.mark.parametrize(("points", "speed", "expected"), [
     ((0, 1, 3), 1, 0.805556), ((0, 1, 3), 2, 0.611111), ((0, 1, 3), 3, 0.444444), ((0, 1, 3), 4, 0.315972),
     ((0, 1, 3), 4.5, 0.277778), ((0, 1, 3), 5, 0.25), ((0, 1, 3), 10, 0.125),
     ((0, 1, 2, 4), 4, 0.4), ((0, 1, 2, 4), 6, 0.25), ((0, 1, 2, 4), 8, 0.1875),

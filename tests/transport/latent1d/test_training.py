@@ -31,7 +31,7 @@ def test_never_faster_than_allowed(field):
 
 
 @pytest.mark.parametrize(("name", "tight"), [("triangle", 1.15), ("star", 1.4)])
-def test_trained_on_exact_transport(name, tight):               # D-T11
+def test_trained_on_exact_transport(name, tight):
     case = solve(KNOWN[name])
     training = Training(speed=1.5 * case.walk.threshold, steps=300, cells=96)
     random = train(case, training, seed=0, number=0)
@@ -39,7 +39,7 @@ def test_trained_on_exact_transport(name, tight):               # D-T11
     assert random.curve.lipschitz() <= training.speed * (1 + 1e-9)
 
 
-def test_training_finds_nothing_below_the_optimum():            # D-T11: the attack on the bound in the plane.
+def test_training_finds_nothing_below_the_optimum():            # Not even in the plane.
     case = solve(KNOWN["eight"])
     training = Training(speed=case.walk.threshold, steps=100, cells=160, slow=0, lr=0.0125)
     start = optimal_curve(case.points, case.walk, training.speed)
