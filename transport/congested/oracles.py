@@ -130,31 +130,6 @@ def line_gaussians(mean_x: float, std_x: float, mean_y: float, std_y: float) -> 
     return Exact(gap, density, low, high, (mean_x, mean_y, *crossing))
 
 
-def line_uniforms(shift: float) -> Exact:
-    """U[0, 1] to U[shift, 1 + shift], shift > 0."""
-    _check_positive(shift=shift)
-
-    def gap(r: float) -> float:
-        return min(max(r - shift, 0.0), 1.0) - min(max(r, 0.0), 1.0)
-
-    def density(r: float) -> float:
-        def at(t: float) -> float:      # (1-t) x + t y is a trapezium over [t shift, 1 + t shift].
-            short, long, s = min(t, 1 - t), max(t, 1 - t), r - t * shift
-            return max(min(s, 1 - s, short), 0.0) / (short * long) if short > 0 else float(0 < s < 1)
-        kinks = [r / shift, (r - 1) / shift, r / (1 + shift)]
-        kinks += [] if shift == 1 else [(1 - r) / (1 - shift)]
-        return _over_t(at, 0.5, *kinks)
-
-    return Exact(gap, density, 0.0, 1 + shift, (1.0, shift))
-
-
-def atoms(distance: float) -> Exact:
-    """One point to one point at a distance; also a sphere of that radius to its centre, in any dimension (r: the radius
-    counted from the sphere inwards). Here m = -1: r runs from x to y."""
-    _check_positive(distance=distance)
-    return Exact(lambda r: -1.0 if 0 <= r <= distance else 0.0, lambda r: 1 / distance if 0 <= r <= distance else 0.0,
-                 0.0, distance)
-
 
 def radial_gaussians(dims: int, std_x: float, std_y: float) -> Exact:
     """N(0, std_x^2 I) to N(0, std_y^2 I) in `dims` dimensions; r is the radius."""

@@ -8,7 +8,6 @@ import scipy.sparse as sp
 from scipy.spatial.distance import cdist
 
 from dnnlib import UserError
-from transport.common import ot_exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +16,6 @@ class Transport:
 
     value: float                # W1.
     plan: np.ndarray            # [M, n], sums to 1.
-    potentials: np.ndarray      # v [n]: place j belongs to the point with the least distance - v.
 
 
 def distances(places: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -44,33 +42,9 @@ def transport(places: np.ndarray, points: np.ndarray) -> Transport:
     plan, log = ot.emd(*weights, cost, numItermax=10 ** 7, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"POT: {log['warning']}")
-    return Transport(value=float(log["cost"]), plan=plan, potentials=log["v"] - log["v"].mean())
+    return Transport(value=float(log["cost"]), plan=plan)
 
 
-def w1_assignment(places: np.ndarray, points: np.ndarray) -> float:
-    """W1 as in `transport`, but by assignment, with every point copied M / n times.
-
-    Raises:
-        UserError: M is not a multiple of n.
-    """
-    copies, rest = divmod(len(places), len(points))
-    if rest:
-        raise UserError(f"{len(places)} places for {len(points)} points: an assignment takes a multiple")
-    return ot_exact.w1(places, np.repeat(points, copies, axis=0))
-
-
-def semi_dual(places: np.ndarray, points: np.ndarray, potentials: np.ndarray) -> tuple[float, np.ndarray]:
-    """Kantorovich's dual, with one potential per point: mean_j min_i (|places_j - points_i| - v_i) + mean_i v_i.
-
-    Concave in v; never more than W1, and equal to it at the best v.
-
-    Returns:
-        (value, supergradient [n]): the gradient is 1 / n less the mass of the point's Laguerre cell.
-    """
-    excess = distances(places, points) - potentials
-    owner = excess.argmin(axis=1)
-    mass = np.bincount(owner, minlength=len(points)) / len(places)
-    return float(excess.min(axis=1).mean() + potentials.mean()), 1 / len(points) - mass
 
 #----------------------------------------------------------------------------
 # Below the threshold.
@@ -108,11 +82,6 @@ def line_optimum(points: np.ndarray, speed: float, cells: int = 1200) -> tuple[f
         raise RuntimeError(f"HiGHS: {result.message}")
     return float(result.fun), result.x[:m]
 
-
-def two_points(distance: float, speed: float) -> float:
-    """The least W1 for two points: l^2 / (4 K) from K = l on, l / 2 - K / 4 below."""
-    check_speed(speed)
-    return distance ** 2 / (4 * speed) if speed >= distance else distance / 2 - speed / 4
 
 
 def geometric_median(points: np.ndarray) -> tuple[np.ndarray, float]:

@@ -1,8 +1,10 @@
 """Congested transport in one variable and on finite samples, against numbers that were computed independently."""
+import itertools
 import math
 
 import numpy as np
 import pytest
+from scipy.integrate import quad
 
 from dnnlib import UserError
 from tests.closeness import approx, max_error
@@ -16,16 +18,38 @@ Y = np.array([[2.0, 0, 1], [0, 2, 1], [1, 1, 3]])
 LINE = oracles.line_gaussians(0, 1, 2, 1)
 
 
+def points(distance: float) -> oracles.Exact:
+    """One point to one point at a distance, or a sphere of that radius to its centre; r runs from x to y."""
+    return oracles.Exact(lambda r: -1.0 if 0 <= r <= distance else 0.0,
+                         lambda r: 1 / distance if 0 <= r <= distance else 0.0, 0.0, distance)
+
+
+def uniforms(shift: float) -> oracles.Exact:
+    """U[0, 1] to U[shift, 1 + shift], shift > 0, whose densities have kinks."""
+    def gap(r: float) -> float:
+        return min(max(r - shift, 0.0), 1.0) - min(max(r, 0.0), 1.0)
+
+    def density(r: float) -> float:
+        def at(t: float) -> float:      # (1-t) x + t y is a trapezium over [t shift, 1 + t shift].
+            short, long, s = min(t, 1 - t), max(t, 1 - t), r - t * shift
+            return max(min(s, 1 - s, short), 0.0) / (short * long) if short > 0 else float(0 < s < 1)
+        kinks = [0.5, r / shift, (r - 1) / shift, r / (1 + shift)] + ([] if shift == 1 else [(1 - r) / (1 - shift)])
+        edges = [0.0, *sorted({kink for kink in kinks if 0 < kink < 1}), 1.0]
+        return sum(quad(at, a, b, epsabs=1e-12, epsrel=1e-9)[0] for a, b in itertools.pairwise(edges))
+
+    return oracles.Exact(gap, density, 0.0, 1 + shift, (1.0, shift))
+
+
 @pytest.mark.parametrize(("exact", "w1", "congestion", "at_1", "at_10"), [
-    pytest.param(oracles.atoms(2), 2, 4, 3, 2.1, id="sphere of radius 2"),
-    pytest.param(oracles.atoms(1), 1, 1, 1.25, 1.025, id="sphere of radius 1"),
+    pytest.param(points(2), 2, 4, 3, 2.1, id="sphere of radius 2"),
+    pytest.param(points(1), 1, 1, 1.25, 1.025, id="sphere of radius 1"),
     pytest.param(LINE, 2, 4.206893, 3.051723, 2.105172, id="N(0,1) to N(2,1)"),
     pytest.param(oracles.line_gaussians(0, 1, 1, 1), 1, 1.089071, 1.272268, 1.027227, id="N(0,1) to N(1,1)"),
     pytest.param(oracles.line_gaussians(0, 1, 4, 1), 4, 16.260136, 8.065034, 4.406503, id="N(0,1) to N(4,1)"),
     pytest.param(oracles.line_gaussians(0, 1, 0, 2), .797885, 1.394885, 1.146606, .832757, id="N(0,1) to N(0,4)"),
-    pytest.param(oracles.line_uniforms(0.5), 0.5, .272361, .568090, .506809, id="uniform shifted by 0.5"),
-    pytest.param(oracles.line_uniforms(1), 1, 1.028261, 1.257065, 1.025707, id="uniform shifted by 1"),
-    pytest.param(oracles.line_uniforms(2), 2, 4.016860, 3.004215, 2.100421, id="uniform shifted by 2"),
+    pytest.param(uniforms(0.5), 0.5, .272361, .568090, .506809, id="uniform shifted by 0.5"),
+    pytest.param(uniforms(1), 1, 1.028261, 1.257065, 1.025707, id="uniform shifted by 1"),
+    pytest.param(uniforms(2), 2, 4.016860, 3.004215, 2.100421, id="uniform shifted by 2"),
     pytest.param(oracles.radial_gaussians(2, 1, 2), 1.253314, 2.818176, 1.957858, 1.323769, id="normal, 2 features"),
     pytest.param(oracles.radial_gaussians(10, 1, 2), 3.084328, 14.897274, 6.808647, 3.456760, id="normal, 10 features"),
     pytest.param(oracles.circles(2, 1), 1, 1.536607, 1.384152, 1.038415, id="circles"),
@@ -62,17 +86,17 @@ def test_few_dimensions_at_1000():
 
 def test_densities():
     assert LINE.density(1) == pytest.approx(.413059, abs=1e-5)
-    assert oracles.line_uniforms(0.5).density(0.75) == pytest.approx(2 * math.log(2), abs=1e-5)
-    assert oracles.line_uniforms(1).density(1) == pytest.approx(2 * math.log(2), abs=1e-5)
-    assert oracles.line_uniforms(2).density(1.5) == pytest.approx(.523247, abs=1e-5)
+    assert uniforms(0.5).density(0.75) == pytest.approx(2 * math.log(2), abs=1e-5)
+    assert uniforms(1).density(1) == pytest.approx(2 * math.log(2), abs=1e-5)
+    assert uniforms(2).density(1.5) == pytest.approx(.523247, abs=1e-5)
     assert oracles.circles(2, 1).density(1.5) == pytest.approx(.621458, abs=1e-5)
-    for exact in (LINE, oracles.line_uniforms(0.5), oracles.radial_gaussians(10, 1, 2)):
+    for exact in (LINE, uniforms(0.5), oracles.radial_gaussians(10, 1, 2)):
         r = np.linspace(exact.low + 1e-9, exact.high, 401)
         assert np.trapezoid(exact.at(r)[1], r) == pytest.approx(1, abs=1e-3)
 
 
 def test_gradients():
-    assert np.abs(oracles.atoms(2).slope(np.array([0.5, 1.5]), 10)) == approx(1.1)
+    assert np.abs(points(2).slope(np.array([0.5, 1.5]), 10)) == approx(1.1)
     places = np.array([1, 0, 2, -1, 3.0])
     assert np.abs(LINE.slope(places, 1)) == pytest.approx([1.8264, 2.0150, 2.0150, 2.4977, 2.4977], abs=1e-4)
     assert np.abs(LINE.slope(places, 10)) == pytest.approx([1.0826, 1.1015, 1.1015, 1.1498, 1.1498], abs=1e-4)
