@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every setting of a run, typed, in frozen dataclasses that go to JSON and back.
+"""The typed settings of a run, in frozen dataclasses that go to JSON and back.
 
 The same dictionaries describe networks inside snapshots, so a snapshot needs no other file to be rebuilt.
 """
@@ -36,10 +36,10 @@ class LayerSpec:
     out_half_width: float
     is_torgb: bool
     is_critically_sampled: bool
-    use_fp16: bool                  # On CUDA devices; elsewhere everything is float32 unless another type is asked for.
+    use_fp16: bool                  # On CUDA devices; elsewhere layers are float32 unless another type is asked for.
     conv_kernel: int = 3            # 3 for config T, 1 for config R and ToRGB. A stage may mix both kinds.
     use_radial_filters: bool = False    # Config R downsamples radially, but not at critically sampled layers.
-    is_clamped: bool = True         # By the generator's conv_clamp. Layers made with --fp32=1 are not, as officially.
+    is_clamped: bool = True         # The generator's conv_clamp holds here. It does not in layers made with --fp32=1.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,8 @@ class GeneratorConfig:
     magnitude_ema_beta: float = 0.999
     output_scale: float = 0.25
     margin_size: int = 10           # Extra pixels around feature maps; a stage grown on this one needs it again.
-    channel_base: int = 65536       # This and the next: widths of the layers that this stage added, see `stem_config`;
-    channel_max: int = 1024         # a stage that is grown on this one begins from them.
+    channel_base: int = 65536       # Widths of the layers that this stage added (see `stem_config`), and, where heads
+    channel_max: int = 1024         # are of the same kind, of those that the next stage adds.
     num_frozen_layers: int = 0      # Leading L* layers that a super-resolution stage keeps from its stem, frozen.
 
     @property
@@ -133,7 +133,7 @@ def gradient_scale(batch: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Adam; the lazy-regularisation interval corrects lr and betas even where the regulariser is empty.
+    """Settings of Adam. The interval of lazy regularisation corrects lr and betas even where the regulariser is empty.
 
     `OptimConfig.official(batch)` has the official rules for what depends on the batch.
     """
@@ -169,12 +169,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SavingConfig:
-    """What is kept, when states are written and when a stage ends. None of it changes a number of the training."""
+    """Settings that say what is kept, when states are written and when a stage ends. None changes a result."""
 
     keep: int = 10                  # Network snapshots; 0: all.
-    keep_every: float = 0.0         # kimg: one snapshot for each multiple stays; 0: no grid.
-    state_minutes: float = 10.0     # Between training states; 0: only with snapshots.
-    background: bool = True         # Write while training goes on, where memory allows a copy.
+    keep_every: float = 0.0         # One snapshot per so many kimg stays for ever; 0: none does.
+    state_minutes: float = 10.0     # Time between training states; 0: they come only with snapshots.
+    background: bool = True         # Files are written while training goes on, if memory has room for a copy.
     best_metric: str | None = None  # Which metric decides; None: the first.
     stop_patience: int = 0          # Evaluations without improvement that end the stage; 0: never.
 

@@ -107,7 +107,7 @@ class StyleSanLoss:
         penalty = (lengths - mean).square()
         self.report("Loss/pl_penalty", penalty)
         weight = self.config.pl_weight / self.config.reference_micro_batch
-        # The mean over the samples used here, weighted by this micro-batch's share of the global batch.
+        # This is the mean over the samples used here, weighted by the micro-batch's share of the global batch.
         loss = penalty.mean() * weight * (len(batch.z) / global_batch)
         self.report("Loss/G/reg", penalty.detach() * weight)
         loss.backward()

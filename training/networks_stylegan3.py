@@ -137,7 +137,7 @@ class SynthesisInput(torch.nn.Module):
     def __init__(self, spec: InputSpec, w_dim: int):
         super().__init__()
         self.spec = spec
-        # Frequencies uniform in a disc, phases uniform in a period.
+        # Frequencies are uniform in a disc, phases in a period.
         freqs = torch.randn([spec.channels, 2])
         radii = freqs.square().sum(dim=1, keepdim=True).sqrt()
         freqs = freqs / (radii * radii.square().exp().pow(0.25)) * spec.bandwidth
@@ -165,7 +165,7 @@ class SynthesisInput(torch.nn.Module):
         amplitudes = amplitudes.clamp(0, 1)                                                 # [N, C]
 
         scale = 0.5 * spec.size / spec.sampling_rate
-        theta = torch.eye(2, 3, device=w.device, dtype=w.dtype) * scale     # Made there: a copy would be waited for.
+        theta = torch.eye(2, 3, device=w.device, dtype=w.dtype) * scale     # No copy, which would be waited for.
         grid = F.affine_grid(theta[None], [1, 1, spec.size, spec.size], align_corners=False)    # [1, H, W, 2]
         x = grid.reshape(1, -1, 2) @ freqs.transpose(1, 2) + phases.unsqueeze(1)            # [N, H*W, C]
         x = torch.sin(x * (2 * math.pi)) * amplitudes.unsqueeze(1)
@@ -187,7 +187,7 @@ def design_lowpass_filter(num_taps: int, cutoff: float, width: float, sampling_r
     if not radial:
         taps = scipy.signal.firwin(num_taps, cutoff, width=width, fs=sampling_rate)
         return torch.as_tensor(taps, dtype=torch.float32)
-    # Jinc: the radially symmetric counterpart of the sinc, windowed by the outer product of the 1-D window.
+    # This is a jinc, the radially symmetric counterpart of the sinc, under the outer product of the 1-D window.
     x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
     r = np.hypot(*np.meshgrid(x, x))
     f = scipy.special.j1(2 * cutoff * (np.pi * r)) / (np.pi * r)
@@ -227,7 +227,7 @@ class SynthesisLayer(torch.nn.Module):
             down_taps, spec.out_cutoff, spec.out_half_width * 2, rate,
             radial=spec.use_radial_filters and not spec.is_critically_sampled))
 
-        # Padding that turns in_size (grown by the convolution) into out_size; an odd rest goes to the far side.
+        # Padding turns in_size (grown by the convolution) into out_size; an odd rest goes to the far side.
         total = (spec.out_size - 1) * self.down + 1 - (spec.in_size + kernel - 1) * self.up + up_taps + down_taps - 2
         low = (total + self.up) // 2
         self.padding = [low, total - low] * 2

@@ -37,7 +37,7 @@ class SpectralConv2d(torch.nn.Module):
         super().__init__()
         self.stride, self.padding = stride, padding
         fan_in = in_channels * kernel_size ** 2
-        bound = 1 / math.sqrt(fan_in)       # The usual initialisation of convolutions in PyTorch.
+        bound = 1 / math.sqrt(fan_in)       # PyTorch initialises convolutions so, too.
         shape = (out_channels, in_channels, kernel_size, kernel_size)
         self.weight_orig = torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.bias: torch.nn.Parameter | None = None
@@ -55,7 +55,7 @@ class SpectralConv2d(torch.nn.Module):
 
     def sigma(self) -> torch.Tensor:
         """The largest singular value, as far as the stored vectors know it."""
-        # Copies, because a second forward before the backward overwrites the buffers (real, then generated images).
+        # These are copies, because a second forward before the backward (real after generated) overwrites the buffers.
         u, v = self.weight_u.clone(), self.weight_v.clone()
         return torch.dot(u, self.weight_orig.flatten(1) @ v)
 
@@ -137,7 +137,7 @@ class DownBlock(torch.nn.Module):
         return y
 
     def set_hold_bias(self, hold: bool) -> None:
-        """Whether the bias of the convolution stays as it is: BatchNorm takes it out again."""
+        """Say whether the bias of the convolution, which BatchNorm takes out again, stays as it is."""
         conv = self.main[0]
         assert isinstance(conv, SpectralConv2d)
         conv.hold_bias = hold

@@ -59,7 +59,7 @@ class FeatureNetwork(torch.nn.Module):
             channels, sizes = self.pretrained.out_channels, self.pretrained.out_sizes(sizes)
         self.scratch = FeatureFusion(channels, proj_channels)
         self.out_channels = self.scratch.out_channels
-        self.out_sizes = self.scratch.out_sizes(sizes)      # For images of the backbone's input size.
+        self.out_sizes = self.scratch.out_sizes(sizes)      # The sides for images of the backbone's input size.
         self.surroundings: Surroundings | None = None       # See `training.feature_networks.fast`.
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -102,7 +102,7 @@ class ProjectedDiscriminator(torch.nn.Module):
         if unknown := sorted(set(config.diffaug) - set(POLICIES)):
             raise UserError(f"diffaug: unknown augmentation {unknown[0]!r}: choose from {', '.join(POLICIES)}")
         self.config = config
-        self.backbone_names = module_keys(config.backbones)     # As in the state dict and in `features`.
+        self.backbone_names = module_keys(config.backbones)     # The keys in the state dict and in `features`.
         self.feature_networks = torch.nn.ModuleDict()
         self.discriminators = torch.nn.ModuleDict()
         for i, (key, name) in enumerate(zip(self.backbone_names, config.backbones, strict=True)):
@@ -175,11 +175,11 @@ class ProjectedDiscriminator(torch.nn.Module):
         return [multi.scale_sizes(features[key]) for key, multi in self.heads_by_backbone().items()]
 
     def forward(self, img: torch.Tensor, c: torch.Tensor, augment: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Logits [N, L] per backbone: generator step and inference. Arguments as in `features` and `heads`."""
+        """Logits [N, L] per backbone, for the generator step and inference. Arguments as in `features` and `heads`."""
         return self.heads(self.features(img, augment), c)
 
     def san(self, img: torch.Tensor, c: torch.Tensor, augment: torch.Tensor | None = None) -> list[SanOutput]:
-        """Both outputs per backbone: discriminator step. Arguments as in `features` and `heads`."""
+        """Both outputs per backbone, for the discriminator step. Arguments as in `features` and `heads`."""
         return self.heads_san(self.features(img, augment), c)
 
     def _check_labels(self, c: torch.Tensor) -> None:
@@ -189,19 +189,19 @@ class ProjectedDiscriminator(torch.nn.Module):
     # State.
 
     def begin_step(self) -> None:
-        """Before the first forward of an optimiser step, of G or of D."""
+        """Move what moves once per step; to be called before the first forward of a step of G or of D."""
         begin_step(self.discriminators)
 
     def end_step(self) -> None:
-        """After its last forward; all processes call it."""
+        """Move what moves once per step; all processes call it after the last forward of the step."""
         end_step(self.discriminators)
 
     def project_(self) -> None:
-        """Bring the directions of all SAN layers back to unit norm: after every optimiser step."""
+        """Bring the directions of all SAN layers back to unit norm, as after every optimiser step."""
         project_directions(self)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """Those of the heads."""
+        """The parameters of the heads; all others are frozen."""
         return list(self.discriminators.parameters())
 
     def backbone_info(self) -> dict[str, dict[str, str | None]]:

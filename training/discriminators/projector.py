@@ -23,7 +23,7 @@ def seeded(seed: int, what: str) -> Iterator[None]:
 
 
 def frozen(module: torch.nn.Module) -> torch.nn.Module:
-    """No gradients for the module's parameters; returns its argument."""
+    """Switch off gradients of the module's parameters; returns its argument."""
     return module.requires_grad_(False)
 
 #----------------------------------------------------------------------------
@@ -53,7 +53,7 @@ class FeatureFusion(torch.nn.Module):
         below = None
         for i in reversed(range(self.num_maps)):
             x = mixed[i] if below is None else mixed[i] + below
-            # Twice the size, or the next map's where halving an odd size has rounded.
+            # The size doubles, but where halving an odd size has rounded, it becomes that of the next map.
             size = mixed[i - 1].shape[2:] if i > 0 else (2 * x.shape[2], 2 * x.shape[3])
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
             below = getattr(self, f"layer{i}_csm")["out_conv"](x)

@@ -210,7 +210,7 @@ def w1_floor(real: torch.Tensor, fake: torch.Tensor, direction: torch.Tensor, ge
     return float(slice_w1(mixed[:len(real)], mixed[len(real):]).mean())
 
 #----------------------------------------------------------------------------
-# Injectivity of h. SAN's paper gives no number for it; these are three readings of our own.
+# Injectivity of h. SAN's paper gives no number for it; these three are our own.
 
 def jacobians(h: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """dh/dx at every sample: [N, D, d] for x [N, d] or [N, ...]. One backward pass per feature.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dnnlib import UserError
 from torch_utils.local_network import LocalNet
 
-NUM_MAPS = 4                # Maps taken from a timm model, the deepest ones; fewer if it has fewer.
+NUM_MAPS = 4                # So many maps are taken from a timm model, the deepest ones, or all if it has fewer.
 BN_WARMUP_SIZE = 256
 FUSED = "fused_attn"        # The attribute by which timm's attention layers are told to use the fused kernel.
 
@@ -119,7 +119,7 @@ class TimmModel(Protocol):
 
     def forward_intermediates(self, x: torch.Tensor, *, indices: list[int], intermediates_only: bool,
                               output_fmt: str) -> list[torch.Tensor]:
-        """Activations after the stages with these indices."""
+        """The maps with these indices."""
         ...
 
 
@@ -140,14 +140,14 @@ def trained_with(net: torch.nn.Module) -> TrainedWith:
 
 
 def is_isotropic(net: torch.nn.Module) -> bool:
-    """Whether all stages of a model of timm have maps of one size, as those of vision transformers."""
+    """Whether all maps of a model of timm have one size, as those of vision transformers."""
     reductions = [info["reduction"] for info in getattr(net, "feature_info", [])]
     return len(reductions) > 1 and len(set(reductions)) == 1
 
 
 class TimmBackbone(Backbone):
-    """A model of timm. Maps are its deepest stages; of a transformer, activations after evenly spaced blocks without
-    the leading tokens and without the final normalisation (of 12 blocks: 2, 5, 8 and 11)."""
+    """A model of timm. Maps are the deepest ones that it lists; those of a transformer are activations after evenly
+    spaced blocks (of 12 blocks: 2, 5, 8 and 11) without the leading tokens and without the final normalisation."""
 
     def __init__(self, name: str, net: torch.nn.Module):
         images = trained_with(net)
@@ -169,7 +169,7 @@ class TimmBackbone(Backbone):
         self.probe()
 
     def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        # On a CPU the backward pass of fused attention is slower than that of its products one by one.
+        # On a CPU the backward pass of fused attention takes longer than that of its products one by one.
         fused = x.device.type != "cpu" or not (torch.is_grad_enabled() and x.requires_grad)
         for attention in self._attentions:
             setattr(attention, FUSED, fused)
@@ -181,7 +181,7 @@ class LocalBackbone(Backbone):
     """A network that the user trained; always at its own resolution."""
 
     def __init__(self, name: str, net: LocalNet):
-        half = (0.5, 0.5, 0.5)              # Its images are in [-1, 1].
+        half = (0.5, 0.5, 0.5)              # Such networks take images in [-1, 1].
         super().__init__(name, net, input_size=net.input_resolution, always_resize=True, mean=half, std=half)
         self.sha256 = net.sha256
         self.probe()

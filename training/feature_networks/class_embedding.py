@@ -33,7 +33,7 @@ from training.feature_networks.registry import load_backbone
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 MAX_PER_CLASS = 256         # Images per class that a mean is taken over.
 BATCH = 32
-SAY_SECONDS = 30            # Between two lines about how far the images are.
+SAY_SECONDS = 30            # Time between two lines about the progress.
 READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ".pkl": lambda path: _pickled(path),
     ".npy": lambda path: {"": torch.as_tensor(np.load(path, allow_pickle=False))},
@@ -110,7 +110,7 @@ def _from_data(c_dim: int, dataset: ImageDataset | None, backbone: Backbone | st
 def _some_of_each(labels: np.ndarray, seed: int) -> np.ndarray:
     """Indices of up to MAX_PER_CLASS items per class, in ascending order: a seeded choice."""
     order = permutation(seed, 0, len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]          # Class by class, in random order within each.
+    by_class = order[np.argsort(labels[order], kind="stable")]      # Each class in random order.
     sorted_labels = labels[by_class]
     rank = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
     return np.sort(by_class[rank < MAX_PER_CLASS])
@@ -190,7 +190,7 @@ def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.T
 
 def _check_names(path: Path, named: list[str] | None, class_names: list[str] | None) -> None:
     """Raise UserError unless row k is the vector of class k."""
-    numbers = [str(i) for i in range(len(named or []))]         # Stand for classes without names.
+    numbers = [str(i) for i in range(len(named or []))]         # These stand for classes without names.
     if not named or not class_names or len(named) != len(class_names) or numbers in (named, class_names):
         return
     other = [f"{a} instead of {b}" for a, b in zip(named, class_names, strict=True) if a != b]

@@ -35,7 +35,7 @@ EVAL_BATCH = 500
 class Settings:
     """How a local network is trained."""
 
-    widths: tuple[int, ...] = (16, 32, 64, 128) # Channels per stage; every stage halves the size.
+    widths: tuple[int, ...] = (16, 32, 64, 128) # Channels per level; every level halves the size.
     resolution: int = 32                        # Images are resized to this before anything else.
     split: tuple[int, int] = (0, 1)             # (k, n): take the k-th of n disjoint parts of the images.
     seed: int = 0                               # Decides the parts, the initial weights, the order and the shifts.
@@ -205,7 +205,7 @@ def _open(path: str) -> ImageDataset:
               help="Decides the parts and everything random in training")
 @click.option("--epochs", type=click.IntRange(min=1), default=12, show_default=True, help="Passes over the part")
 @click.option("--widths", metavar="N,N...", default="16,32,64,128", show_default=True, callback=_widths,
-              help="Channels per stage; every stage halves the size")
+              help="Channels per level; every level halves the size")
 @click.option("--resolution", type=click.IntRange(min=2), default=32, show_default=True,
               help="Images are resized to this")
 @click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True, help="Images per step")

@@ -14,7 +14,7 @@ import numpy as np
 from dnnlib import UserError
 from training.config import GeneratorConfig, InputSpec, LayerSpec
 
-NUM_CRITICAL = 2                        # Critically sampled layers at the end, not counting ToRGB.
+NUM_CRITICAL = 2                        # So many layers at the end are critically sampled, not counting ToRGB.
 FIRST_CUTOFF = 2.0
 FIRST_STOPBAND = 2 ** 2.1
 LAST_STOPBAND_REL = 2 ** 0.3            # Stopband of the last layer over its cutoff.
@@ -147,7 +147,7 @@ def superres_config(stem: GeneratorConfig, up_factor: int, head_layers: int,
     resolution = stem.img_resolution * up_factor
     bands = _bands(last.out_cutoff, last.out_cutoff + last.out_half_width, head_layers, resolution, channel_base,
                    channel_max, stem.margin_size, last.out_sampling_rate, last.out_channels)
-    # Names count on from len(kept) + 1: officially one index is skipped, once.
+    # Names count on from len(kept) + 1, because officially one index is skipped, once.
     head = _layers(bands, head_layers, resolution, stem.img_channels, len(kept) + 1, last, rotation,
                    full_precision)
     return dataclasses.replace(stem, img_resolution=resolution, layers=kept + head, num_frozen_layers=len(kept),

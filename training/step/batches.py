@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into each phase: latents, labels, augmentation numbers and real images.
+"""Makes the inputs of each phase: latents, labels, augmentation numbers and real images.
 
 Every random number is a function of (seed, stream, position), where the position of a sample is the number of images
 shown before it. It does not matter which process draws it, in which micro-batch, or whether the run was restarted.
@@ -28,7 +28,7 @@ class BatchSource:
         rng: CounterRNG,
         label_probs: np.ndarray | None,     # [c_dim] float64: how often each class is asked for; None: unconditional.
         real_images: Iterator[tuple[torch.Tensor, torch.Tensor]],   # uint8 [batch_gpu, 3, R, R], int64 [batch_gpu].
-        num_backbones: int,                 # Augmentation is drawn anew for each.
+        num_backbones: int,                 # Augmentation is drawn for each of them.
         batch: int,                         # Samples per iteration, over all processes.
         batch_gpu: int,                     # Samples of one micro-batch.
         rank: int,

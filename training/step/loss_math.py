@@ -26,7 +26,7 @@ def discriminator_loss_fake(outputs: Sequence[SanOutput]) -> torch.Tensor:
 
 
 def discriminator_loss_real(outputs: Sequence[SanOutput]) -> torch.Tensor:
-    """The same on real images: -> [N]."""
+    """The loss of `discriminator_loss_fake` with the signs that real images have: -> [N]."""
     return _sum_over_backbones(HINGE.real(fun) - dir for fun, dir in outputs)
 
 

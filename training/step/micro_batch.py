@@ -7,7 +7,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """What one process feeds through the networks at once; N samples."""
+    """N samples, which one process feeds through the networks at once."""
 
     z: torch.Tensor                             # [N, z_dim]
     gen_c: torch.Tensor                         # [N, c_dim], one-hot.

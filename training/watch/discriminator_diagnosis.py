@@ -36,10 +36,10 @@ from training.generator.synthesis import require_finite, synthesize
 from training.networks_stylegan3 import Generator
 from training.step.blur import blur
 
-IMAGES_PER_CLASS = 32       # With more classes than that leaves room for, some are chosen.
+IMAGES_PER_CLASS = 32       # Where there are too many classes for so many of each, some classes are chosen.
 MIN_IMAGES = 8              # Classes with fewer images are not counted.
-MAX_VALUES = 1 << 23        # Numbers kept per head and side; above that only some positions of an image are.
-MAX_PATCHES = 1024          # Per side in a search for the largest slice.
+MAX_VALUES = 1 << 23        # Numbers kept per head and side; if there are more, only some positions are kept.
+MAX_PATCHES = 1024          # Patches per side in a search for the largest slice.
 MAX_WIDTH = 256             # Features in that search; wider ones are searched in a random part of their span.
 PAIR_IMAGES = 64            # So many real and as many generated images have their distances compared.
 POINTS, TANGENTS = 4, 16    # Generated images, and directions of their latents, for the local measure.
@@ -51,7 +51,7 @@ LEVELS = np.linspace(0, 1, 201)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is measured, and what the training step does to images."""
+    """Settings: how much is measured, and what the training step does to images."""
 
     num: int = 2048             # Images per side, at most those of the data.
     batch: int = 8              # Images over which heads normalise: the run's micro-batch.
@@ -61,7 +61,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What was measured of one head. Distances are in units of h, without SAN's scale and the gain of the logits."""
+    """The measurements of one head. Distances are in units of h, without SAN's scale and the gain of the logits."""
 
     name: str                   # <backbone>/<scale>; scale 0 is the shallowest.
     width: int                  # D: features of h.
@@ -71,8 +71,8 @@ class Head:
     gap: float                  # |E_real h - E_generated h|.
     separability: float         # S along omega: |mean difference| / W1, in [0, 1].
     separability_optimal: float     # S along the optimal direction.
-    w1_learned: float           # W1 along omega; this and the next three on halves, see `slices_of`.
-    w1_optimal: float           # Along the optimal direction, estimated on the other half.
+    w1_learned: float           # W1 along omega; this and the next three are measured on halves, see `slices_of`.
+    w1_optimal: float           # W1 along the optimal direction, estimated on the other half.
     w1_max: float               # max-ASW: the largest that a search found, on the other half.
     w1_floor: float             # What W1 along omega would read if both laws were equal.
     pair_ratio: float           # min over pairs |h(x) - h(y)| / |x - y|, over the ratio of typical distances.
@@ -83,13 +83,13 @@ class Head:
                "w1_max", "w1_floor", "pair_ratio", "tangent_ratio")
 
     def numbers(self) -> dict[str, float]:
-        """Everything measured that is one number."""
+        """The measurements that are single numbers."""
         return {name: getattr(self, name) for name in self.NUMBERS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """All heads."""
+    """The measurements of all heads."""
 
     heads: tuple[Head, ...]
     num: int                    # Images per side that were used.
@@ -108,7 +108,7 @@ class Diagnosis:
         return {f"Diagnosis/{key}": value for key, value in self.means().items()} | by_head
 
     def record(self) -> dict[str, Any]:
-        """Plain values."""
+        """The diagnosis as plain values, which go to JSON."""
         heads = [{"head": h.name, "width": h.width, "positions": h.positions} | h.numbers() for h in self.heads]
         return {"num": self.num, "classes": self.classes} | self.means() | {"heads": heads}
 
@@ -117,7 +117,7 @@ class Diagnosis:
 
 @contextlib.contextmanager
 def _unchanged(D: ProjectedDiscriminator) -> Iterator[None]:
-    """Eval mode for the block; afterwards all buffers of the heads have the values that they had."""
+    """Put D into eval mode for the block; afterwards all buffers of the heads have the values that they had."""
     before = [(buffer, buffer.clone()) for buffer in D.discriminators.buffers()]
     with evaluating(D):
         try:
@@ -164,7 +164,7 @@ def choose(dataset: ImageDataset, settings: Settings) -> np.ndarray:
     if dataset.c_dim > 0:
         labels = dataset.labels[order]
         kinds, first = np.unique(labels, return_index=True)
-        kinds = kinds[np.argsort(first)][:max(settings.num // IMAGES_PER_CLASS, 1)]     # As they come.
+        kinds = kinds[np.argsort(first)][:max(settings.num // IMAGES_PER_CLASS, 1)]     # In the order they come in.
         order = order[np.isin(labels, kinds)]
     count = min(settings.num, len(order)) // settings.batch * settings.batch
     if count == 0:
@@ -246,7 +246,7 @@ def _narrowed(real: torch.Tensor, fake: torch.Tensor, keep: torch.Tensor, genera
 
 def searched_direction(real: torch.Tensor, fake: torch.Tensor, omega: torch.Tensor,
                        generator: torch.Generator) -> torch.Tensor:
-    """Where a search finds the largest W1 between samples [N, D] and [M, D]: a unit vector [D]."""
+    """The direction in which a search finds the largest W1 between samples [N, D] and [M, D]: a unit vector [D]."""
     keep = torch.stack([san_conditions.unit(omega), san_conditions.optimal_direction(real, fake)], dim=1)
     basis = _narrowed(real, fake, keep, generator)
     inside = [x.to(torch.float64) @ basis for x in (real, fake)]

@@ -19,7 +19,7 @@ from training.generator.synthesis import synthesize
 from training.networks_stylegan3 import Generator
 from training.step.guard import GradientGuard
 
-EXIT_NONFINITE, EXIT_COLLAPSE = 4, 5    # Exit codes: gradients stopped being finite; --on-collapse=stop.
+EXIT_NONFINITE, EXIT_COLLAPSE = 4, 5    # Exit codes after gradients that are not finite, and with --on-collapse=stop.
 
 #----------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ class DiversityProbe:
     """
 
     NUM_GROUPS, GROUP_SIZE = 8, 4
-    NUM_REAL_PAIRS = 256        # The mean over them is good to some percent; reading them takes seconds at most.
+    NUM_REAL_PAIRS = 256        # Their mean is good to some percent, and reading them takes seconds at most.
 
     def __init__(self, dataset: ImageDataset, c_dim: int, z_dim: int, seed: int, batch: int):
         rng = CounterRNG(seed)
@@ -47,7 +47,7 @@ class DiversityProbe:
         self.real_distance: float = distributed.broadcast_object(distance)
 
     def measure(self, G_ema: Generator) -> float | None:
-        """The ratio; None if no class has two real images. Rank 0 computes; every process must call it."""
+        """The ratio; None if no class has two real images. Rank 0 computes it, but every process must call this."""
         if self.real_distance == 0:
             return None
         own = self._fake_distance(G_ema) / self.real_distance if distributed.rank() == 0 else 0.0
@@ -88,12 +88,12 @@ PINNED_SIGN = 0.99
 
 
 def low_diversity(m: Measures) -> bool:
-    """All z give about the same image of a class. A generator whose images are not finite counts, too."""
+    """Whether all z give about the same image of a class. A generator whose images are not finite counts, too."""
     return m.diversity is not None and not m.diversity >= MIN_DIVERSITY
 
 
 def pinned_signs(m: Measures) -> bool:
-    """The discriminator is sure of nearly every real and nearly every generated image, rightly or wrongly."""
+    """Whether D is sure of nearly every real and nearly every generated image, rightly or wrongly."""
     return (m.sign_real is not None and m.sign_fake is not None
             and abs(m.sign_real) > PINNED_SIGN and abs(m.sign_fake) > PINNED_SIGN)
 
@@ -112,7 +112,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A rule that began or ceased to hold."""
+    """The news that a rule began or ceased to hold."""
 
     name: str
     is_bad: bool
@@ -132,7 +132,7 @@ class CollapseWatch:
 
     def __init__(self, rules: tuple[Rule, ...] = RULES):
         self._rules = rules
-        self._bad_steps: dict[str, list[int]] = {rule.name: [] for rule in rules}   # When a rule held, in a row.
+        self._bad_steps: dict[str, list[int]] = {rule.name: [] for rule in rules}   # Steps in a row at which it held.
         self._told: set[str] = set()
 
     def update(self, measures: Measures, step: int) -> list[Verdict]:

@@ -119,7 +119,7 @@ def test_who_learns_from_what(name):
     r_real, r_fake = r_real / r_real.sum(), r_fake / r_fake.sum()
     step = (r_real * body(x) - r_fake * body(y)).detach().sum(dim=0) * last.scale.detach()
     w = last.weight.detach()[0]
-    assert_close(-along[0], step - (step @ w) * w, atol=1e-5, rtol=1e-4)  # What is tangential of r-means.
+    assert_close(-along[0], step - (step @ w) * w, atol=1e-5, rtol=1e-4)  # Tangential part of r-means.
     base = GAN_LOSSES[name].real(last(body(x))).mean() + GAN_LOSSES[name].fake(last(body(y))).mean()
     leaves = [*body.parameters(), last.scale, last.bias]
     for got, plain in zip(torch.autograd.grad(discriminator_loss(name, real, fake), leaves),
@@ -203,14 +203,14 @@ def test_a_san_layer_finds_the_difference_of_means():
     half = torch.as_tensor(DELTA).float() / 2
     layer = SanLinear(2, 1, bias=False)
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[0.99995, 0.0099995]]))        # From where the GAN would stay.
+        layer.weight.copy_(torch.tensor([[0.99995, 0.0099995]]))        # A GAN would stay there.
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
     for _ in range(300):
         loss = discriminator_loss("hinge", layer.san(noise + half), layer.san(noise - half))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        layer.scale.data.fill_(1)                   # The features stand still: so does the scale.
+        layer.scale.data.fill_(1)                   # The features stand still, and so does the scale.
         project_directions(layer)
     assert (layer.direction()[0] @ half / half.norm()).item() == pytest.approx(1, abs=1e-3)
 

@@ -76,7 +76,7 @@ def test_frozen_parts_stay_and_the_rest_trains(stem, stage):
     for (name, a), b in zip(G_ema.state_dict().items(), by_old_rule.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
-    # No Adam, no gradients, no messages.
+    # Frozen parts are in no Adam, have no gradients and are in no messages.
     kept = {id(p) for name, p in stage.named_parameters() if name.startswith(frozen)}
     for phase in phases:
         grouped = [p for group in phase.optimizer.param_groups for p in group["params"]]

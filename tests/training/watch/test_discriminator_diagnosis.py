@@ -183,7 +183,7 @@ def test_features_are_those_of_the_training_step():
         now = patches(D, img)
         other = patches(D, img[:4])
     assert not torch.allclose(now[0][:4], other[0], atol=1e-3)
-    _, grouped = networks(3, split_group=4)                 # Whose training step moves singular vectors apart.
+    _, grouped = networks(3, split_group=4)                 # Its training step moves singular vectors by itself.
     grouped.load_own_state_dict({name: before[name] for name in grouped.own_state_dict()})
     grouped.discriminators.train()
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_diagnosis_of_networks(blobs, c_dim, diffaug):
     for net, values in zip((G, D), before, strict=True):
         for name, value in net.state_dict().items():
             assert torch.equal(value, values[name]), name
-    assert (found.num, found.classes) == ((72, 3) if c_dim else (96, 1))    # 100 images: three classes of 32.
+    assert (found.num, found.classes) == ((72, 3) if c_dim else (96, 1))    # Of 100 images, three classes of 32.
     assert [head.name for head in found.heads] == list(heads_of(D))
     for head in found.heads:
         assert all(np.isfinite(list(head.numbers().values())))

@@ -94,7 +94,7 @@ def verdicts(measures: list[Measures], first_step: int = CollapseWatch.WARMUP_ST
 ])
 def test_one_verdict_per_illness_after_three_ticks(bad, name):
     assert verdicts([bad] * 3 + [bad] * 2 + [GOOD]) == [[], [], [(name, True)], [], [], [(name, False)]]
-    assert not any(verdicts([bad, bad, GOOD] * 3))              # Not in a row.
+    assert not any(verdicts([bad, bad, GOOD] * 3))              # They are not in a row.
     short = verdicts([bad] * 13, steps=10)                      # Ticks of few iterations: three of them are too short.
     assert [i for i, said in enumerate(short) if said] == [10]
 

@@ -63,7 +63,7 @@ def test_measure_and_flow_of_an_exact_critic(sign):
     assert reached.objective == pytest.approx(RADIAL.value(1), abs=3 * reached.error)
     assert reached.penalty == pytest.approx(RADIAL.excess(1), abs=0.02)
     assert reached.error < 0.01
-    assert reached.norms.min() >= 1 - 1e-4              # Where the flow is, the slope is above 1: all over.
+    assert reached.norms.min() >= 1 - 1e-4              # The flow is everywhere, so the slope is above 1 everywhere.
     assert reached.norms.mean() > 1.3
     density, edges = reached.histogram()
     assert density.sum() * (edges[1] - edges[0]) == approx(1)
@@ -74,10 +74,10 @@ def test_measure_and_flow_of_an_exact_critic(sign):
     r = np.hypot(*np.meshgrid(found.centres, found.centres, indexing="ij"))
     radial = (found.flow[..., 0] * found.centres[:, None] + found.flow[..., 1] * found.centres[None]) / r
     band = (r > 1) & (r < 3)
-    flux = radial[band] * 2 * np.pi * r[band]           # Through the circle: F_x - F_y of the radius.
+    flux = radial[band] * 2 * np.pi * r[band]           # The flux through a circle is F_x - F_y of the radius.
     expected = -sign * RADIAL.at(r[band])[0]
     assert flux.mean() == pytest.approx(expected.mean(), rel=0.01)
-    assert np.abs(flux - expected).mean() < 0.1 * np.abs(expected).mean()           # The histogram's noise.
+    assert np.abs(flux - expected).mean() < 0.1 * np.abs(expected).mean()     # A histogram has noise.
     assert found.shortfall < 0.1
 
 
@@ -91,7 +91,7 @@ def test_pairs():
     generator = seeded(0, "p")
     x, y = pairs.resample(torch.arange(3.0)[:, None], torch.arange(3.0)[:, None])(2000, generator)
     counts = np.histogram2d(x[:, 0].numpy(), y[:, 0].numpy(), bins=3)[0]
-    assert counts.min() > 150           # Every pair, not i with i.
+    assert counts.min() > 150           # All pairs come, not only i with i.
     x, y = pairs.blobs()(5000, generator)
     assert x.std(dim=0).tolist() == pytest.approx([0.4, 0.4], abs=0.02)
     assert y[:, 0].abs().mean().item() == pytest.approx(1.5, abs=0.03)
@@ -135,7 +135,7 @@ def trained(draw, seed, **settings):
 def test_trained_on_the_line(sides):
     critic, reached = trained(LINE_PAIR, 0, sides=sides)
     slope = lambda r: critics.gradient(critic, torch.from_numpy(r).float()[:, None])[:, 0].numpy().astype(np.float64)
-    assert 0.995 * LINE.value(1) <= LINE.value_of(slope, 1) <= LINE.value(1)     # Without noise: at most P.
+    assert 0.995 * LINE.value(1) <= LINE.value_of(slope, 1) <= LINE.value(1)     # This has no noise.
     assert reached.objective == pytest.approx(3.0517, abs=3 * reached.error + 0.01)
     assert (reached.gap, reached.penalty) == pytest.approx((4.1034, 1.0517), abs=0.05)
     r = np.linspace(-0.5, 2.5, 13)

@@ -73,7 +73,7 @@ def test_values(exact, w1, congestion, at_1, at_10):
 def test_many_dimensions(dims, w1, congestion, at_1, at_10, at_1000):
     exact = oracles.radial_gaussians(dims, 1, 2)
     assert exact.w1 == pytest.approx(w1, abs=1e-5)
-    assert exact.congestion == pytest.approx(congestion, abs=1e-3)      # As many digits as were given.
+    assert exact.congestion == pytest.approx(congestion, abs=1e-3)      # The reference has no more digits.
     assert exact.value(1) == pytest.approx(at_1, abs=5e-4)
     assert exact.value(10) == pytest.approx(at_10, abs=1e-5)
     assert exact.value(1000) == pytest.approx(at_1000, abs=1e-5)
@@ -126,7 +126,7 @@ def test_momentum():
         slope = LINE.slope(r, lamb)
         flow = -2 * lamb * sigma * np.clip(np.abs(slope) - 1, 0, None) * np.sign(slope)
         assert flow == approx(-m, abs=1e-12)
-        assert (flow > 0).all()         # From x, on the left, to y.
+        assert (flow > 0).all()         # It goes from x, on the left, to y.
 
 
 def test_swap():
@@ -144,7 +144,7 @@ def test_dilation():
     wide = oracles.line_gaussians(0, 3, 6, 3)
     assert wide.w1 == approx(3 * LINE.w1, abs=1e-8)
     assert wide.excess(2) == approx(9 * LINE.excess(2), abs=1e-8)
-    tripled = finite_sample.solve(3 * X, 3 * Y, 30)         # Weight x s: all of P x s.
+    tripled = finite_sample.solve(3 * X, 3 * Y, 30)         # With s times the weight all of P is s times as large.
     assert tripled.dual == approx(3 * finite_sample.solve(X, Y, 10).dual, abs=1e-9)
 
 
@@ -181,7 +181,7 @@ def test_bounds():
     assert low <= 2.3296 <= high
     assert w1_at_most(LINE.value(1), 1) == pytest.approx(2.02578, abs=1e-5)
     assert w1_at_most(LINE.value(10), 10) == pytest.approx(2.00470, abs=1e-5)
-    point = np.zeros([2, 3])                        # Two point masses: both bounds are the value.
+    point = np.zeros([2, 3])                        # For two point masses both bounds are the value.
     assert finite_sample.bounds(point, point + [2, 0, 0], 10) == approx((2.1, 2.1))
 
 

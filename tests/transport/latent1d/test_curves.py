@@ -74,7 +74,8 @@ def semi_dual(places, points, potentials):
     return float(excess.min(axis=1).mean() + potentials.mean()), 1 / len(points) - mass
 
 
-def test_transport_and_assignment_agree():                 # On random curves.
+def test_transport_and_assignment_agree():
+    """On random curves."""
     rng = np.random.default_rng(0)
     for dims, n in ((1, 3), (2, 5), (3, 8)):
         points = point_sets.uniform(n, dims, rng)
@@ -92,7 +93,7 @@ def test_dual_is_concave_and_never_too_large():
     first, second = rng.normal(size=[2, 6])
     (a, slope), (b, _) = (semi_dual(places, points, v) for v in (first, second))
     assert max(a, b) <= w1 + 1e-12
-    assert b <= a + slope @ (second - first) + 1e-12            # A supergradient.
+    assert b <= a + slope @ (second - first) + 1e-12            # The slope is a supergradient.
     assert semi_dual(places, points, (first + second) / 2)[0] >= (a + b) / 2 - 1e-12
 
 #----------------------------------------------------------------------------

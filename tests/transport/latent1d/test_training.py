@@ -49,7 +49,7 @@ def test_training_finds_nothing_below_the_optimum():            # Not even in th
 
 
 @pytest.mark.parametrize("field", line_generators.FIELDS)
-def test_trained_against_a_critic(field):                       # A WGAN: on its way, never below the bound.
+def test_trained_against_a_critic(field):                       # A WGAN comes nearer and never goes below the bound.
     case = solve(KNOWN["triangle"])
     training = Training(speed=2 * case.walk.threshold, field=field, loss="critic", steps=150, cells=48)
     short, long = (train(case, dataclasses.replace(training, steps=steps), seed=0, number=0) for steps in (1, 150))

@@ -35,7 +35,7 @@ def test_known(name, cost, threshold, once):
 
 def test_walks_themselves():
     star = walks.shortest_walk(KNOWN["star"]).stops
-    assert star[1] == star[3] == 0                              # Leaf, centre, leaf, centre, leaf.
+    assert star[1] == star[3] == 0                              # The walk goes leaf, centre, leaf, centre, leaf.
     assert sorted(star[::2]) == [1, 2, 3]
     assert reverse_or_same(walks.shortest_walk(KNOWN["bent"]).stops, [3, 2, 1, 2, 0])
     assert reverse_or_same(walks.shortest_walk(KNOWN["eight"]).stops, [3, 2, 6, 0, 6, 5, 1, 7, 4])
@@ -106,14 +106,14 @@ def test_random_points_on_the_line():
 
 
 @pytest.mark.parametrize(("dims", "costs"), [(2, (0.478, 0.625, 0.651)), (3, (0.905, 1.092, 1.413))])
-def test_random_points_in_the_cube(dims, costs):                # D.6: 40 other draws; both means have an error.
+def test_random_points_in_the_cube(dims, costs):     # `costs` are of 40 other draws; both means have an error.
     rng = np.random.default_rng(1)
     for n, expected in zip((4, 6, 8), costs, strict=True):
         rate = growth.measure(n, dims, draws=40, gap=0, rng=rng)
         assert abs(rate.cost - expected) < 3 * np.sqrt(2) * rate.cost_error
 
 
-def test_rates():                                               # D.5: c* ~ n^(1 - 2/d), K* ~ n^(1 - 1/d).
+def test_rates():                                               # c* ~ n^(1 - 2/d), K* ~ n^(1 - 1/d).
     rng = np.random.default_rng(2)
     sizes = [6, 12, 24]
     rows = [growth.measure(n, 2, draws=10, gap=0.05, rng=rng) for n in sizes]

@@ -57,7 +57,7 @@ def test_documented_conversion_trains():
         for _ in range(2):
             names["train_step"](D, G, *optimizers, images, torch.randn(16, dcgan.Z_DIM, generator=draws))
         for net, start in zip((D, G), before, strict=True):
-            # Not the biases: the last one of a hinge discriminator is pulled up and down alike.
+            # Biases do not count: the last one of a hinge discriminator is pulled up and down alike.
             assert all((p != q).any() for p, q in zip(net.parameters(), start, strict=True) if p.ndim > 1)
         if layer is SanLinear:
             assert D.last.weight.norm().item() == approx(1)

@@ -168,7 +168,7 @@ def test_direction_of_sgd_is_where_a_small_step_leads():
     net = make_generator((1, 8, 8), width=4).double()
     critic = make_critic("infogan", (1, 8, 8), 4).double()
     z1, z2 = (torch.randn(3, 64, generator=seeded(0, name), dtype=torch.float64) for name in ("z1", "z2"))
-    net.train()(z2)         # So that running statistics are not their initial values.
+    net.train()(z2)         # This moves running statistics from their initial values.
     direction = misalignment.sgd_direction(net, critic, z1, z2)
     rate = 1e-6
 
