@@ -102,7 +102,7 @@ EQR = GeneratorKind(generator_formulas.equivariance_in("eqr"))
 
 #----------------------------------------------------------------------------
 
-METRICS = Registry("metric")
+METRICS: Registry[Metric] = Registry("metric")
 
 
 def register(metric: Metric) -> None:

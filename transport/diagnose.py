@@ -24,7 +24,7 @@ from training.step.blur import blur_sigma
 from training.watch.discriminator_diagnosis import LEVELS, Diagnosis, Settings, diagnose
 from transport.common import plotting
 
-DEFAULT_BATCH = 8           # Of the published runs, for files that do not say theirs.
+DEFAULT_BATCH = 8           # The published runs had this micro-batch; it stands in for files that do not name theirs.
 COLUMNS = {"inner_product": "ip", "floor": "floor", "gap": "gap", "separability": "S", "separability_optimal": "S opt",
            "w1_learned": "W1", "w1_optimal": "W1 opt", "w1_max": "max-ASW", "w1_floor": "W1 floor",
            "pair_ratio": "pairs", "tangent_ratio": "tangent"}
@@ -43,12 +43,12 @@ def load_discriminator(snapshot: dict[str, Any], file: Path, names: Sequence[str
     """D of a snapshot, on the CPU.
 
     Args:
-        snapshot: Of `legacy.open_snapshot`.
-        file: Where it came from, for messages.
+        snapshot: The result of `legacy.open_snapshot`.
+        file: The file that it came from, for messages.
         names: Where the backbones are now, in the order of the snapshot; none: where they were.
 
     Raises:
-        UserError: there is no D; it does not fit its settings; backbones that are others, or not to be had.
+        UserError: there is no D; it does not fit its settings; backbones are missing, or are not those of the snapshot.
     """
     if not snapshot.get("D") or not snapshot.get("discriminator_config"):
         notes = "; ".join(snapshot.get("notes") or [])
@@ -71,10 +71,10 @@ def load_discriminator(snapshot: dict[str, Any], file: Path, names: Sequence[str
 
 
 def load_data(path: str, G: Generator) -> ImageDataset:
-    """Real images for a generator.
+    """The real images that a generator was trained on.
 
     Raises:
-        UserError: images of another size; no labels, or other classes.
+        UserError: the images have another size, no labels, or other classes.
     """
     size, conditional = G.config.img_resolution, G.c_dim > 0
     dataset = ImageDataset(path)
@@ -92,7 +92,7 @@ def load_data(path: str, G: Generator) -> ImageDataset:
 
 
 def settings_of(snapshot: dict[str, Any], D: ProjectedDiscriminator, opts: EasyDict) -> Settings:
-    """What the run did to images at this snapshot, as far as the file says it."""
+    """Settings that do to images what the run did at this snapshot, as far as the file says it."""
     options = snapshot.get("options") or {}
     batch = opts.batch or options.get("batch_gpu") or D.config.split_group or DEFAULT_BATCH
     if D.config.split_group and batch % D.config.split_group:
@@ -149,7 +149,7 @@ def draw(diagnosis: Diagnosis, path: Path) -> Path:
 #----------------------------------------------------------------------------
 
 def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
-    """The diagnosis that the options ask for, and what it is of."""
+    """The diagnosis that the options ask for, and the facts about the snapshot that stand beside it."""
     file, device = find_snapshot(opts.network), torch.device(misc.select_device(opts.device))
     snapshot = open_snapshot(file)
     D = load_discriminator(snapshot, file, opts.backbones).to(device)
@@ -175,11 +175,11 @@ def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
 @click.option("--batch", metavar="INT", type=click.IntRange(min=1),
               help="Images over which heads normalise  [default: the run's micro-batch]")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Of images, latents and augmentation")
+              help="Decides images, latents and augmentation")
 @cli.device_option()
 @click.option("--outdir", metavar="DIR", help="Where diagnosis.png goes; default: nowhere")
 def main(**kwargs: Any) -> None:
-    """What a discriminator's last layers know: is each direction optimal, the slice separable, the features injective?
+    """Diagnose a discriminator's last layers: is each direction optimal, the slice separable, the features injective?
 
     The table goes to stderr, one line of JSON to stdout; docs/transport.md explains the numbers.
     """

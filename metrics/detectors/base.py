@@ -107,7 +107,7 @@ class DetectorKind:
     #                                                   The loaded network -> what `forward` takes, for this device.
 
 
-DETECTORS = Registry("detector")    # Name -> DetectorKind.
+DETECTORS: Registry[DetectorKind] = Registry("detector")
 
 #----------------------------------------------------------------------------
 

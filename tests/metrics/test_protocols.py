@@ -135,9 +135,9 @@ class TestValues:
             precision_recall(x, x)
         assert precision_recall(x, x + 3.7e5, dtype=torch.float32).recall == 19 / 20
 
-    def test_legacy_names_take_a_choice_of_the_real_images(self, real, gen, monkeypatch):
+    def test_legacy_names_take_a_choice_of_the_real_images(self, real, gen, replace):
         for name in ("fid50k", "kid50k", "pr50k3"):
-            monkeypatch.setitem(METRICS._items, name, dataclasses.replace(METRICS[name], num_real=100))
+            replace(METRICS, name, dataclasses.replace(METRICS[name], num_real=100))
         some = ArraySource(real.images[seeded_indices(230, 100, 0)])
         a, b = features(some, "pool"), features(gen, "pool")
         got = score(["fid50k", "kid50k", "pr50k3", "fid50k_full"], gen, Reference(real))
@@ -223,8 +223,8 @@ class TestNumbers:
         assert (tmp_path / "metric-pr50k3_full@num=40.jsonl").is_file()
         assert score_record(["fid"], gen, Reference(real), num=40)["metric"] == "fid"
 
-    def test_the_number_of_the_protocol_leaves_the_name(self, gen, real, monkeypatch):
-        monkeypatch.setitem(METRICS._items, "fid10k_full", dataclasses.replace(METRICS["fid10k_full"], num_gen=40))
+    def test_the_number_of_the_protocol_leaves_the_name(self, gen, real, replace):
+        replace(METRICS, "fid10k_full", dataclasses.replace(METRICS["fid10k_full"], num_gen=40))
         assert score_record(["fid10k_full"], gen, Reference(real), num=40)["metric"] == "fid10k_full"
 
     def test_more_images_give_a_seeded_choice_in_order(self, gen):
@@ -274,8 +274,8 @@ class TestReferences:
         assert pr["reference_fingerprint"] == real.fingerprint
         assert score_["reference"] is score_["num_real"] is None
 
-    def test_a_limit_cannot_be_taken_of_statistics(self, real, gen, monkeypatch):
-        monkeypatch.setitem(METRICS._items, "fid50k", dataclasses.replace(METRICS["fid50k"], num_real=100))
+    def test_a_limit_cannot_be_taken_of_statistics(self, real, gen, replace):
+        replace(METRICS, "fid50k", dataclasses.replace(METRICS["fid50k"], num_real=100))
         for num, text in ((230, "230"), (None, "an unknown number of")):
             with pytest.raises(UserError, match=rf"npz: holds statistics of {text} images, but the metric takes 100"):
                 score(["fid50k"], gen, Reference(statistics=(self.stored(real, num=num),)))
@@ -291,8 +291,8 @@ class TestReferences:
         with pytest.raises(UserError, match="1 generated image has no covariance"):
             score(["adm_fid50k"], ArraySource(random_images(1)), Reference(real), num=1)
 
-    def test_a_detector_without_the_output(self, real, gen, monkeypatch):
-        monkeypatch.setitem(DETECTORS._items, "flat", tiny_kind("logits"))
+    def test_a_detector_without_the_output(self, real, gen, replace):
+        replace(DETECTORS, "flat", tiny_kind("logits"))
         with pytest.raises(UserError, match="--detector=flat: sfid needs its output 'spatial'"):
             score(["sfid"], gen, Reference(real), detector="flat")
 
@@ -308,8 +308,8 @@ class TestRecord:
             ("fid", "free", 0)]
         assert results[3]["settings"]["rounded_to"] == "not rounded"
 
-    def test_the_detector_says_how_it_resizes(self, real, gen, monkeypatch):
-        monkeypatch.setitem(DETECTORS._items, INCEPTION, dataclasses.replace(tiny_kind(), resize="TF1 bilinear"))
+    def test_the_detector_says_how_it_resizes(self, real, gen, replace):
+        replace(DETECTORS, INCEPTION, dataclasses.replace(tiny_kind(), resize="TF1 bilinear"))
         assert score_record(["fid50k_full"], gen, Reference(real))["resize"] == "TF1 bilinear"
 
     def test_the_lines_of_adm(self, real, gen):
@@ -344,9 +344,9 @@ class LatentArray(ArraySource):
 @pytest.mark.numeric
 class TestGenerators:
     @pytest.fixture
-    def kind(self, monkeypatch):
+    def kind(self, replace):
         kind = GeneratorKind(lambda source, options: ({"": 3.5}, {"of": source.G, "detector": "net"}))
-        monkeypatch.setitem(METRICS._items, "ppl2_wend", Metric("ppl2_wend", kind, num_gen=NUM, protocol="stylegan"))
+        replace(METRICS, "ppl2_wend", Metric("ppl2_wend", kind, num_gen=NUM, protocol="stylegan"))
         return kind
 
     def test_values_and_record(self, kind, real):
@@ -364,11 +364,11 @@ class TestGenerators:
         with pytest.raises(UserError, match="--detector=vgg16: ppl2_wend measures the generator and takes none"):
             metric_main.preflight(["ppl2_wend"], options(detector="vgg16"))
 
-    def test_its_files_are_looked_for_first(self, kind, monkeypatch):
+    def test_its_files_are_looked_for_first(self, kind, replace):
         def missing(options):
             raise UserError("no weights")
-        monkeypatch.setitem(METRICS._items, "ppl2_wend",
-                            Metric("ppl2_wend", dataclasses.replace(kind, require=missing), num_gen=NUM))
+        replace(METRICS, "ppl2_wend",
+                Metric("ppl2_wend", dataclasses.replace(kind, require=missing), num_gen=NUM))
         with pytest.raises(UserError, match="no weights"):
             metric_main.preflight(["fid", "ppl2_wend"], options())
         assert not metric_main.needs_reference(["ppl2_wend"])

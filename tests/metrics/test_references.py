@@ -188,11 +188,11 @@ class TestBrokenFileOfOurs:
 #----------------------------------------------------------------------------
 
 class TestWhoMayUseWhat:
-    def test_other_weights_are_refused(self, tmp_path, detector, source, monkeypatch):
+    def test_other_weights_are_refused(self, tmp_path, detector, source, replace):
         save_statistics(tmp_path / "ref.npz", moments(detector, source), {})
         (read,) = load_statistics(tmp_path / "ref.npz")
         net = lambda: TinyNet(16, classes=3)
-        monkeypatch.setitem(DETECTORS._items, "tiny", DetectorKind(None, 16, ("pool",), net, tiny_forward("x")))
+        replace(DETECTORS, "tiny", DetectorKind(None, 16, ("pool",), net, tiny_forward("x")))
         with pytest.raises(UserError, match="made by detector tiny"):
             check_statistics(read, load_detector("tiny", CPU))
 

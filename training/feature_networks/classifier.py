@@ -6,13 +6,14 @@ Its cross entropy on generated images draws them towards the class that was aske
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
 from dnnlib import UserError
 from torch_utils.local_network import LocalNet, load_local_network
-from training.feature_networks.backbones import standardized
+from training.feature_networks.backbones import standardized, trained_with
 from training.feature_networks.fast import surroundings_of
 from training.feature_networks.registry import load_network
 from training.feature_networks.within import Surroundings, run_within
@@ -26,20 +27,18 @@ class Classifier(torch.nn.Module):
         net: The network itself.
         num_classes: Width of the logits.
         source: Where the weights came from.
-        sha256: Of the weights file; None for random weights.
+        sha256: SHA-256 of the weights file; None for random weights.
         surroundings: See `training.feature_networks.fast`.
     """
 
     def __init__(self, net: torch.nn.Module, source: str = "given", sha256: str | None = None):
         super().__init__()
         self.net = net.requires_grad_(False)
-        self.num_classes: int = net.num_classes
+        self.num_classes = cast(int, net.num_classes)
         self.source, self.sha256 = source, sha256
         self.surroundings: Surroundings | None = None
         if not isinstance(net, LocalNet):
-            cfg = net.pretrained_cfg
-            self.input_size = cfg["input_size"][-1]
-            self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
+            self.images = trained_with(net)
         self.train(False)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -60,14 +59,15 @@ class Classifier(torch.nn.Module):
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         if isinstance(self.net, LocalNet):
             return self.net.logits(self.net.prepare_float(images))
-        x = standardized(images, self.mean, self.std, self.net)
-        x = F.interpolate(x, size=self.input_size, mode="bilinear", align_corners=False)
-        return self.net(x)
+        x = standardized(images, self.images.mean, self.images.std, self.net)
+        x = F.interpolate(x, size=self.images.input_size, mode="bilinear", align_corners=False)
+        logits: torch.Tensor = self.net(x)
+        return logits
 
 #----------------------------------------------------------------------------
 
 def load_classifier(name: str, c_dim: int | None = None, class_names: Sequence[str] | None = None,
-                    weights: Sequence[str | os.PathLike] = ()) -> Classifier:
+                    weights: Sequence[str | os.PathLike[str]] = ()) -> Classifier:
     """A classifier on the CPU.
 
     Args:

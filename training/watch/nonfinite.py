@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to know about a run whose gradients stopped being finite: where it began, and what to go back to."""
+"""Explains to the user of a run whose gradients stopped being finite where that began, and what to go back to."""
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ def is_finite(value: Any) -> bool:
 
 
 class ForwardWatch:
-    """Within its block: the order in which modules run, and the first one whose output is not finite.
+    """Notes within its block in which order modules run, and the first one whose output is not finite.
 
     Modules inside others end before them, so the first one is as deep as possible.
     """
@@ -85,8 +85,8 @@ def rerun(phase: Phase, batch: MicroBatch, networks: Mapping[str, torch.nn.Modul
     """Run a phase once more without a step and look at every layer. Every process must call it.
 
     Returns:
-        first_bad_output: the first module whose output was not finite; bad_gradients: names of parameters in forward
-        order. Of the first process that saw something.
+        What the first process that saw something found. first_bad_output: the first module whose output was not
+        finite; bad_gradients: names of parameters in forward order.
     """
     own_name = next(name for name, network in networks.items() if network is phase.module)
     phase.before_step()

@@ -87,7 +87,7 @@ class Ticks:
         config, dataset = plan.config, plan.dataset
         self.plan, self.config, self.trainer, self.batches = plan, config, trainer, batches
         self.report, self.collector, self.beginning = report, collector, beginning
-        self.health = HealthCheck(config, dataset, trainer.device, trainer.guard)
+        self.health = HealthCheck(config, dataset, trainer.guard)
         self.diagnose = training_diagnosis(dataset, config.diagnose, config.batch_gpu, config.seed)
         self.snapshots = SnapshotTaker(plan, trainer, report, evaluate)
         self.saver = self.snapshots.saver

@@ -86,7 +86,7 @@ def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkey
     monkeypatch.setattr(training.trainer, "make_phases", poisoned_phases)
     result = run(tmp_path, data16, "--kimg=0.8", "--tick=0.016", "--snap=1")
     assert result.exit_code == EXIT_NONFINITE == 4
-    assert len(seen) <= 3 + 2 * 3                               # Noticed within two limits, and one more look.
+    assert len(seen) <= 3 + 2 * 3                               # It is noticed within two limits and one more look.
     folder = only_run(tmp_path)
     (path,) = folder.glob("nonfinite-*.json")
     dump = json.loads(path.read_text())
