@@ -198,8 +198,9 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 @click.command(cls=cli.Command)
-@click.option("--outdir", metavar="DIR", default="runs/demo", show_default=True, help="Where everything goes")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed")
+@click.option("--outdir", metavar="DIR", type=cli.PathType(), default="runs/demo", show_default=True,
+              help="Where everything goes")
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="Random seed")
 @click.option("--san", metavar="BOOL", type=bool, default=True, show_default=True,
               help="SAN heads; 0: plain hinge heads")
 @click.option("--quick", is_flag=True, help="The same path in about two minutes, without quality to expect")

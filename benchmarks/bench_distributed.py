@@ -135,9 +135,10 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 @click.command(cls=cli.Command)
-@click.option("--iterations", metavar="INT", type=click.IntRange(min=30), default=50, show_default=True,
+@click.option("--iterations", metavar="INT", type=cli.IntRange(min=30), default=50, show_default=True,
               help="Iterations per throughput measurement")
-@click.option("--folder", metavar="DIR", default=None, help="Where the state is written  [default: temporary folder]")
+@click.option("--folder", metavar="DIR", type=cli.PathType(), default=None,
+              help="Where the state is written  [default: temporary folder]")
 def main(iterations: int, folder: str | None) -> None:
     """Measure throughput at 1 and 2 processes, and the cost of saving and resuming ImageNet-256."""
     work = Path(tempfile.mkdtemp(dir=folder))

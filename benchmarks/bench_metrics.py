@@ -298,12 +298,13 @@ PARTS = ("frechet", "covariance", "formulas", "images", "large")
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="Small sizes, one repetition; nothing is written without --out")
 @click.option("--parts", metavar="LIST", default=",".join(PARTS), show_default=True, help="What to measure")
-@click.option("--images", metavar="INT", type=click.IntRange(min=64), default=None, help="Images  [default: 512]")
-@click.option("--resolution", metavar="INT", type=click.IntRange(min=8), default=256, show_default=True,
+@click.option("--images", metavar="INT", type=cli.IntRange(min=64), default=None, help="Images  [default: 512]")
+@click.option("--resolution", metavar="INT", type=cli.IntRange(min=8), default=256, show_default=True,
               help="Of the images, pixels")
-@click.option("--repeats", metavar="INT", type=click.IntRange(min=1), default=None,
+@click.option("--repeats", metavar="INT", type=cli.IntRange(min=1), default=None,
               help="Repetitions of each  [default: 5, 3 for images; --quick: 1]")
-@click.option("--out", metavar="FILE", default=None, help=f"Where to write  [default: {RESULT.relative_to(ROOT)}]")
+@click.option("--out", metavar="FILE", type=cli.PathType(), default=None,
+              help=f"Where to write  [default: {RESULT.relative_to(ROOT)}]")
 def main(quick: bool, parts: str, images: int | None, resolution: int, repeats: int | None, out: str | None) -> None:
     """Measure speed and memory of the metrics against torch-fidelity and SciPy."""
     names = parts.split(",")

@@ -210,14 +210,16 @@ def chosen(names: list[str]) -> list[Step]:
 
 
 @click.command(cls=cli.Command)
-@click.option("--minutes", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=8, show_default=True,
+@click.option("--minutes", metavar="FLOAT", type=cli.FloatRange(min=0, min_open=True), default=8, show_default=True,
               help="For everything together")
 @click.option("--quick", is_flag=True, help="In miniature, for a look at whether it runs")
 @click.option("--only", metavar="[STEP,STEP...|none]", type=cli.StrList(), default=None,
               help="Run these steps; results of the others stay as they are in --folder  [default: all, anew]")
-@click.option("--folder", metavar="DIR", default=str(ROOT / "build" / "gpu_report"), help="For results as JSON, logs "
+@click.option("--folder", metavar="DIR", type=cli.PathType(), default=str(ROOT / "build" / "gpu_report"),
+              help="For results as JSON, logs "
               "and files of the steps  [default: build/gpu_report]")
-@click.option("--dest", metavar="FILE", default=None, help="The table  [default: benchmarks/results/gpu.md; with "
+@click.option("--dest", metavar="FILE", type=cli.PathType(), default=None,
+              help="The table  [default: benchmarks/results/gpu.md; with "
               "--quick and without a GPU gpu.md in --folder]")
 @cli.device_option()
 def main(minutes: float, quick: bool, only: list[str] | None, folder: str, dest: str | None, device: str) -> None:

@@ -318,8 +318,9 @@ STEPS: dict[str, Callable[[Context], None]] = {
 
 @click.command(cls=cli.Command)
 @click.argument("name", metavar="STEP", type=click.Choice(list(STEPS)))
-@click.option("--out", metavar="FILE", required=True, help="JSON file of the results")
-@click.option("--folder", metavar="DIR", default="build/gpu_report", show_default=True, help="For the step's files")
+@click.option("--out", metavar="FILE", type=cli.PathType(), required=True, help="JSON file of the results")
+@click.option("--folder", metavar="DIR", type=cli.PathType(), default="build/gpu_report", show_default=True,
+              help="For the step's files")
 @click.option("--quick", is_flag=True, help="In miniature")
 @cli.device_option()
 def main(name: str, out: str, folder: str, quick: bool, device: str) -> None:

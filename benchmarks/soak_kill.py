@@ -184,12 +184,13 @@ def table(rows: list[tuple], command: str, total: int, tensors: int, minutes: fl
 
 
 @click.command(cls=cli.Command)
-@click.option("--kills", metavar="INT", type=click.IntRange(min=1), default=20, show_default=True, help="How often")
-@click.option("--seed", metavar="INT", type=int, default=0, show_default=True, help="Of the moments")
-@click.option("--gpus", metavar="INT", type=click.IntRange(min=1), default=1, show_default=True, help="Processes")
-@click.option("--kimg", metavar="KIMG", type=float, default=2.0, show_default=True, help="Length of the run")
-@click.option("--dest", metavar="FILE", default=str(ROOT / "benchmarks/results/soak_kill.md"), show_default=True,
-              help="Where the table goes")
+@click.option("--kills", metavar="INT", type=cli.IntRange(min=1), default=20, show_default=True, help="How often")
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="Of the moments")
+@click.option("--gpus", metavar="INT", type=cli.IntRange(min=1), default=1, show_default=True, help="Processes")
+@click.option("--kimg", metavar="KIMG", type=cli.FloatRange(min=0), default=2.0, show_default=True,
+              help="Length of the run")
+@click.option("--dest", metavar="FILE", type=cli.PathType(), default=str(ROOT / "benchmarks/results/soak_kill.md"),
+              show_default=True, help="Where the table goes")
 def main(kills: int, seed: int, gpus: int, kimg: float, dest: str) -> None:
     """Kill a small training run at random moments; compare its end with that of an unbroken one.
 

@@ -384,10 +384,10 @@ def write_report(folder: Path) -> Path:
 #----------------------------------------------------------------------------
 
 @click.command(cls=cli.Command)
-@click.argument("rundir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(rundir: Path) -> None:
+@click.argument("rundir", type=cli.PathType())
+def main(rundir: str) -> None:
     """Draw report.html of the run folder RUNDIR."""
-    click.echo(write_report(rundir))
+    click.echo(write_report(Path(rundir)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dnnlib import UserError
 from dnnlib.util import atomic_write_text, format_bytes, format_time
 from torch_utils import distributed
 from torch_utils.images import image_grid, save_image, to_uint8_sample
-from torch_utils.misc import evaluating, one_hot
+from torch_utils.misc import evaluating, one_hot, random_state
 from torch_utils.training_stats import Stat
 from training.config import TrainConfig, to_dict
 from training.dataset import ImageDataset
@@ -247,7 +247,7 @@ class SampleSheets:
         per_side = max(min(max_pixels // dataset.resolution, 16), 2)
         self.columns = per_side
         self.rows = min(c_dim, per_side) if c_dim > 0 else per_side
-        rng = np.random.RandomState(seed)
+        rng = random_state(seed)
         self.items, self.labels = [], []
         for row in range(self.rows):
             choices = np.flatnonzero(dataset.labels == row) if c_dim > 0 else np.arange(len(dataset))
