@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import format_time
+from dnnlib.util import append_text, format_time
 from metrics.detectors import Detector
 from metrics.jobs import Job
 from metrics.references import Reference
@@ -114,8 +114,7 @@ def append_line(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
     """Append a record to metric-<name>.jsonl in `folder`; earlier lines stay."""
     path = Path(folder) / f"metric-{record['metric']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json_line(record) + "\n")
+    append_text(path, json_line(record) + "\n")
 
 
 # What ADM's evaluator prints, and the result that it stands for.

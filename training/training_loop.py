@@ -106,6 +106,7 @@ def training_loop(
     if resumed:
         state.load_content(saved)
         saved = None        # Frees its memory.
+        report.continue_at(state.cur_nimg)
         report.say(f"resuming at kimg {state.cur_nimg / 1e3:.1f}, after {format_time(state.elapsed)} of training")
     elif start is not None:
         report.say(start_from(state, start, dataset.class_names, config))
