@@ -2,6 +2,7 @@
 import io
 import json
 import sys
+import time
 import types
 
 import numpy as np
@@ -194,10 +195,11 @@ def test_a_damaged_id_of_wandb_is_made_anew(tmp_path, wandb):
     assert json.loads((tmp_path / "wandb-run.json").read_text())["id"] == ids[-1]
 
 
-def test_steps_of_tensorboard_run_forwards_after_a_restart(tmp_path):
+def test_steps_of_tensorboard_run_forwards_after_a_restart(tmp_path, monkeypatch):
     """What a killed run drew after its last state is void: the next start draws it again."""
     starts = ((1.0, None, (4000, 8000, 12_000)), (2.0, 6000, (10_000, 14_000)), (3.0, 14_000, (18_000,)))
     for value, start, nimgs in starts:
+        monkeypatch.setattr(time, "time", lambda value=value: 1e9 + value)      # Event files are read in this order.
         report = Reporter(tmp_path, config())
         if start is not None:
             report.continue_at(start)
