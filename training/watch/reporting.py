@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run tells: status line, stats.jsonl, TensorBoard, W&B, sample sheets. From rank 0, and always appended."""
+import contextlib
 import json
 import os
 import sys
@@ -136,6 +137,16 @@ def memory_gb() -> dict[str, float]:
     return memory
 
 
+def print_nowhere() -> None:
+    """Nobody reads the output any more: what is printed from now on, and when Python ends, meets no error."""
+    with contextlib.suppress(OSError):      # Also what is no file, such as the output within a test.
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, sys.stdout.fileno())
+        finally:
+            os.close(null)
+
+
 class Reporter:
     """Writes one line per tick to the screen and to log.txt, and the same numbers to stats.jsonl, TensorBoard and, with
     `config.wandb`, Weights & Biases. Only log.txt, stats.jsonl and the metrics' files may stop a run (a full disk):
@@ -170,7 +181,7 @@ class Reporter:
             try:
                 print(text, flush=True)
             except OSError:     # The terminal was closed, or the program that read the lines ended.
-                sys.stdout = open(os.devnull, "w", encoding="utf-8")
+                print_nowhere()
             append_text(self.folder / "log.txt", text + "\n")
 
     def tick(self, stats: dict[str, Stat], cur_nimg: int, total_nimg: int, progress: dict[str, float | None],
