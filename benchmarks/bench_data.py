@@ -173,7 +173,7 @@ def worker_bytes(who: str, path: Path, workers: int) -> int | None:
     try:
         total = 0
         for process in multiprocessing.active_children():
-            report = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            report = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="utf-8")
             total += next(int(line.split()[1]) << 10 for line in report.splitlines() if line.startswith("Pss:"))
         return total
     except OSError:         # Not Linux.

@@ -66,7 +66,7 @@ def images_per_second(processes: int, iterations: int, threads: int) -> float:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         (stats,) = work.glob("0*/stats.jsonl")
-        ticks = [json.loads(line) for line in stats.read_text().splitlines()]
+        ticks = [json.loads(line) for line in stats.read_text(encoding="utf-8").splitlines()]
         seconds = [tick["Progress/sec_per_kimg"] for tick in ticks[1:]]     # The first holds the warm-up.
         return 1000 / float(np.median(seconds))
 

@@ -96,7 +96,8 @@ def reference_form() -> Any:
 def has_bf16() -> bool:
     """Whether the processor multiplies in bfloat16."""
     path = Path("/proc/cpuinfo")
-    return path.is_file() and any(f" {name}" in path.read_text() for name in ("avx512_bf16", "amx_bf16"))
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return any(f" {name}" in text for name in ("avx512_bf16", "amx_bf16"))
 
 
 def forms_of(device: torch.device) -> dict[str, tuple[Callable[[], Any], str]]:

@@ -157,7 +157,7 @@ def worker_peak(result: dict[str, Any]) -> None:
 
     VmHWM, because ru_maxrss begins with the memory of the process that started this one.
     """
-    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     print(json.dumps({**result, "peak": int(peak) * 1.024e-3}))
 
 
@@ -224,7 +224,7 @@ def run_worker(name: str, *args: str) -> dict[str, Any]:
     """One of them in a new process."""
     code = "import sys; from benchmarks.bench_metrics import WORKERS; WORKERS[sys.argv[1]](*sys.argv[2:])"
     done = subprocess.run([sys.executable, "-c", code, name, *args], cwd=ROOT, check=True, stdout=subprocess.PIPE,
-                          text=True)
+                          encoding="utf-8")
     return json.loads(done.stdout.splitlines()[-1])
 
 #----------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class Runner:
     def continue_from_folder(self) -> None:
         """Outcomes of an earlier report with the same options stay; those of others do not belong beside them."""
         with contextlib.suppress(OSError, ValueError):
-            before = json.loads((self.folder / "report.json").read_text())
+            before = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
             if before["options"] == list(self.options):
                 self.outcomes, self.date = before["outcomes"], before["date"]
                 return
@@ -183,7 +183,7 @@ def send(group: int, number: signal.Signals) -> None:
 
 def last_line(path: Path) -> str:
     """Of a log, without what would not fit into a table."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it printed nothing"
 
 

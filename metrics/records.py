@@ -36,7 +36,8 @@ def code_version() -> dict[str, str | None]:
     if (ROOT / ".git").exists():
         try:
             command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
-            answer = subprocess.run(command, cwd=ROOT, timeout=20, capture_output=True, text=True, check=False)
+            answer = subprocess.run(command, cwd=ROOT, timeout=20, capture_output=True, encoding="utf-8",
+                                    errors="replace", check=False)
             commit = answer.stdout.strip() or None
         except (OSError, subprocess.TimeoutExpired):
             commit = None

@@ -164,7 +164,7 @@ def cpu_bytes_per_image(config: GeneratorConfig) -> int:
 def free_memory() -> int:
     """Bytes that the machine has left, as far as it says."""
     try:
-        with open("/proc/meminfo") as f:
+        with open("/proc/meminfo", encoding="utf-8") as f:
             fields = dict(line.split(":") for line in f)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
