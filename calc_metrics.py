@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 import dnnlib.cli
 from dnnlib import EasyDict, UserError
+from dnnlib.download import local_file
 from inference import image_inputs
 from metrics import metric_main, protocols, records
 from metrics.latents import check_untruncated
@@ -173,6 +174,8 @@ def preflight(opts: EasyDict) -> list[str]:
     Raises:
         UserError: a path where nothing is, an unknown name, weights that cannot be had.
     """
+    if opts.ref is not None:
+        opts.ref = str(local_file(opts.ref))        # From now on, if it was an address.
     for path in (opts.images, opts.data, opts.ref):
         if path is not None:
             image_inputs.kind_of(path)

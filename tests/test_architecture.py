@@ -60,6 +60,7 @@ CONFINED = {
     "timm": {"training/feature_networks/", "metrics/detectors/"},
     "torch_fidelity": {"metrics/detectors/"},
     "requests": {"dnnlib/download.py"},
+    "urllib3": {"dnnlib/download.py"},
     "matplotlib": {"training/watch/html_report.py", "transport/common/plotting.py"},
     "ot": {"transport/latent1d/semidiscrete.py"},
     "wandb": {"training/watch/reporting.py"},
@@ -241,7 +242,8 @@ def test_text_is_in_utf_8(path):
 
 def test_text_without_encoding_is_found():
     for code in ("open(p)", "open(p, 'a')", "p.read_text()", "p.write_text(x)", "io.TextIOWrapper(f)",
-                 "open(p, mode='w')", "open(p, 'w' if new else 'ab')", "run(c, text=True)", "p.read_text(errors='replace')"):
+                 "open(p, mode='w')", "open(p, 'w' if new else 'ab')", "run(c, text=True)",
+                 "p.read_text(errors='replace')"):
         assert opens_text_without_encoding(ast.parse(code, mode="eval").body), code
     for code in ("open(p, 'rb')", "open(p, mode='ab')", "open(p, 'a', encoding='utf-8')", "os.open(p, 0)",
                  "archive.open(name)", "p.read_text('utf-8')", "open(p, 'ab' if old else 'wb')", "f.text(text(x))"):
