@@ -115,6 +115,7 @@ def stage_dataset(opts: EasyDict, dataset: Any):
 def generator_settings(opts: EasyDict, dataset: Any, stem: dict[str, Any] | None):
     """GeneratorConfig of the stem or stage that the options describe."""
     from training.generator.layer_schedule import stem_config, superres_config
+    from training.run.init_from import check_stem_classes
     from training.run.snapshots import generator_config
     rotation = opts.cfg == "stylegan3-r"
     full_precision = opts.fp32 or opts.precision == "fp32"
@@ -124,9 +125,7 @@ def generator_settings(opts: EasyDict, dataset: Any, stem: dict[str, Any] | None
                            rotation, full_precision, c_dim=dataset.c_dim, w_dim=opts.w_dim,
                            mapping_layers=opts.map_depth)
     below = generator_config(stem)
-    if below.c_dim != dataset.c_dim:
-        raise UserError(f"--path_stem: the stem has {below.c_dim} classes, --data with --cond={int(opts.cond)} has "
-                        f"{dataset.c_dim}: use the data set that the stem was trained on, at the new resolution")
+    check_stem_classes(stem, dataset.class_names)
     config = superres_config(below, opts.up_factor, opts.head_layers, rotation, full_precision)
     if config.img_resolution != dataset.resolution:
         raise UserError(f"--up_factor={opts.up_factor} makes {config.img_resolution} pixels of the stem's "
