@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 import dnnlib.cli
 from dnnlib import EasyDict, UserError
+from dnnlib.download import local_file
 from inference import image_inputs
 from metrics import metric_main, protocols, records
 from metrics.latents import check_untruncated
@@ -173,6 +174,8 @@ def preflight(opts: EasyDict) -> list[str]:
     Raises:
         UserError: a path where nothing is, an unknown name, weights that cannot be had.
     """
+    if opts.ref is not None:
+        opts.ref = str(local_file(opts.ref))        # From now on, if it was an address.
     for path in (opts.images, opts.data, opts.ref):
         if path is not None:
             image_inputs.kind_of(path)
@@ -227,44 +230,51 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
 
 
 @click.command(cls=dnnlib.cli.Command)
-@click.argument("paths", metavar="[REF SAMPLES]", nargs=-1)
+@click.argument("paths", metavar="[REF SAMPLES]", nargs=-1, type=dnnlib.cli.PathType())
 @click.option("--metrics", metavar="[NAME,NAME...|none]", type=dnnlib.cli.StrList(), default="fid50k_full",
               show_default=True, help=f"Protocols: {', '.join(OFFICIAL)}; groups: {', '.join(protocols.GROUPS)}; with "
               f"--detector of your choice: {', '.join(FREE)}")
-@click.option("--network", metavar="PKL|DIR", help="Generator to score: a snapshot, an official pickle, or a run")
-@click.option("--images", metavar="ZIP|DIR|NPZ|TAR", help="Images to score instead of a generator")
-@click.option("--data", metavar="ZIP|DIR", help="Real images to compare with")
-@click.option("--ref", metavar="NPZ|PKL|ZIP|DIR|TAR", help="The same, or stored statistics: ours, ADM's, EDM's...")
-@click.option("--save-ref", metavar="NPZ", help="Write the statistics of --data or --ref to this file")
-@click.option("--save-ref-images", metavar="INT", type=click.IntRange(min=0), help="Keep so many of its images in "
+@click.option("--network", metavar="PKL|DIR", type=dnnlib.cli.PathType(addresses=True),
+              help="Generator to score: a snapshot, an official pickle, or a run")
+@click.option("--images", metavar="ZIP|DIR|NPZ|TAR", type=dnnlib.cli.PathType(),
+              help="Images to score instead of a generator")
+@click.option("--data", metavar="ZIP|DIR", type=dnnlib.cli.PathType(), help="Real images to compare with")
+@click.option("--ref", metavar="NPZ|PKL|ZIP|DIR|TAR", type=dnnlib.cli.PathType(addresses=True),
+              help="The same, or stored statistics: ours, ADM's, EDM's...")
+@click.option("--save-ref", metavar="NPZ", type=dnnlib.cli.PathType(),
+              help="Write the statistics of --data or --ref to this file")
+@click.option("--save-ref-images", metavar="INT", type=dnnlib.cli.IntRange(min=0), help="Keep so many of its images in "
               "--save-ref, for precision and recall  [default: 10000 if --metrics has adm_pr50k, else none]")
-@click.option("--detector", metavar="NAME|PATH", help=f"Feature network of {', '.join(FREE)} and --save-ref: "
+@click.option("--detector", metavar="NAME|PATH", type=dnnlib.cli.PathType(addresses=True),
+              help=f"Feature network of {', '.join(FREE)} and --save-ref: "
               "inception-2015-12-05, vgg16, ... or a judge's .safetensors  [default: inception; for pr vgg16]")
-@click.option("--num", metavar="INT", type=click.IntRange(min=1),
+@click.option("--num", metavar="INT", type=dnnlib.cli.IntRange(min=1),
               help="Images to score instead of the number that the name says; the result's name then says it  "
               "[default: of the protocol, else 50000]")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
+@click.option("--seed", metavar="INT", type=dnnlib.cli.Seed(), default=0, show_default=True,
               help="Of latents, classes and every random choice of a metric")
 @click.option("--labels", metavar="dataset|uniform|balanced", default="dataset", show_default=True,
               type=click.Choice(["dataset", "uniform", "balanced"]), help="How classes of generated images are drawn: "
               "as often as in --data, all alike, or equally many of each")
-@click.option("--trunc", metavar="FLOAT", type=float, default=1, show_default=True, help="Truncation psi")
+@click.option("--trunc", metavar="FLOAT", type=dnnlib.cli.FloatRange(), default=1, show_default=True,
+              help="Truncation psi")
 @click.option("--mirror", metavar="BOOL", type=bool, default=False, show_default=True,
               help="fid, kid, pr, sfid, the names without _full, --save-ref: add mirrored real images")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=64, show_default=True,
+@click.option("--batch", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=64, show_default=True,
               help="Images generated or read at a time; moves no result")
-@click.option("--gpus", metavar="INT", type=click.IntRange(min=1), default=1, show_default=True,
+@click.option("--gpus", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=1, show_default=True,
               help="Processes to start on this machine (torchrun works too)")
-@click.option("--workers", metavar="INT", type=click.IntRange(min=0),
+@click.option("--workers", metavar="INT", type=dnnlib.cli.IntRange(min=0),
               help="Processes that decode real images  [default: 3 with a GPU, else 0]")
 @dnnlib.cli.precision_option()
 @dnnlib.cli.device_option()
-@click.option("--weights", metavar="DIR", help="Folder with files of detector weights")
+@click.option("--weights", metavar="DIR", type=dnnlib.cli.PathType(), help="Folder with files of detector weights")
 @click.option("--offline", is_flag=True, help="Never download")
 @click.option("--allow-unverified-weights", is_flag=True, help="Take files of weights that are not the published ones; "
               "such results are for testing")
 @click.option("--no-cache", is_flag=True, help="Neither use nor keep statistics of real images")
-@click.option("--out", metavar="DIR", help="Append results to metric-<name>.jsonl in this folder")
+@click.option("--out", metavar="DIR", type=dnnlib.cli.PathType(),
+              help="Append results to metric-<name>.jsonl in this folder")
 @click.option("--verbose", metavar="BOOL", type=bool, default=True, show_default=True, help="Progress bars")
 @click.pass_context
 def main(ctx: click.Context, /, **kwargs: Any) -> None:

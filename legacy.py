@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
+from dnnlib.download import local_file
 from dnnlib.util import file_sha256, list_some
 from torch_utils import checkpoint, safe_pickle
 from torch_utils.pickle_modules import (
@@ -56,12 +57,12 @@ class LoadedNetwork:
 def find_snapshot(path: str | os.PathLike[str]) -> Path:
     """The snapshot that `path` names: the file itself, or of a run's folder the best model, else the newest snapshot.
 
+    An https:// address is downloaded once, to the cache.
+
     Raises:
         UserError: nothing there.
     """
-    if str(path).startswith(("http://", "https://")):
-        raise UserError(f"{path}: give a file on this machine: download the snapshot first")
-    path = Path(path)
+    path = local_file(path)
     if path.is_file():
         return path
     if not path.is_dir():

@@ -9,6 +9,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import list_some
 from torch_utils.images import to_uint8_metric
+from torch_utils.misc import random_state
 from training.data.randomness import CounterRNG
 from training.generator.layer_schedule import largest_batch
 from training.generator.synthesis import require_finite, synthesize
@@ -19,12 +20,12 @@ from training.networks_stylegan3 import Generator
 
 def seed_latent(seed: int, z_dim: int) -> torch.Tensor:
     """The official latent of a seed: float32 [z_dim], standard normal."""
-    return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim)[0]).float()
+    return torch.from_numpy(random_state(seed).randn(1, z_dim)[0]).float()
 
 
 def seed_label(seed: int, c_dim: int) -> int:
     """The official class of a seed for which none was asked."""
-    return int(np.random.RandomState(seed).randint(0, c_dim, 1)[0])
+    return int(random_state(seed).randint(0, c_dim, 1)[0])
 
 
 def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int:

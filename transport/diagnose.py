@@ -164,20 +164,21 @@ def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
 
 
 @click.command(cls=cli.Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--network", metavar="PKL|DIR", required=True, help="A network snapshot with its discriminator, or a run")
-@click.option("--data", metavar="ZIP|DIR", required=True, help="The images that it was trained on")
+@click.option("--network", metavar="PKL|DIR", type=cli.PathType(addresses=True), required=True,
+              help="A network snapshot with its discriminator, or a run")
+@click.option("--data", metavar="ZIP|DIR", type=cli.PathType(), required=True, help="The images that it was trained on")
 @click.option("--which", type=click.Choice(["G", "G_ema"]), default="G", show_default=True,
               help="Whose images: D was trained against those of G")
-@click.option("--backbones", metavar="NAME,...", type=cli.StrList(), default="",
+@click.option("--backbones", metavar="NAME,...", type=cli.PathList(), default="",
               help="Where the feature networks of D are now  [default: where they were]")
-@click.option("--num", metavar="INT", type=click.IntRange(min=1), default=2048, show_default=True,
+@click.option("--num", metavar="INT", type=cli.IntRange(min=1), default=2048, show_default=True,
               help="Images per side, at most those of --data")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1),
+@click.option("--batch", metavar="INT", type=cli.IntRange(min=1),
               help="Images over which heads normalise  [default: the run's micro-batch]")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True,
               help="Decides images, latents and augmentation")
 @cli.device_option()
-@click.option("--outdir", metavar="DIR", help="Where diagnosis.png goes; default: nowhere")
+@click.option("--outdir", metavar="DIR", type=cli.PathType(), help="Where diagnosis.png goes; default: nowhere")
 def main(**kwargs: Any) -> None:
     """Diagnose a discriminator's last layers: is each direction optimal, the slice separable, the features injective?
 

@@ -262,6 +262,23 @@ def test_mistakes(network, tmp_path, args, message):
     assert message in result.output
 
 
+def test_seeds_of_64_bits(network, tmp_path):
+    result = invoke(f"--network={network}", "--seeds=4294967296,18446744073709551615", f"--outdir={tmp_path}")
+    assert result.exit_code == 0, result.output
+    first, last = (images(tmp_path)[f"seed{seed}.png"] for seed in (2 ** 32, 2 ** 64 - 1))
+    assert not np.array_equal(first, last)
+
+
+def test_seeds_without_end_are_one_line(network, tmp_path):
+    for seeds, said in (("0-99999999999", "at most 1000000"), ("18446744073709551616", "at most 18446744073709551615")):
+        result = invoke(f"--network={network}", f"--seeds={seeds}", f"--outdir={tmp_path}")
+        assert result.exit_code == 2
+        assert said in result.output
+    result = invoke(f"--network={network}", "--seeds=0-999999", f"--sheet={tmp_path / 'sheet.png'}")
+    assert result.exit_code == 2
+    assert "give at most 10922 --seeds, or --outdir" in result.output
+
+
 def test_outdir_or_sheet(network):
     assert "one of the two" in invoke(f"--network={network}", "--seeds=0").output
 

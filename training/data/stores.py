@@ -114,7 +114,7 @@ class ZipStore:
     def _descriptor(self) -> int:
         """The archive, opened when it is needed."""
         if self._fd is None:
-            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
             try:
                 self._check_unchanged(os.fstat(fd))
             except UserError:

@@ -25,7 +25,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.download import cache_dir
-from dnnlib.util import atomic_file
+from dnnlib.util import atomic_file, read_at
 from training.data.labels import (
     METADATA_NAME,
     PLAIN_NAME,
@@ -129,12 +129,12 @@ def read_member(fd: int, member: Sequence[int]) -> bytes:
     offset, compressed, size, crc, method = member
     if max(size, compressed) > MAX_MEMBER:
         raise OSError(f"it is of {max(size, compressed)} bytes, at most {MAX_MEMBER} are read")
-    data = os.pread(fd, compressed + READ_AHEAD, offset)
+    data = read_at(fd, compressed + READ_AHEAD, offset)
     if len(data) < LOCAL_BYTES or data[:4] != LOCAL_HEADER:
         raise OSError("the archive is damaged here")
     start = LOCAL_BYTES + sum(struct.unpack_from("<HH", data, 26))     # May differ from the central directory's.
     if len(data) < start + compressed:
-        data, start = os.pread(fd, compressed, offset + start), 0
+        data, start = read_at(fd, compressed, offset + start), 0
     content: Any = memoryview(data)[start:start + compressed]
     if method == zipfile.ZIP_DEFLATED:
         try:

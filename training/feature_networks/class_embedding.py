@@ -209,13 +209,14 @@ def save_table(path: str | os.PathLike[str], table: torch.Tensor, facts: dict[st
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
-@click.option("--data", help="Images with labels", metavar="ZIP|DIR", required=True)
-@click.option("--backbone", help="Feature network: see --backbones of train.py", metavar="NAME", show_default=True,
-              default=DEFAULT_BACKBONE)
-@click.option("--out", help="Where to save the table", metavar="FILE.safetensors|FILE.npy", required=True)
-@click.option("--seed", help="Chooses the images of large classes", metavar="INT", type=click.IntRange(min=0),
+@click.option("--data", help="Images with labels", metavar="ZIP|DIR", type=cli.PathType(), required=True)
+@click.option("--backbone", help="Feature network: see --backbones of train.py", metavar="NAME", type=cli.PathType(),
+              show_default=True, default=DEFAULT_BACKBONE)
+@click.option("--out",
+              help="Where to save the table", metavar="FILE.safetensors|FILE.npy", type=cli.PathType(), required=True)
+@click.option("--seed", help="Chooses the images of large classes", metavar="INT", type=cli.Seed(),
               default=0, show_default=True)
-@click.option("--workers", help="Processes that load images", metavar="INT", type=click.IntRange(min=0), default=3,
+@click.option("--workers", help="Processes that load images", metavar="INT", type=cli.IntRange(min=0), default=3,
               show_default=True)
 @cli.device_option()
 def main(data: str, backbone: str, out: str, seed: int, workers: int, device: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import atomic_write_text
+from dnnlib.util import append_text, atomic_write_text, normalized_name
 from torch_utils import distributed
 from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
 from training.dataset import ImageDataset
@@ -103,7 +103,7 @@ class RunChoice:
 
 def description(name: str) -> str:
     """A folder's or run's description without its number, processes and batch, which may differ."""
-    return re.sub(r"-gpus\d+-batch\d+", "", re.sub(r"^\d{5}-", "", name), count=1)
+    return re.sub(r"-gpus\d+-batch\d+", "", re.sub(r"^\d{5}-", "", normalized_name(name)), count=1)
 
 
 def has_state(folder: Path) -> bool:
@@ -114,7 +114,7 @@ def has_state(folder: Path) -> bool:
 def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
-        options = json.loads((folder / OPTIONS_FILE).read_text())
+        options = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
         return options if isinstance(options, dict) else None
     except (OSError, ValueError):
         return None
@@ -215,8 +215,7 @@ def create_run(choice: RunChoice, config: TrainConfig, info: Mapping[str, Any]) 
         remove_leftovers(folder)
         content = to_dict(config) | {RUN_INFO: {**info, "starts": starts}}
         atomic_write_text(folder / OPTIONS_FILE, json.dumps(content, indent=2) + "\n")
-        with open(folder / "log.txt", "a") as f:
-            f.writelines(f"{note}\n" for note in choice.notes)
+        append_text(folder / "log.txt", "".join(f"{note}\n" for note in choice.notes))
     except OSError as err:
         raise UserError(f"--outdir: cannot write to {folder} ({os.strerror(err.errno or 0)}): "
                         "name a folder that you may write to") from err

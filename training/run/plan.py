@@ -27,7 +27,7 @@ from training.generator.layer_schedule import stem_config, superres_config
 from training.generator.superres import stage_table
 from training.run.batch_size import check_index_range, default_batch_gpu, find_batch_gpu, usable_sizes
 from training.run.folder import RunChoice, find_run, read_options, run_info
-from training.run.init_from import check_generator
+from training.run.init_from import check_generator, check_stem_classes
 from training.run.networks import Stem
 from training.run.options import Preset, TrainOptions, check_options, filled_preset
 from training.run.snapshots import Snapshot, generator_config
@@ -120,9 +120,7 @@ def _generator(options: TrainOptions, preset: Preset, dataset: ImageDataset, ste
                            preset.margin, rotation, full_precision, c_dim=dataset.c_dim, w_dim=preset.w_dim,
                            mapping_layers=options.map_depth)
     below = stem.config
-    if below.c_dim != dataset.c_dim:
-        raise UserError(f"--path_stem: the stem has {below.c_dim} classes, --data with --cond={int(options.cond)} has "
-                        f"{dataset.c_dim}: use the data set that the stem was trained on, at the new resolution")
+    check_stem_classes(stem.snapshot or {"generator_config": {"c_dim": below.c_dim}}, dataset.class_names)
     config = superres_config(below, options.up_factor, preset.head_layers, rotation, full_precision)
     if config.img_resolution != dataset.resolution:
         raise UserError(f"--up_factor={options.up_factor} makes {config.img_resolution} pixels of the stem's "

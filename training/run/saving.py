@@ -6,7 +6,6 @@ model, what `--keep` lets go, the state. A kill at any moment leaves files that 
 """
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import format_bytes, link_or_copy
 from torch_utils import checkpoint, distributed
+from torch_utils.memory import free_memory
 from training.config import TrainConfig
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.snapshots import (
@@ -50,20 +50,6 @@ def tensor_bytes(value: Any) -> int:
         return value.numel() * value.element_size()
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return sum(tensor_bytes(item) for item in items)
-
-
-def available_memory() -> int | None:
-    """Bytes that this process may still take: what the system has left, or its control group; None where unknown."""
-    found = []
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if meminfo.is_file() and (match := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        found.append(int(match[1]) * 1024)
-    try:                    # Without the cache of files, which gives way.
-        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        found.append(int((group / "memory.max").read_text()) - int(used[1] if used else 0))
-    except (OSError, ValueError):
-        pass                # No such control group, or one without a limit ("max").
-    return min(found, default=None)
 
 #----------------------------------------------------------------------------
 
@@ -218,7 +204,7 @@ class Saver:
         content = training_state(trainer.state_dict())
         if not self.config.saving.background:
             return content, False
-        size, left = tensor_bytes(content), available_memory()
+        size, left = tensor_bytes(content), free_memory()
         if left is not None and size > left / 2:
             if not self._told:
                 self.say(f"saving in the foreground: a copy of the state takes {format_bytes(size)}, more than half of "

@@ -9,7 +9,6 @@ import datetime
 import html
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import PIL.Image
 
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write_text, format_time
-from training.run.folder import OPTIONS_FILE
+from training.run.folder import OPTIONS_FILE, read_options
 
 REPORT_FILE = "report.html"
 MAX_SHEETS = 6          # Sample sheets over time that are shown.
@@ -34,16 +33,19 @@ REAL, FAKE, OTHER = "#1f6fb4", "#d1602a", "#3c8d5a"     # Colours: what belongs 
 # Reading.
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file that count; none if there is no file.
+    """The lines of a .jsonl file that count, objects with a number cur_nimg; none if there is no file.
 
     Lines hold cur_nimg and run_start (how often the run had been started). What a killed run wrote after its last state
-    is written again by the next start: the later line counts. A line cut off by a kill is passed over.
+    is written again by the next start: the later line counts. A line that a kill cut off, or a disk damaged, is passed
+    over.
     """
     lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(line, dict) or not isinstance(line.get("cur_nimg"), int):
             continue
         while lines and _is_void(lines[-1], line):
             lines.pop()
@@ -54,7 +56,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _is_void(line: dict[str, Any], later: dict[str, Any]) -> bool:
     """Whether a later start was not yet as far, or writes the same again."""
     return (line.get("run_start") != later.get("run_start")
-            and line.get("cur_nimg", -1) >= later.get("cur_nimg", math.inf))
+            and line["cur_nimg"] >= later["cur_nimg"])
 
 
 @dataclasses.dataclass
@@ -88,8 +90,10 @@ def read_metrics(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     curves: dict[str, dict[float, float]] = {}
     for path in sorted(folder.glob("metric-*.jsonl")):
         for line in read_lines(path):
-            for name, value in line["results"].items():
-                curves.setdefault(name, {})[kimg_in(line["snapshot_pkl"])] = value
+            results, snapshot = line.get("results"), line.get("snapshot_pkl")
+            if isinstance(results, dict) and isinstance(snapshot, str):     # Not of a line cut and joined by hand.
+                for name, value in results.items():
+                    curves.setdefault(name, {})[kimg_in(snapshot)] = value
     return {name: (np.array(sorted(points)), np.array([points[k] for k in sorted(points)], dtype=float))
             for name, points in curves.items()}
 
@@ -100,11 +104,11 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: not the folder of a run.
     """
-    options = folder / OPTIONS_FILE
-    if not options.is_file():
-        raise UserError(f"{folder}: no {OPTIONS_FILE} in it: name the folder of a run, such as runs/00000-...")
+    options = read_options(folder)
+    if options is None:
+        raise UserError(f"{folder}: no readable {OPTIONS_FILE} in it: name the folder of a run, such as runs/00000-...")
     return Run(folder, read_lines(folder / "stats.jsonl"), read_metrics(folder),
-               read_lines(folder / "health.jsonl"), json.loads(options.read_text()))
+               read_lines(folder / "health.jsonl"), options)
 
 #----------------------------------------------------------------------------
 # Curves.
@@ -384,10 +388,10 @@ def write_report(folder: Path) -> Path:
 #----------------------------------------------------------------------------
 
 @click.command(cls=cli.Command)
-@click.argument("rundir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(rundir: Path) -> None:
+@click.argument("rundir", type=cli.PathType())
+def main(rundir: str) -> None:
     """Draw report.html of the run folder RUNDIR."""
-    click.echo(write_report(rundir))
+    click.echo(write_report(Path(rundir)))
 
 
 if __name__ == "__main__":

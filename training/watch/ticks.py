@@ -102,6 +102,7 @@ class Ticks:
         """Pictures of the data and, in a new run, the first snapshot: it shows, before weeks of training, that metrics
         and disk work. Why the stage is over already; None if it is not."""
         progress, config = self.trainer.progress, self.config
+        self.report.continue_at(progress.cur_nimg)
         if distributed.rank() == 0 and progress.batch_idx == 0:
             self.snapshots.sheets.save_reals(self.plan.dataset)
         if progress.snapshot_due:

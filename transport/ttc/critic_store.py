@@ -88,7 +88,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         atomic_write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err:
         raise UserError(f"{path}: damaged ({err}): name a new --outdir") from err
     for name, value in json.loads(json.dumps(settings)).items():

@@ -15,7 +15,14 @@ from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimCo
 from training.discriminators.projected import ProjectedDiscriminator
 from training.generator.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import Generator
-from training.run.init_from import check_generator, loaded_share, match_classes, start_from, transfer
+from training.run.init_from import (
+    check_generator,
+    check_stem_classes,
+    loaded_share,
+    match_classes,
+    start_from,
+    transfer,
+)
 from training.trainer import Progress, Trainer
 
 NAMES = ["cat", "dog", "owl"]
@@ -250,3 +257,28 @@ def test_options_exclude_each_other(data16, tmp_path):
                                        "--resume=b"])
     assert result.exit_code == 2
     assert "--init-from and --resume exclude each other" in result.output
+
+#----------------------------------------------------------------------------
+# Stages, which keep the classes of their stem.
+
+def stem_of(c_dim, names=None):
+    return {"generator_config": {"c_dim": c_dim}, "class_names": names}
+
+
+@pytest.mark.parametrize(("stem", "here", "said"), [
+    (stem_of(3), ["a", "b"], "3 classes, --data has 2: moving a stage to other classes is not supported"),
+    (stem_of(2, ["a", "b"]), ["b", "a"], "the classes a, b, --data has b, a: moving a stage"),
+    (stem_of(2, ["a", "b"]), ["a", "d"], "--init-from takes what fits"),
+    (stem_of(2), [], "use --cond=1 and data with labels"), (stem_of(0), ["a", "b"], "use --cond=0, as for the stem"),
+])
+def test_a_stage_keeps_the_classes_of_its_stem(stem, here, said):
+    with pytest.raises(UserError, match=said) as info:
+        check_stem_classes(stem, here)
+    assert str(info.value).startswith("--path_stem: the stem has ")
+
+
+def test_stems_of_these_classes():
+    check_stem_classes({"generator_config": {"c_dim": 2}}, ["a", "b"])          # Settings only, or official.
+    check_stem_classes(stem_of(2, ["caf\u00e9", "x"]), ["cafe\u0301", "x"])
+    check_stem_classes(stem_of(2, ["0", "1"]), ["a", "b"])                      # Numbers are no names.
+    check_stem_classes(stem_of(0), [])

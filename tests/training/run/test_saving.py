@@ -125,14 +125,14 @@ def test_training_may_go_on_while_a_state_is_written(saver, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("settings", [{"background": False}, {}])
 def test_without_memory_for_a_copy_files_are_written_at_once(saver, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(saving, "available_memory", lambda: 7000)       # The state has 8,004 bytes.
+    monkeypatch.setattr(saving, "free_memory", lambda: 7000)       # The state has 8,004 bytes.
     s, said = saver(**settings), []
     s.say = said.append
     s.save_state(SmallTrainer(8))
     assert (tmp_path / STATE_FILE).is_file()                # Without waiting for a thread.
     s.save_state(SmallTrainer(16))
     assert len(said) == (0 if settings else 1)              # Said once.
-    assert saving.available_memory() == 7000
+    assert saving.free_memory() == 7000
 
 
 def test_states_are_due_by_the_clock(saver, monkeypatch):
