@@ -234,6 +234,8 @@ def print_setup(setup: EasyDict, gpus: int) -> None:
                        f"pixels, {setup.dataset.c_dim or 'no'} classes\n"
                        f"Batch:     {setup.config.batch} = {gpus} process(es) x {setup.config.batch_gpu} x "
                        f"{setup.config.batch // (setup.config.batch_gpu * gpus)} micro-batches\n")
+    if setup.dataset.changes:
+        distributed.print0(f"NOTE: --data: {setup.dataset.changes}: dataset_tool.py does that once and for all\n")
     if len(setup.dataset) < SMALL_DATA and setup.stem is None:
         distributed.print0(f"NOTE: fewer than {SMALL_DATA} images: --preset=small has widths and depth for such data\n")
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """What became of a source: `report.json` inside the data set."""
-import collections
 import dataclasses
 import json
 import platform
@@ -12,9 +11,12 @@ import PIL.features
 
 from data_prep.journal import Level, Progress, last_link
 from data_prep.sinks import image_name
-from data_prep.sources.base import Source, printable
+from data_prep.sources.base import Source, class_counts, printable
 from dnnlib.util import list_some
 from training.data.report import REPORT_NAME
+
+LABELS_FROM = {"folders": "one sub-folder per class", "imagenet": "ImageNet's folders", "dataset.json": "labels in "
+               "dataset.json", "label file": "labels from --labels"}       # Layouts that are worth words.
 
 
 def library_versions() -> dict[str, str]:
@@ -46,14 +48,28 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
 
+def understood(path: str, source: Source) -> list[str]:
+    """What a source was taken for, for people: layout, splits, classes."""
+    labels = LABELS_FROM.get(source.layout, "")
+    lines = [f"{printable(path)}: {source.kind}{', ' + labels if labels and source.labels is not None else ''}: "
+             f"{len(source.indices)} images"]
+    if source.splits:
+        told = ", ".join(f"{key} ({count})" for key, count in source.splits.items())
+        lines.append(f"  splits: {told}; taken: {', '.join(source.chosen)}")
+    counts = class_counts(source.labels, source.classes)
+    lines.append(f"  {len(counts)} classes: {list_some([f'{name} ({count})' for name, count in counts.items()], 10)}"
+                 if counts else "  no labels")
+    if source.not_read:
+        lines.append(f"  not read: {list_some(source.not_read)}")
+    return lines
+
+
 def make_report(source: Source, written: list[int], level: Level, progress: Progress, transform: str | None,
                 shown: str) -> Report:
     """The report of one size; `written` are the places in the source that became images."""
-    counts: dict[str, int] = {}
-    if source.labels is not None:
-        labels = collections.Counter(source.labels[place] for place in written)
-        names = source.classes or [str(i) for i in range(max(source.labels) + 1)]
-        counts = {name: labels[i] for i, name in enumerate(names)}
+    labels = source.labels
+    counts = {} if labels is None else class_counts([labels[place] for place in written],
+                                                    source.classes or [str(i) for i in range(max(labels) + 1)])
     conversions = dict(sorted(progress.conversions.items()))
     if level.enlarged:
         conversions["enlarged"] = level.enlarged

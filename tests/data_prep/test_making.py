@@ -16,14 +16,15 @@ import pytest
 
 import dataset_tool
 from data_prep import job, parallel, sinks
-from data_prep.images import Plan, convert, decode
+from data_prep.images import Plan, convert
 from data_prep.journal import journal_path
-from data_prep.sources import base
 from data_prep.transforms import TRANSFORMS, Size
 from dnnlib import UserError
 from tests.data_prep.archives import ilsvrc_tar, imagenet_files
 from tests.data_prep.samples import encoded, files, metadata, pixels, write_folder, write_zip
 from tests.data_prep.test_dataset_tool import made, photos, refused, run
+from training.data import stores
+from training.data.images import decode
 from training.data.report import read_report
 from training.dataset import ImageDataset
 
@@ -361,7 +362,7 @@ def test_disk_full_then_room(tmp_path, monkeypatch, small_commits):
     made(source=source, resolution=8, dest=tmp_path / "whole.zip")
     args = [f"--source={source}", "--resolution=8", f"--dest={tmp_path}/set.zip"]
     output = broken_off(tmp_path, monkeypatch, 12, args, OSError(errno.ENOSPC, "No space left on device"))
-    assert output.startswith(f"Error: --dest={tmp_path}/set.zip: the disk is full: make room, then run the same")
+    assert f"Error: --dest={tmp_path}/set.zip: the disk is full: make room, then run the same" in output
     assert not (tmp_path / "set.zip").exists()
     code, output = run(*args)
     assert code == 0
@@ -623,18 +624,18 @@ def test_verify_whole(tmp_path, name, workers):
 
 
 def test_verify_names_the_bad_ones(tmp_path):
-    content = {**files(4), "00000/junk.png": b"junk", "00000/rgba.png": encoded(pixels(1).repeat(2, 2)[:, :, :4]),
-               "00000/small.png": encoded(pixels(0, 4)), "00000/wide.png": encoded(np.zeros((4, 8, 3), np.uint8))}
+    content = {**files(4), "00000/junk.png": b"junk", "00000/small.png": encoded(pixels(0, 4)),
+               "00000/wide.png": encoded(np.zeros((4, 8, 3), np.uint8))}
     path = write_zip(tmp_path / "s.zip", content)
     data = bytearray(path.read_bytes())
     data[data.index(b"IDAT") + 8] ^= 255
     path.write_bytes(data)
     code, output = run("verify", str(path))
     assert code == 2
-    for name, reason in (("img00000000.png", "damaged here"), ("junk.png", "not an image"), ("rgba.png", "RGBA"),
+    for name, reason in (("img00000000.png", "damaged here"), ("junk.png", "not an image"),
                          ("small.png", "4x4 pixels, but 00000/img00000001.png has 8x8"), ("wide.png", "8x4 pixels")):
         assert any(name in part and reason in part for part in output.split(f"{path}: 00000/")), (name, output)
-    assert f"Error: {path}: 5 of 8 images are bad" in output
+    assert f"Error: {path}: 4 of 7 images are bad" in output
 
 
 def test_verify_finds_changed_content(tmp_path):
@@ -671,7 +672,7 @@ def test_decompression_bomb(tmp_path, dest):
 
 
 def test_zip_bomb_is_not_unpacked(tmp_path, dest, monkeypatch):
-    monkeypatch.setattr(base, "MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(stores, "MAX_FILE_BYTES", 1 << 20)
     source = write_zip(tmp_path / "s.zip", {"a.png": encoded(pixels(0)), "b.png": bytes(3 << 20)},
                        method=zipfile.ZIP_DEFLATED)
     assert "b.png: 3.0 MiB, more than the 1.0 MiB that one image may have" in made(source=source, dest=dest)

@@ -199,8 +199,17 @@ def test_mixed_sizes(write):
     refused(path, r"odd\.png: 16x16 pixels, but 00000/img00000000\.png has 8x8")
 
 
-def test_other_modes(write):
-    refused(write({"x.png": encoded(PIL.Image.new("RGBA", (8, 8)))}), r"x\.png: pixels are RGBA.*dataset_tool")
+def test_other_kinds_are_converted_by_the_rule_of_dataset_tool(write):
+    """Upright, transparency over white, and it is said."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    clear = PIL.Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    dataset = ImageDataset(write({"a.png": encoded(pixels(0), exif=exif), "b.png": encoded(clear)}))
+    assert np.array_equal(dataset[0][0], np.rot90(pixels(0), -1).transpose(2, 0, 1))
+    assert (dataset[1][0] == 255).all()
+    assert dataset.changes == ("of 2 files looked at 1: turned upright by its EXIF orientation, "
+                               "1: transparency laid over white")
+    dataset.close()
 
 
 @pytest.mark.parametrize("data", [b"", b"junk" * 9, encoded(pixels(0))[:60]])
