@@ -16,6 +16,8 @@ from data_prep.sources.base import Source, printable
 from dnnlib.util import list_some
 from training.data.report import REPORT_NAME
 
+SHOWN_CLASSES = 20
+
 
 def library_versions() -> dict[str, str]:
     """Versions of what pixels depend on."""
@@ -83,6 +85,10 @@ def describe(report: Report, dest: Path, where: list[str]) -> list[str]:
     """The report for people, line by line; `where` names the skipped files in full."""
     labels = f"{report.num_classes} classes" if report.num_classes else "no labels"
     lines = [f"{dest}: {report.num_images} images of {report.resolution}x{report.resolution} pixels, {labels}"]
+    if report.images_per_class:
+        counts = [f"{i if name == str(i) else f'{i} = {name}'} ({count})"
+                  for i, (name, count) in enumerate(report.images_per_class.items())]
+        lines.append(f"  classes with their numbers of images: {list_some(counts, SHOWN_CLASSES)}")
     lines += [f"  {count} images: {what}" for what, count in report.conversions.items()]
     if report.dropped_grayscale:
         official = ", as the official ImageNet set does" if report.layout == "imagenet" else ""
