@@ -195,17 +195,16 @@ def match(what: str, given: Classes, whose: str, known: Classes, remedy: str,
         UserError: a class in use is not among those known. The message shows both lists.
     """
     places = list(range(len(given))) if used is None else sorted(set(used))
-    names = [given.names[i] for i in places]
+    names = [given.names[i] if i < len(given) else str(i) for i in places]
     if not known.has_names and given.has_names and not are_numbers(names):
         return _in_order(what, given, whose, known, remedy)
     found = known.find_all(names)
     missing = [name for name, i in zip(names, found, strict=True) if i is None]
     if missing or len(set(found)) != len(found):
-        wrong = "two classes mean the same one"
-        if missing:
-            wrong = f"no class of {whose} is called {list_some(missing, SHOWN)}"
-        raise UserError(f"{what}: {wrong}: it has the classes {list_some(names, SHOWN)}, {whose} has {known}: {remedy}")
-    indices = [-1] * len(given)
+        wrong = f"and none called {list_some(missing, SHOWN)}" if missing else "and two mean the same one"
+        raise UserError(f"{what}: has the classes {list_some(names, SHOWN)}, but {whose} has {known}, {wrong}: "
+                        f"{remedy}")
+    indices = [-1] * max(len(given), *(i + 1 for i in places), 0)
     for place, i in zip(places, found, strict=True):
         assert i is not None        # It would be missing.
         indices[place] = i

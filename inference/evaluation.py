@@ -36,7 +36,7 @@ def network_evaluator(names: Sequence[str], dataset: ImageDataset, detector: str
 
     def score(G: Generator) -> list[dict[str, Any]]:
         def samples(count: int) -> GeneratorSource:
-            return GeneratorSource(G, count, seed, "dataset", probs)
+            return GeneratorSource(G, count, seed, "dataset", probs, class_names=dataset.class_names or None)
         return evaluate(list(names), samples, reference, options)
 
     return score

@@ -12,6 +12,7 @@ import torch
 import torch.utils.data
 
 from dnnlib import UserError
+from dnnlib.classes import number_names
 from dnnlib.util import list_some
 from inference.npz_source import Batch, labels_sorted
 from inference.tar_store import TarStore
@@ -164,6 +165,7 @@ class DatasetSource:
         self.labels = labels
         self.workers = workers
         self.can_read_ahead = workers == 0      # Workers are ahead by themselves, and a thread must not start them.
+        self.label_values = None if labels is None else np.unique(labels)
         self.num_images = len(dataset)
         self.fingerprint = dataset.fingerprint
         names = [dataset.file_name(i) for i in range(len(dataset))]
@@ -195,7 +197,8 @@ class DatasetSource:
 #----------------------------------------------------------------------------
 
 def folder_labels(dataset: ImageDatasetLike) -> tuple[np.ndarray, list[str]] | None:
-    """Labels from 'one sub-folder per class': the index of the folder in sorted order; None if there are none.
+    """Labels from 'one sub-folder per class', and the names of the folders, by which the classes are known; None if
+    there are none.
 
     Folders that all files share ('out/samples/') are passed over. Numbered folders of a thousand files each, as
     official data sets without labels and EDM2's samples have them, are not taken for classes.
@@ -210,9 +213,8 @@ def folder_labels(dataset: ImageDatasetLike) -> tuple[np.ndarray, list[str]] | N
     while len({tuple(part[: depth + 1]) for part in parts}) == 1 and all(len(part) > depth + 1 for part in parts):
         depth += 1
     folders = [part[depth] for part in parts]
-    classes = sorted(set(folders))
-    index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[folder] for folder in folders], dtype=np.int64), classes
+    labels, classes = number_names("sub-folders", folders)
+    return np.array(labels, dtype=np.int64), classes
 
 
 def stored_labels(store: ImageStore) -> tuple[np.ndarray, list[str]] | None:

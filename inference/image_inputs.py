@@ -69,7 +69,7 @@ def open_images(path: str | os.PathLike[str], labels: bool = False, workers: int
         UserError: nothing there, or no images in it.
     """
     if kind_of(path) != "dataset":
-        return NpzSource(path)
+        return NpzSource(path, labels)
     if os.path.isdir(path):
         return open_files(open_store(path), "folder", labels, workers)
     if zipfile.is_zipfile(path):

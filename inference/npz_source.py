@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples in an .npz, as ADM, DiT and their kin write them: arr_0 uint8 [N, H, W, 3], labels in arr_1 if at all."""
 import hashlib
+import math
 import os
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import list_some
 from metrics.references.reading import npy_header
+from training.data.labels import array_labels
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]            # uint8 [N, 3, H, W], int64 [N] or None
 SKIP_BYTES = 1 << 22        # At a time, of images that nobody asked for.
@@ -27,7 +29,11 @@ def labels_sorted(labels: np.ndarray | None) -> bool:
 class NpzSource:
     """The images of an .npz, stored or deflated, read as a stream: 50,000 of 256 pixels are 10 GB, so never whole."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], needs_labels: bool = False):
+        """Args:
+            path: The file.
+            needs_labels: Refuse an arr_1 that holds no labels. Otherwise the images count as having none.
+        """
         self.path = str(path)
         try:
             with zipfile.ZipFile(path) as archive:
@@ -38,7 +44,9 @@ class NpzSource:
                 with archive.open("arr_0.npy") as f:
                     shape, fortran, dtype = npy_header(f)
                     header = f.tell()
-                self.labels = _read_labels(archive, shape[0] if shape else 0) if "arr_1.npy" in members else None
+                self.labels, names = None, None
+                if "arr_1.npy" in members:
+                    self.labels, names = _read_labels(f"{path}: arr_1", archive, shape[0] if shape else 0, needs_labels)
         except (*READ_ERRORS, ValueError) as err:
             raise UserError(f"{path}: not a whole .npz file ({type(err).__name__}): make it again") from err
         self._check(shape, fortran, dtype)
@@ -50,8 +58,9 @@ class NpzSource:
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
         self.description: dict[str, Any] = {
             "kind": "samples", "format": "npz of samples", "path": self.path, "num_images": self.num_images,
-            "resolution": self.width, "class_names": None, "labels_sorted": labels_sorted(self.labels), "crop": None}
+            "resolution": self.width, "class_names": names, "labels_sorted": labels_sorted(self.labels), "crop": None}
         self.can_read_ahead = True
+        self.label_values = None if self.labels is None else np.unique(self.labels)
 
     def _check(self, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> None:
         if dtype != np.uint8:
@@ -105,11 +114,23 @@ class NpzSource:
             size -= step
 
 
-def _read_labels(archive: zipfile.ZipFile, num: int) -> np.ndarray | None:
-    """arr_1 as int64 [num], if it is that; anything else is no label and is not read."""
-    with archive.open("arr_1.npy") as f:
-        shape, _fortran, dtype = npy_header(f)
-    if shape != (num,) or dtype.kind not in "iu":
-        return None
-    with archive.open("arr_1.npy") as f:
-        return np.lib.format.read_array(f, allow_pickle=False).astype(np.int64)
+def _read_labels(where: str, archive: zipfile.ZipFile, num: int,
+                 are_needed: bool) -> tuple[np.ndarray | None, list[str] | None]:
+    """The labels in arr_1, int64 [num], and the names of their classes, if any.
+
+    Raises:
+        UserError: they are needed, and it holds something else. Otherwise it is no label.
+    """
+    size = archive.getinfo("arr_1.npy").file_size
+    try:
+        with archive.open("arr_1.npy") as f:
+            shape, _fortran, dtype = npy_header(f)
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != size - f.tell():
+                what = "an array of objects" if dtype.hasobject else "cut off"
+                raise UserError(f"{where} is {what}: save labels as an array of whole numbers")
+        with archive.open("arr_1.npy") as f:
+            return array_labels(where, np.lib.format.read_array(f, allow_pickle=False), num)
+    except UserError:
+        if are_needed:
+            raise
+        return None, None

@@ -241,12 +241,24 @@ def test_partly_missing_labels(write):
     assert ImageDataset(path).c_dim == 0
 
 
-@pytest.mark.parametrize("label", [-1, 1.5, "2", None, True, [0, 1], 10 ** 9])
+@pytest.mark.parametrize("label", [-1, 1.5, "cat", None, True, 10 ** 9])
 def test_labels_that_are_no_class_index(tmp_path, label):
     meta = metadata()
     meta["labels"][2][1] = label
     path = write_zip(tmp_path / "a.zip", files(), meta)
     refused(path, r"label .* of 00000/img00000002\.png must be a whole number", use_labels=True)
+
+
+def test_numbers_as_labels(tmp_path):
+    """Written as text or as a float they are the same numbers; several are none."""
+    meta = metadata()
+    meta["labels"] = [[name, form(label)] for (name, label), form in zip(meta["labels"], 2 * [int, float, str],
+                                                                         strict=True)]
+    dataset = ImageDataset(write_zip(tmp_path / "a.zip", files(), meta), use_labels=True)
+    assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    meta["labels"][2][1] = [0, 1]
+    refused(write_zip(tmp_path / "b.zip", files(), meta), r"label \[0, 1\] of .*02\.png holds more than one value: .* "
+            "not supported", use_labels=True)
 
 
 def test_the_first_five_wrong_labels_are_listed(write):
