@@ -9,8 +9,9 @@ import PIL.Image
 import pytest
 
 from dnnlib import UserError
+from dnnlib.classes import Classes
 from tests.data_prep.samples import encoded, files, metadata, pixels, write_folder, write_zip
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 
 
 @pytest.fixture(params=["stored", "deflated", "folder"])
@@ -92,6 +93,21 @@ def test_class_names_and_empty_classes(tmp_path):
     assert dataset.label_counts.tolist() == [2, 2, 2, 0]
     assert dataset.label_distribution()[3] == 0
     dataset.close()
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_classes_as_somebody_else_numbers_them(tmp_path, mirror):
+    path = write_zip(tmp_path / "a.zip", files(), metadata(classes=["cat", "dog", "owl", "yak"]))
+    dataset = ImageDataset(path, use_labels=True, xflip=mirror)
+    fingerprint = dataset.fingerprint
+    follow_classes(dataset, "the stem", Classes(["owl", "cat", "cow", "dog"]))
+    assert dataset.labels.tolist() == [1, 3, 0] * (4 if mirror else 2)
+    assert dataset[2][1] == 0
+    assert (dataset.class_names, dataset.c_dim) == (["owl", "cat", "cow", "dog"], 4)
+    assert pickle.loads(pickle.dumps(dataset)).labels.tolist() == dataset.labels.tolist()
+    assert dataset.fingerprint == fingerprint
+    with pytest.raises(UserError, match=r"a\.zip: has the classes cat, dog, owl, but the stem has ant, bee, and"):
+        follow_classes(ImageDataset(path, use_labels=True), "the stem", Classes(["ant", "bee"]))
 
 
 @pytest.mark.parametrize("classes", [1, 3, 1001])
