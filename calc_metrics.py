@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 import dnnlib.cli
 from dnnlib import EasyDict, UserError
+from dnnlib.classes import Classes, match
 from inference import image_inputs
 from metrics import metric_main, protocols, records
 from metrics.latents import check_untruncated
@@ -27,7 +28,7 @@ FREE = [name for name in protocols.METRICS if not protocols.METRICS[name].is_off
 #----------------------------------------------------------------------------
 # The two sides.
 
-def open_reference(path: str, labels: bool, workers: int, split: str | None) -> Reference:
+def open_reference(path: str, labels: bool, workers: int, split: str | None = None) -> Reference:
     """The real side: images, statistics, or both (ADM's files).
 
     Raises:
@@ -57,23 +58,30 @@ def say_source(path: str, source: image_inputs.DatasetSource) -> None:
     say_kind(path, "; ".join(part for part in said if part))
 
 
-def label_probs(opts: EasyDict, c_dim: int, reference: Reference | None) -> np.ndarray | None:
-    """Shares of the classes in the reference data set, float64 [c_dim]; None where no class is drawn by them.
+def label_probs(opts: EasyDict, network: Any, reference: Reference | None) -> np.ndarray | None:
+    """Shares of the network's classes in the reference data set, float64 [c_dim]; None where no class is drawn by them.
 
     Raises:
-        UserError: the data set has no labels, or more classes than the network.
+        UserError: the data set has no labels, or classes that the network does not know.
     """
+    c_dim = network.G_ema.c_dim
     if c_dim == 0 or opts.labels != "dataset":
         return None
     labels = getattr(reference.source, "labels", None) if reference else None
-    if labels is None:
+    if labels is None or reference is None or reference.source is None:
         raise UserError("--labels=dataset: classes are drawn as the reference data set has them, but it has no labels: "
                         "name a data set with labels by --data, or use --labels=uniform or --labels=balanced")
-    counts = np.bincount(labels, minlength=c_dim)
-    if len(counts) > c_dim:
-        raise UserError(f"--data={opts.data or opts.ref}: has the label {len(counts) - 1}, but the network knows "
-                        f"{c_dim} classes: use the data set it was trained on, or --labels=uniform")
-    shares: np.ndarray = counts / counts.sum()
+    counts = np.bincount(labels)
+    found = match(f"--{'data' if opts.data else 'ref'}={opts.data or opts.ref}",
+                  Classes(reference.source.description.get("class_names"), len(counts)),
+                  f"--network={opts.network}", Classes(network.class_names, c_dim),
+                  "use the data set it was trained on, or --labels=uniform", np.flatnonzero(counts).tolist())
+    if found.note:
+        distributed.print0(f"Note: {found.note}", file=sys.stderr)
+    shares = np.zeros(c_dim)
+    for i, count in enumerate(counts.tolist()):
+        if count:
+            shares[found.indices[i]] = count / counts.sum()
     return shares
 
 
@@ -82,13 +90,12 @@ def network_source(opts: EasyDict, network: Any, reference: Reference | None) ->
     from inference.sampling import GeneratorSource
 
     G = network.G_ema
-    probs = label_probs(opts, G.c_dim, reference)
+    probs = label_probs(opts, network, reference)
 
     def make(num: int) -> ImageSource:
         source = GeneratorSource(G, num, opts.seed, opts.labels, probs, opts.trunc, fingerprint=network.sha256,
-                                 precision=opts.precision)
-        source.description.update(path=str(network.path), num_images=num, resolution=G.img_resolution,
-                                  class_names=network.class_names)
+                                 precision=opts.precision, class_names=network.class_names)
+        source.description.update(path=str(network.path), num_images=num, resolution=G.img_resolution)
         return source
 
     return make

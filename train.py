@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from dnnlib import EasyDict, UserError, cli
+from dnnlib.classes import Classes
 from torch_utils import distributed, misc
 from training.run.recipes import RECIPES
 from training.run.splitting import check_diversity, check_split_group, split_batch
@@ -107,9 +108,19 @@ def stage_dataset(opts: EasyDict, dataset: Any):
     if opts.stage_to is None:
         return dataset
     from training.data.local_copy import stage
-    from training.dataset import ImageDataset
+    from training.dataset import ImageDataset, follow_classes
     path = distributed.node_first(lambda: stage(opts.data, opts.stage_to))
-    return ImageDataset(path, use_labels=opts.cond, xflip=opts.mirror)
+    staged = ImageDataset(path, use_labels=opts.cond, xflip=opts.mirror)
+    follow_classes(staged, "the run", Classes(dataset.class_names))
+    return staged
+
+
+def follow_stem(dataset: Any, stem: dict[str, Any]) -> None:
+    """Number the classes of the data as the stem does, whose mapping is kept. Raises UserError."""
+    from training.dataset import follow_classes
+    note = follow_classes(dataset, "the stem of --path_stem", Classes(stem.get("class_names"), dataset.c_dim))
+    if note:
+        distributed.print0(f"NOTE: {note}")
 
 
 def generator_settings(opts: EasyDict, dataset: Any, stem: dict[str, Any] | None):
@@ -176,6 +187,8 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
     stem = stem or (open_snapshot(opts.path_stem, mmap=True) if opts.superres else None)
     start = open_snapshot(opts.init_from or opts.resume) if opts.init_from or opts.resume else None
     generator = generator_settings(opts, dataset, stem)
+    if stem is not None:
+        follow_stem(dataset, stem)
     optim = OptimConfig.official(opts.batch, G_lr=opts.glr, D_lr=opts.dlr)
     if opts.resume:     # Officially the average of a resumed network has its full half-life at once.
         optim = dataclasses.replace(optim, ema_rampup=None)

@@ -17,6 +17,7 @@ from training.data.report import REPORT_NAME
 
 LABELS_FROM = {"folders": "one sub-folder per class", "imagenet": "ImageNet's folders", "dataset.json": "labels in "
                "dataset.json", "label file": "labels from --labels"}       # Layouts that are worth words.
+SHOWN_CLASSES = 20
 
 
 def library_versions() -> dict[str, str]:
@@ -57,11 +58,16 @@ def understood(path: str, source: Source) -> list[str]:
         told = ", ".join(f"{key} ({count})" for key, count in source.splits.items())
         lines.append(f"  splits: {told}; taken: {', '.join(source.chosen)}")
     counts = class_counts(source.labels, source.classes)
-    lines.append(f"  {len(counts)} classes: {list_some([f'{name} ({count})' for name, count in counts.items()], 10)}"
-                 if counts else "  no labels")
+    lines.append(f"  {len(counts)} classes: {_in_words(counts)}" if counts else "  no labels")
     if source.not_read:
         lines.append(f"  not read: {list_some(source.not_read)}")
     return lines
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    """'0 = cat (50), 1 = dog (50)': index, name and number of images of each class."""
+    return list_some([f"{i if name == str(i) else f'{i} = {printable(name)}'} ({count})"
+                      for i, (name, count) in enumerate(counts.items())], SHOWN_CLASSES)
 
 
 def make_report(source: Source, written: list[int], level: Level, progress: Progress, transform: str | None,
@@ -99,6 +105,8 @@ def describe(report: Report, dest: Path, where: list[str]) -> list[str]:
     """The report for people, line by line; `where` names the skipped files in full."""
     labels = f"{report.num_classes} classes" if report.num_classes else "no labels"
     lines = [f"{dest}: {report.num_images} images of {report.resolution}x{report.resolution} pixels, {labels}"]
+    if report.images_per_class:
+        lines.append(f"  classes with their numbers of images: {_in_words(report.images_per_class)}")
     lines += [f"  {count} images: {what}" for what, count in report.conversions.items()]
     if report.dropped_grayscale:
         official = ", as the official ImageNet set does" if report.layout == "imagenet" else ""

@@ -173,6 +173,7 @@ class DatasetSource:
         self.labels = labels
         self.workers = workers
         self.can_read_ahead = workers == 0      # Workers are ahead by themselves, and a thread must not start them.
+        self.label_values = None if labels is None else np.unique(labels)
         self.num_images = len(dataset)
         self.fingerprint = dataset.fingerprint
         self.understood = ""                    # Splits and classes that were found, for people.

@@ -14,6 +14,7 @@ import torch
 import torch.utils.data
 
 from dnnlib import UserError
+from dnnlib.classes import Classes, match
 from training.data.images import Decoded, changes_in_words, decode, decode_pixels
 from training.data.labels import METADATA_NAME, read_labels
 from training.data.randomness import permutation
@@ -76,6 +77,10 @@ class ImageDataset(torch.utils.data.Dataset):
             raise UserError(f"--cond=1: {self.path} has no labels in a {METADATA_NAME}: make it with dataset_tool.py "
                             f"from a folder that has one sub-folder per class, or train with --cond=0")
         return found
+
+    def renumber(self, indices: Sequence[int], class_names: list[str]) -> None:
+        """Serve `indices[label]` instead of each label; the names are by those."""
+        self._image_labels, self.class_names = np.array(indices)[self._image_labels], class_names
 
     def _check_images(self) -> int:
         """Look at some files spread over the data set; returns the resolution that all must have."""
@@ -179,6 +184,29 @@ class ImageDataset(torch.utils.data.Dataset):
     def fingerprint(self) -> str:
         """SHA-256 of what is served: names, sizes and CRC-32 of the files, labels, mirroring. 64 hex digits."""
         return content_fingerprint(self._store, self._chosen, self.xflip)
+
+
+def follow_classes(dataset: ImageDataset, whose: str, known: Classes) -> str | None:
+    """Number the classes of a data set as a network or run does that knows them, found by their names.
+
+    Args:
+        dataset: It is changed.
+        whose: Who knows them, for messages: 'the stem'.
+        known: The classes there.
+
+    Returns:
+        What was taken for granted, if anything.
+
+    Raises:
+        UserError: an image is of a class that is not known there.
+    """
+    if dataset.c_dim == 0:
+        return None
+    used = np.flatnonzero(dataset.label_counts).tolist()
+    found = match(f"--data={dataset.path}", Classes(dataset.class_names), whose, known, "use the data set that it was "
+                  "trained on, or call the classes so in \"classes\" of dataset.json", used)
+    dataset.renumber(found.indices, known.names if known.has_names else dataset.class_names)
+    return found.note
 
 #----------------------------------------------------------------------------
 

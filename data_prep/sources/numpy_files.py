@@ -24,6 +24,7 @@ from data_prep.sources.base import NoMetadata, Source, chain
 from dnnlib import UserError
 from dnnlib.npy import npy_header
 from dnnlib.util import file_sha256, format_bytes, list_some
+from training.data.labels import array_labels
 from training.data.png import encode_plain_png
 from training.data.splits import choose, in_order, split_of_file
 
@@ -176,32 +177,11 @@ class NumpyStore(NoMetadata):
 #----------------------------------------------------------------------------
 # Labels.
 
-def label_values(where: str, array: np.ndarray) -> list[Any]:
-    """The label of every row: a class index, or a name. Raises UserError if the array says neither.
-
-    Args:
-        where: The array, for messages.
-        array: [N] or [N, 1] of whole numbers in whatever type, [N] of names, or one-hot [N, classes].
-    """
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim == 1 and array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8", "replace")
-    if array.ndim == 1 and array.dtype.kind == "U":
-        return [str(name) for name in array]
-    if array.dtype.kind in "iufb":
-        if array.ndim == 2 and np.isin(array, (0, 1)).all() and (array.sum(axis=1) == 1).all():
-            return [int(label) for label in array.argmax(axis=1)]
-        if array.ndim == 1 and np.isfinite(array).all() and (array == np.trunc(array)).all():
-            return [int(label) for label in array]
-    raise UserError(f"{where} is {array.dtype} {list(array.shape)} and holds no labels: save whole numbers [N], "
-                    f"one-hot rows [N, classes] or names, or leave the array out")
-
-
-def _read_labels(path: Path, name: str, header: Header) -> list[Any]:
+def _read_labels(path: Path, name: str, header: Header, num: int) -> tuple[list[int], list[str] | None]:
+    """The labels of `num` images, and the names of the classes, if any. Raises UserError if it holds something else."""
     where = f"{path}: {name}"
     if header.dtype.hasobject:
-        raise UserError(f"{where} holds Python objects, which are not read: save labels as whole numbers")
+        raise UserError(f"{where} is an array of objects, which are not read: save labels as an array of whole numbers")
     if header.size > MAX_LABEL_BYTES:
         raise UserError(f"{where} takes {format_bytes(header.size)}, which no labels need: save whole numbers [N]")
     try:
@@ -209,7 +189,8 @@ def _read_labels(path: Path, name: str, header: Header) -> list[Any]:
             array = np.lib.format.read_array(f, allow_pickle=False)
     except (*READ_ERRORS, ValueError) as err:
         raise UserError(f"{where} cannot be read ({err}): make the file again") from err
-    return label_values(where, array)
+    values, names = array_labels(where, array, num)
+    return values.tolist(), names
 
 #----------------------------------------------------------------------------
 # Files.
@@ -287,11 +268,8 @@ def npz(path: Path, use_labels: bool, allow_gaps: bool, split: str | None, optio
                         chosen=tuple(keys) if counts else ())
         beside = _label_array(path, headers, name) if use_labels else None
         if beside is not None:
-            values = _read_labels(path, beside, headers[beside])
-            if len(values) != len(store.names):
-                raise UserError(f"{path}: {beside} has {len(values)} labels for the {len(store.names)} images of "
-                                f"{name}: make the file again")
-            found, classes = labels.encode(f"{path}: {beside}", store.names, values, None, allow_gaps)
+            values, names = _read_labels(path, beside, headers[beside], len(store.names))
+            found, classes = labels.encode(f"{path}: {beside}", store.names, values, names, allow_gaps)
             source = dataclasses.replace(source, labels=found, classes=classes)
         parts[key] = source
     return chain(str(path), parts)

@@ -116,8 +116,7 @@ class TarStore(NoMetadata):
                 continue
             data = self._read(tar, member)
             if member.name.endswith(".cls"):
-                text = data.decode("utf-8", "replace").strip()
-                return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+                return data.decode("utf-8", "replace").strip()
             try:
                 content = json.loads(data)
             except (ValueError, RecursionError) as err:

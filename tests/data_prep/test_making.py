@@ -528,6 +528,40 @@ def test_csv_labels(tmp_path, dest, form, header):
     assert labels_of(dest) == ([1, 0] * 4, ["cat", "dog"])
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+@pytest.mark.parametrize("header", [[], ["file;label"]])
+def test_other_delimiters(tmp_path, dest, delimiter, header):
+    lines = [line.replace(";", delimiter) for line in [*header, *(f"in/{i}.png;{i % 3}" for i in range(8))]]
+    (tmp_path / "l.csv").write_text("\n".join(lines))
+    made(source=label_source(tmp_path), dest=dest, labels=tmp_path / "l.csv")
+    assert labels_of(dest)[0] == [i % 3 for i in range(8)]
+
+
+def test_a_semicolon_in_a_name(tmp_path, dest):
+    source = photos(tmp_path / "s", ["a;1.png", "b.png"])
+    (tmp_path / "l.csv").write_text("a;1.png,0\nb.png,1\n")
+    made(source=source, dest=dest, labels=tmp_path / "l.csv")
+    assert labels_of(dest)[0] == [0, 1]
+
+
+def test_numbers_in_label_files_are_numbers(tmp_path, dest):
+    """Eleven classes: in the order of text 10 would come before 2. A whole float is the number."""
+    source = photos(tmp_path / "s", [f"{i:02d}.png" for i in range(11)])
+    for name, text in (("l.csv", "".join(f"{i:02d}.png,{i}.0\n" for i in range(11))),
+                       ("a.json", json.dumps({f"{i:02d}.png": float(i) for i in range(11)})),
+                       ("b.json", json.dumps({f"{i:02d}.png": [str(i)] for i in range(11)}))):
+        (tmp_path / name).write_text(text)
+        made("--overwrite", source=source, dest=dest, labels=tmp_path / name)
+        assert labels_of(dest) == (list(range(11)), [str(i) for i in range(11)])
+
+
+def test_folders_that_are_numbers(tmp_path, dest):
+    """In the order of numbers; their names stay, so that a subset stays one. Classes are listed with their counts."""
+    source = photos(tmp_path / "s", [f"{name}/{k}.png" for name in ("10", "2", "1") for k in range(2)] + ["2/x.png"])
+    assert "classes with their numbers of images: 0 = 1 (2), 1 = 2 (3), 2 = 10 (2)" in made(source=source, dest=dest)
+    assert labels_of(dest) == ([0, 0, 2, 2, 1, 1, 1], ["1", "2", "10"])
+
+
 @pytest.mark.parametrize("content", [
     {"labels": [[f"in/{i}.png", i % 3] for i in range(8)], "classes": ["a", "b", "c", "d"]},
     [[f"in/{i}.png", i % 3] for i in range(8)],
@@ -554,6 +588,13 @@ def test_json_labels(tmp_path, dest, content):
     ("in/0.png,0\nin/0.png,1\n", ["1 files have two labels: in/0.png (0 and 1)"]),
     ("in/0.png,\n", ["1 lines have no label: in/0.png,"]),
     ("a,b,c\n", ["3 columns"]),
+    ("in/0.png,cat\nin/1.png,cat,dog\n", ["1 lines have more values than the first, which has 2: in/1.png,cat,dog",
+                                          "several labels per image are not supported"]),
+    ("".join(f"in/{i}.png,{i} 1\n" for i in range(8)), ["8 labels hold more than one value: '0 1', '1 1'",
+                                                        "not supported: keep one for each image", "--no-labels"]),
+    ("".join(f"in/{i}.png,{['cat', 'dog', 'cat|dog'][i % 3]}\n" for i in range(8)),
+     ["1 labels hold more than one value: 'cat|dog'"]),
+    ("".join(f"in/{i}.png,{i / 2}\n" for i in range(8)), ["4 labels are wrong: in/1.png ('0.5')"]),
     ("", ["is empty"]),
 ])
 def test_wrong_label_files(tmp_path, dest, text, match):
@@ -566,7 +607,7 @@ def test_ambiguous_and_broken_label_files(tmp_path, dest):
     for name, text, match in (("l.csv", "1.png,0\n", "1 names fit several images: 1.png"),
                               ("l.json", "{", "not valid JSON"),
                               ("l.json", "[]", "lists no labels"), ("l.json", "3", "lists no labels"),
-                              ("l.json", '[["a", [1]]]', "must look like"), ("b.json", None, "cannot be read")):
+                              ("l.json", '[["a", null]]', "must look like"), ("b.json", None, "cannot be read")):
         if text is not None:
             (tmp_path / name).write_text(text)
         refused(source=source, dest=dest, labels=tmp_path / name, match=[match])

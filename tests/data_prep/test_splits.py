@@ -155,7 +155,7 @@ def test_what_was_understood_is_said(tmp_path, dest):
     (path / "old.zip").write_bytes(write_zip(tmp_path / "old.zip", files(1)).read_bytes())
     output = made(source=path, dest=dest, split="train")
     assert output.startswith(f"{path}: folder, one sub-folder per class: 4 images splits: train (4), val (2); taken: "
-                             "train 2 classes: cat (2), dog (2) not read: old.zip")
+                             "train 2 classes: 0 = cat (2), 1 = dog (2) not read: old.zip")
     refused(source=path, dest=dest.with_name("b.zip"), match=["has the splits train (4 images), val (2 images)"])
     assert not dest.with_name("b.zip").exists()
 

@@ -84,7 +84,7 @@ def resolved_stages(opts: EasyDict, runs: list[StageRun], resolve: Resolve) -> I
             run.options.path_stem = str(stem)
             stand_in = None if has_snapshot(stem) else planned
         setup = resolve(run.options, run.given, stand_in)
-        planned = {"generator_config": to_dict(setup.config.generator)}
+        planned = {"generator_config": to_dict(setup.config.generator), "class_names": setup.dataset.class_names}
         stem = setup.run.folder
         yield run, setup
 

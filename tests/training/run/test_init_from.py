@@ -122,6 +122,9 @@ def test_which_classes_are_equal():
     assert match_classes(["0", "1", "2"], ["0", "1"], 3, 2).here == []      # Numbers are no names.
     assert match_classes(["a", "b"], None, 2, 2).there == [0, 1]            # Official files have no names.
     assert match_classes(["a", "b"], ["b", "a"], 2, 2).there == [1, 0]
+    assert match_classes(["3", "7"], None, 2, 10).there == [3, 7]           # Numbers are the same numbers elsewhere.
+    assert match_classes(["0", "1", "2"], ["0", "2", "1"], 3, 3).there == [0, 2, 1]
+    assert match_classes(["cafe\u0301"], ["x", "caf\u00e9"], 1, 2).there == [1]
 
 
 @pytest.mark.parametrize(("here", "there"), [(0, 3), (3, 0)])
