@@ -150,6 +150,8 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
     loaded = load_network(network, target)
     G = loaded.G_ema
     class_idx = None if class_name is None else find_class(class_name, loaded.class_names, G.c_dim)
+    if class_idx is not None and loaded.class_names and loaded.class_names[class_idx] != class_name:
+        click.echo(f"--class={class_name}: the class {class_idx}, {loaded.class_names[class_idx]}", err=True)
     transform = G.synthesis.input.get_buffer("transform")
     transform.copy_(make_transform(translate, rotate))
     centroids = None

@@ -144,9 +144,9 @@ def _walk(source: ImageSource, detector: Detector, wants: Wants, max_features: i
           options: MetricOptions) -> Collected:
     """One walk: over all images, or over those alone whose features are kept."""
     subset = seeded_indices(source.num_images, max_features, SUBSET_SEED)
-    places: dict[str, np.ndarray] = {"captured": subset} if wants.moments else {"indices": subset}
-    return collect(source, {"real": (detector, wants)}, options.device, options.batch_size,
-                   progress="real images" if options.verbose else None, **places)["real"]
+    indices, captured = (None, subset) if wants.moments else (subset, None)
+    return collect(source, {"real": (detector, wants)}, options.device, options.batch_size, indices, captured,
+                   "real images" if options.verbose else None)["real"]
 
 
 def _write(got: Collected, moments_files: dict[str, Path], features_files: dict[str, Path]) -> None:

@@ -12,10 +12,11 @@ import click
 import torch
 
 from dnnlib import EasyDict, UserError, cli
+from dnnlib.classes import Classes
 from legacy import find_snapshot, open_snapshot
 from torch_utils import misc
 from training.config import DiscriminatorConfig, LossConfig, from_dict
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 from training.discriminators.projected import ProjectedDiscriminator, module_keys
 from training.feature_networks.registry import load_backbone
 from training.networks_stylegan3 import Generator
@@ -70,8 +71,8 @@ def load_discriminator(snapshot: dict[str, Any], file: Path, names: Sequence[str
     return D.eval().requires_grad_(False)
 
 
-def load_data(path: str, G: Generator) -> ImageDataset:
-    """The real images that a generator was trained on.
+def load_data(path: str, G: Generator, class_names: Sequence[str] | None) -> ImageDataset:
+    """Real images for a generator, labelled as it numbers its classes.
 
     Raises:
         UserError: the images have another size, no labels, or other classes.
@@ -88,6 +89,7 @@ def load_data(path: str, G: Generator) -> ImageDataset:
     if conditional and dataset.c_dim != G.c_dim:
         raise UserError(f"--data={path}: has {dataset.c_dim} classes, the network {G.c_dim}: name the data that it was "
                         "trained on")
+    follow_classes(dataset, "the network", Classes(class_names, G.c_dim))
     return dataset
 
 
@@ -156,7 +158,7 @@ def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
     if snapshot.get(opts.which) is None:
         raise UserError(f"--which={opts.which}: {file} does not hold it: take --which=G_ema")
     G = build_generator(snapshot, opts.which).eval().requires_grad_(False).to(device)
-    dataset, settings = load_data(opts.data, G), settings_of(snapshot, D, opts)
+    dataset, settings = load_data(opts.data, G, snapshot.get("class_names")), settings_of(snapshot, D, opts)
     about = {"study": "diagnose", "network": str(file), "which": opts.which, "san": D.config.san,
              "kimg": snapshot.get("progress", {}).get("cur_nimg", 0) / 1e3, "batch": settings.batch,
              "seed": settings.seed}

@@ -18,7 +18,7 @@ from dnnlib.download import cache_dir
 from dnnlib.util import atomic_file
 from metrics.detectors import Detector
 
-CACHE_VERSION = 1                           # Raise it when the same inputs give other numbers.
+CACHE_VERSION = 2                           # Raise it when the same inputs give other numbers.
 READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 

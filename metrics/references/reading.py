@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from dnnlib.npy import npy_header
 from dnnlib.util import list_some
 from metrics.references.pickles import read_pickle
 from metrics.references.statistics import DINOV2, INCEPTION, Statistics, make_statistics, statistics_of_features
@@ -123,15 +124,6 @@ def _side_of_images(file: Any) -> int | None:
     with file.zip.open("arr_0.npy") as f:
         shape = npy_header(f)[0]
     return int(shape[2]) if len(shape) == 4 else None
-
-
-def npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, Fortran order, dtype) of a stream in .npy format; leaves it at the first value. Raises ValueError."""
-    version = np.lib.format.read_magic(f)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"unknown version {version} of the .npy format")
-    return readers[version](f)
 
 
 def _from_features(path: str, file: Any, key: str) -> Statistics:

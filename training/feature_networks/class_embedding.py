@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 
 from dnnlib import UserError, cli
+from dnnlib.classes import Classes, is_unnamed
 from dnnlib.util import atomic_file, list_some
 from torch_utils import misc, safe_pickle
 from torch_utils.pickle_values import Call, TensorRecord
@@ -190,10 +191,10 @@ def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.T
 
 def _check_names(path: Path, named: list[str] | None, class_names: list[str] | None) -> None:
     """Raise UserError unless row k is the vector of class k."""
-    numbers = [str(i) for i in range(len(named or []))]         # These stand for classes without names.
-    if not named or not class_names or len(named) != len(class_names) or numbers in (named, class_names):
+    if is_unnamed(named) or is_unnamed(class_names) or len(named) != len(class_names):
         return
-    other = [f"{a} instead of {b}" for a, b in zip(named, class_names, strict=True) if a != b]
+    found = Classes(named).find_all(class_names)
+    other = [f"{named[i]} instead of {name}" for i, name in enumerate(class_names) if found[i] != i]
     if other:
         raise UserError(f"--embedding={path}: made for other classes: {list_some(other)}: compute it from this data")
 

@@ -8,12 +8,11 @@ that depend on them: blur, the ramp-up of the averages, path lengths.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
 
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import list_some, normalized_name
+from dnnlib.classes import Classes, are_numbers, is_unnamed
 from torch_utils import distributed
 from training.config import TrainConfig
 from training.networks_stylegan3 import Generator
@@ -41,46 +40,17 @@ class ClassRows:
 def match_classes(here: Sequence[str], there: Sequence[str] | None, num_here: int, num_there: int) -> ClassRows:
     """Rows of equal classes.
 
-    Where both sides have names, names decide. Without names, classes are equal if there are as many of them; else none
-    are. Numbers in order, which stand in for names in data sets without any, are no names.
+    Where both sides have names, names decide, as `dnnlib.classes` compares them. Without names, classes are equal if
+    there are as many of them; else none are. Numbers in order, which stand in for names in data sets without any, are
+    no names, except beside other numbers.
     """
-    if _are_names(here) and _are_names(there):
-        rows = {name: i for i, name in enumerate(there)}
-        pairs = [(i, rows[name]) for i, name in enumerate(here) if name in rows]
+    known = Classes(there, num_there)
+    named = [not is_unnamed(names) for names in (here, there)]
+    if all(named) or any(named) and are_numbers(here) and known.are_numbers:
+        pairs = [(i, j) for i, j in enumerate(known.find_all(here)) if j is not None]
     else:
         pairs = [(i, i) for i in range(num_here)] if num_here == num_there else []
     return ClassRows([i for i, _ in pairs], [j for _, j in pairs], len(pairs) == num_here)
-
-
-def _are_names(names: Sequence[str] | None) -> TypeGuard[Sequence[str]]:
-    return names is not None and len(names) > 0 and list(names) != [str(i) for i in range(len(names))]
-
-
-def check_stem_classes(stem: Mapping[str, Any], here: Sequence[str]) -> None:
-    """A super-resolution stage keeps its stem's mapping, and with it the stem's classes.
-
-    Args:
-        stem: A snapshot, of which the settings suffice.
-        here: Names of the classes of the data; none without classes.
-
-    Raises:
-        UserError: the stem has other classes.
-    """
-    num_there, there = stem["generator_config"]["c_dim"], stem.get("class_names")
-    if (num_there > 0) != (len(here) > 0):
-        remedy = "--cond=1 and data with labels" if num_there > 0 else "--cond=0"
-        raise UserError(f"--path_stem: the stem has {num_there} classes, --data with --cond={int(len(here) > 0)} has "
-                        f"{len(here)}: use {remedy}, as for the stem")
-    if num_there != len(here):
-        difference = f"{num_there} classes, --data has {len(here)}"
-    elif _are_names(here) and _are_names(there) and list(map(normalized_name, here)) != list(
-            map(normalized_name, there)):
-        difference = f"the classes {list_some(there, 3)}, --data has {list_some(here, 3)}"
-    else:
-        return
-    raise UserError(f"--path_stem: the stem has {difference}: moving a stage to other classes is not supported, because "
-                    "it keeps its stem's: train a stem on this data first (--init-from takes what fits of another "
-                    "stem), then grow the stage on it; or use data with the stem's classes, in their order")
 
 #----------------------------------------------------------------------------
 # One network.
