@@ -121,9 +121,10 @@ def make(overwrite: bool, restart: bool, workers: int | None, **opts: Any) -> No
     """Make a data set for training: square RGB images of one size and their labels.
 
     Labels come from dataset.json in the source, else from its sub-folders: one class per sub-folder, in the order of
-    their names. ImageNet is recognised by folders such as n01440764, directly in the source, in train/ or in
-    ILSVRC/Data/CLS-LOC/train/. Files that cannot be read are skipped and listed in report.json inside the result. The
-    same command again continues a run that was broken off. `dataset_tool.py verify DATA` checks a data set.
+    their names, or of their numbers if all are numbers. ImageNet is recognised by folders such as n01440764, directly
+    in the source, in train/ or in ILSVRC/Data/CLS-LOC/train/. Files that cannot be read are skipped and listed in
+    report.json inside the result. The same command again continues a run that was broken off. `dataset_tool.py verify
+    DATA` checks a data set.
 
     \b
     Examples:

@@ -209,6 +209,9 @@ def _check_detector(job: Job, gen: Wants, detector: Detector, reference: Referen
         stored = reference.statistics_for(detector.name, output)
         if stored is not None:
             _warn(check_statistics(stored, detector, output))
+            if stored.num_images is None and job.metric.protocol == "free":
+                _warn(f"{stored.path} does not say of how many images it is: its covariance is used as stored, usually "
+                      f"divided by N - 1, while {name} divides by N: pytorch_fid and adm_fid50k divide by N - 1")
         elif reference.source is None:
             raise UserError(f"--metrics={name}: not computable from {path_of(reference)}, which holds statistics of "
                             f"{reference.holdings()}, but not {output} of {detector.name}: name the images themselves "

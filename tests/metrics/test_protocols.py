@@ -286,6 +286,11 @@ class TestReferences:
         assert next(iter(record["results"].values())) == distance(real, gen, ddof=1)
         assert record["num_real"] is None
 
+    def test_foreign_statistics_under_ddof_0_are_warned_of(self, real, gen, capsys):
+        for num, said in ((None, True), (230, False)):
+            score(["fid"], gen, Reference(statistics=(self.stored(real, num=num),)))
+            assert ("ref.npz does not say of how many images it is" in capsys.readouterr().err) == said
+
     def test_an_output_that_the_file_does_not_hold(self, real, gen, capsys):
         with pytest.raises(UserError, match=r"--metrics=adm_sfid50k: not computable from ref\.npz, which holds .*pool "
                            f"of an unnamed detector, but not spatial of {INCEPTION}"):
