@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
-from dnnlib.classes import Classes, is_fraction, number_names, same_form, single, whole_number, with_several
-from dnnlib.util import format_bytes, list_some
+from dnnlib.classes import Classes, is_fraction, number_names, single, whole_number, with_several
+from dnnlib.util import format_bytes, list_some, normalized_name
 from training.data.labels import MAX_CLASSES, clean_name
 
 MAX_LABEL_FILE = 1 << 30
@@ -137,7 +137,7 @@ def class_names(where: str, classes: Any) -> list[str] | None:
         return None
     if not isinstance(classes, list) or not classes or not all(isinstance(c, str) for c in classes):
         raise UserError(f'{where}: "classes" must be a list of names')
-    if len({same_form(name) for name in classes}) != len(classes):
+    if len({normalized_name(name) for name in classes}) != len(classes):
         raise UserError(f'{where}: "classes" lists a name twice: names must differ')
     return classes
 

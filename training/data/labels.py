@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.classes import number_names, same_form, single, whole_number, with_several
-from dnnlib.util import list_some
+from dnnlib.classes import number_names, single, whole_number, with_several
+from dnnlib.util import list_some, normalized_name
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 METADATA_NAME = "dataset.json"
@@ -136,7 +136,7 @@ def class_list(store: LabelledStore) -> list[str] | None:
         return None
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         raise UserError(f'{store.path}: {METADATA_NAME}: "classes" must be a list of names')
-    if len({same_form(name) for name in classes}) != len(classes):
+    if len({normalized_name(name) for name in classes}) != len(classes):
         raise UserError(f'{store.path}: {METADATA_NAME}: "classes" lists a name twice: names must differ')
     return classes
 
