@@ -19,7 +19,6 @@ from dnnlib.util import file_sha256, list_some
 from torch_utils import checkpoint, safe_pickle
 from torch_utils.pickle_modules import (
     ModuleRecord,
-    Unfit,
     as_module,
     as_number,
     as_plain,
@@ -30,6 +29,7 @@ from torch_utils.pickle_modules import (
     walk,
 )
 from torch_utils.pickle_values import TensorRecord
+from torch_utils.schema import Unfit
 from training.config import DiscriminatorConfig, GeneratorConfig, InputSpec, LayerSpec, from_dict, to_dict
 from training.networks_stylegan3 import Generator
 

@@ -15,13 +15,15 @@ import zipfile
 import zlib
 from typing import Any
 
-import numpy as np
 import torch
 
 from dnnlib import UserError
 from dnnlib.util import list_some
+from metrics.references.limits import check_metadata
 from metrics.references.pickles import read_pickle
 from metrics.references.statistics import DINOV2, INCEPTION, Statistics, make_statistics, statistics_of_features
+from torch_utils.arrays import npy_header as npy_header
+from torch_utils.arrays import open_npz
 
 OUR_FORMAT = "stylesan-xl/reference/2"
 ADM_CROP = "center-crop-dhariwal"       # How the images of ADM's reference files were cut out.
@@ -74,7 +76,7 @@ def load_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, ...]:
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: not a readable file of statistics (neither a whole .npz nor a pickle): make it "
                             "again")
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
+        with open_npz(path) as file:
             return _read_npz(path, file)
     except READ_ERRORS as err:
         raise UserError(f"{path}: not a readable file of statistics ({type(err).__name__}): make it again") from err
@@ -125,15 +127,6 @@ def _side_of_images(file: Any) -> int | None:
     return int(shape[2]) if len(shape) == 4 else None
 
 
-def npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, Fortran order, dtype) of a stream in .npy format; leaves it at the first value. Raises ValueError."""
-    version = np.lib.format.read_magic(f)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"unknown version {version} of the .npy format")
-    return readers[version](f)
-
-
 def _from_features(path: str, file: Any, key: str) -> Statistics:
     """Statistics of features, as dgm-eval keeps them. Its other arrays may hold objects; they are not read."""
     features = file[key]
@@ -159,6 +152,7 @@ def _metadata(path: str, file: Any) -> dict[str, Any]:
 
 def _read_ours(path: str, file: Any, metadata: dict[str, Any]) -> tuple[Statistics, ...]:
     """What `metrics.references.writing` wrote. The list in the metadata says what is where."""
+    check_metadata(path, metadata)
     num, ddof = int(file["num_images"]), int(file["ddof"])
     entries = []
     for entry in metadata["statistics"]:

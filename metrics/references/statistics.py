@@ -10,6 +10,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import list_some
 from metrics.detectors import Detector
+from metrics.references.limits import check_count, check_width
 from metrics.sources import ImageSource
 
 INCEPTION, DINOV2 = "inception-2015-12-05", "dinov2-vitl14"
@@ -119,6 +120,7 @@ def make_statistics(path: str, names: str, mean: np.ndarray, covariance: np.ndar
     if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{path}: {names} are {list(mean.shape)} and {list(covariance.shape)}, "
                         "but must be [D] and [D, D]: make the file again")
+    check_width(path, names, len(mean))
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path}: {names} are not finite everywhere: make the file again")
@@ -126,9 +128,8 @@ def make_statistics(path: str, names: str, mean: np.ndarray, covariance: np.ndar
     if np.abs(covariance - covariance.T).max() > ASYMMETRY * largest or np.diag(covariance).min() < -1e-6 * largest:
         raise UserError(f"{path}: of {names} the second is no covariance: it must be symmetric with variances that "
                         "are not negative: make the file again")
+    check_count(path, num, ddof)
     if num is not None:
-        if num <= ddof:
-            raise UserError(f"{path}: num_images is {num} with ddof {ddof}: make the file again")
         covariance = covariance * ((num - ddof) / num)
     return Statistics(mean, covariance, num, more.pop("detector", None), stored_ddof=ddof, path=path,
                       fingerprint=more.pop("fingerprint", None) or hash_numbers(mean, covariance), **more)
@@ -143,6 +144,7 @@ def statistics_of_features(path: str, key: str, features: torch.Tensor, **more: 
     if not features.is_floating_point() or features.ndim != 2 or len(features) < 2 or not features.shape[1]:
         raise UserError(f"{path}: {key} is {features.dtype} {list(features.shape)}, but features must be floats "
                         "[N, D] with two rows or more: make the file again")
+    check_width(path, key, features.shape[1])
     blocks = features.split(BLOCK_ROWS)
     mean = sum(block.double().sum(dim=0) for block in blocks) / len(features)
     outer = torch.zeros(len(mean), len(mean), dtype=torch.float64)
