@@ -20,7 +20,7 @@ from dnnlib import EasyDict, UserError
 MAX_OPCODES = 5_000_000
 # Copies made of the file's bytes (arrays, loaded tensors): several views may share bytes, but not without end.
 COPIES_PER_BYTE, COPIES_EXTRA = 4, 64 << 20
-OPCODE_BYTES = 128              # What the value of one opcode takes, a byte of the file: an empty set more, a tuple less.
+OPCODE_BYTES = 128              # What one opcode, a byte of the file, leaves in memory: a set more, a tuple less.
 MAX_DIMENSIONS = 16
 MAX_KEY_PARTS = 64              # Of a tuple used as a key: hashing deep ones would exhaust the interpreter's stack.
 

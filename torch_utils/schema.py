@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a file may hold, written down as data: keys, types, ranges, and the names, shapes and types of tensors.
 
-A schema is made of checks. A check takes a value and the place where it stands in the file, and raises `Unfit` with a
-sentence about that place. Whoever reads a file adds its name and a remedy:
+A schema is made of checks. A check takes a value and the place where it stands in the file ("" for all of it), and
+raises `Unfit` with a sentence about that place. Whoever reads a file adds its name and a remedy:
 
-    NETWORK = record({"widths": items(whole(1, 4096)), "classes": items(text())}, {"note": nothing_or(text())})
-    NETWORK(header, "its header")       # Unfit: its header.widths[2] is -4, but must be a whole number from 1 to 4096
+    NETWORK = record({"widths": items(whole(1, 4096)), "classes": items(text)}, {"note": nothing_or(text)})
+    NETWORK(header, "header")           # Unfit: header.widths[2] is -4, but must be a whole number from 1 to 4096
 
 Nothing is computed or allocated from a value before its check has passed, so sizes that a file claims cost nothing.
 """
@@ -14,7 +14,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -144,7 +144,7 @@ def entries(inner: Check, key: type = str) -> Check:
         for name, item in value.items():
             if type(name) is not key:
                 raise Unfit(f"{place} has the key {shown(name)}, but its keys must be of type {key.__name__}")
-            inner(item, f"{place}.{shown(name)[:80].strip(chr(39))}")
+            inner(item, _inside(place, name))
     return check
 
 
@@ -162,20 +162,25 @@ def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
     def check(value: Any, place: str) -> None:
         _check_dict(value, place)
         if missing := [name for name in required if name not in value]:
-            raise Unfit(f"{place} lacks {list_some(missing)}")
+            raise Unfit(f"{place or 'the file'} lacks {list_some(missing)}")
         unknown = [name for name in value if not isinstance(name, str) or name not in known]
         if unknown and (others is None or not all(isinstance(name, str) for name in unknown)):
-            raise Unfit(f"{place} has unknown entries: {names_shown(unknown)}")
+            raise Unfit(f"{place or 'the file'} has unknown entries: {names_shown(unknown)}")
         for name, item in value.items():
             inner = known.get(name, others)
             assert inner is not None        # Unknown names were refused above.
-            inner(item, f"{place}.{shown(name)[1:-1]}")
+            inner(item, _inside(place, name))
     return check
+
+
+def _inside(place: str, name: Any) -> str:
+    name = ascii(name)[1:-1] if isinstance(name, str) else str(name)
+    return f"{place}.{name[:100]}" if place else name[:100]
 
 
 def _check_dict(value: Any, place: str) -> None:
     if not isinstance(value, dict):
-        raise Unfit(f"{place} is {shown(value)}, but must hold entries by name")
+        raise Unfit(f"{place or 'the file'} is {shown(value)}, but must hold entries by name")
 
 #----------------------------------------------------------------------------
 # Settings.
@@ -232,21 +237,39 @@ def check_tensors(state: Any, place: str, like: Mapping[str, torch.Tensor] | Non
         if value.dtype not in FLOATS + COUNTERS:
             raise Unfit(f"{place}.{name} is {shown(value)}, a type that no network has")
     if like is not None:
-        _compare(state, place, like, exact)
+        compare_shapes(state, place, like)
+        _compare_types(state, place, like, exact)
     if (name := first_nonfinite(state)) is not None:
         raise Unfit(f"{place}.{name} is not finite")
 
 
-def _compare(state: Mapping[str, torch.Tensor], place: str, like: Mapping[str, torch.Tensor], exact: bool) -> None:
+class HasShape(Protocol):
+    """A tensor, or a note of one that is still in its file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def compare_shapes(state: Mapping[str, HasShape], place: str, like: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that are not those of a network. Nothing is read.
+
+    Raises:
+        Unfit: some are missing, unknown or of other shapes.
+    """
     if missing := sorted(like.keys() - state.keys()):
-        raise Unfit(f"{place} lacks {names_shown(missing)}")
+        raise Unfit(f"{place} lacks tensors: {names_shown(missing)}")
     if unknown := sorted(state.keys() - like.keys()):
         raise Unfit(f"{place} has unknown tensors: {names_shown(unknown)}")
     other = [f"{name} {list(state[name].shape)} for {list(value.shape)}" for name, value in like.items()
-             if state[name].shape != value.shape]
+             if tuple(state[name].shape) != tuple(value.shape)]
     if other:
         raise Unfit(f"{place} has tensors of other shapes: {list_some(other, 3)}")
+
+
+def _compare_types(state: Mapping[str, torch.Tensor], place: str, like: Mapping[str, torch.Tensor],
+                   exact: bool) -> None:
     for name, value in like.items():
         found = state[name].dtype
         if found != value.dtype and (exact or not (found.is_floating_point and value.dtype.is_floating_point)):
-            raise Unfit(f"{place}.{name} is {shown(state[name])}, but must be of {str(value.dtype)[6:]}")
+            raise Unfit(f"{place}.{name} is {shown(state[name])}, but must be of "
+                        f"{str(value.dtype).removeprefix('torch.')}")

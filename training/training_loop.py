@@ -28,7 +28,7 @@ from training.run.networks import make_networks
 from training.run.preflight import check_disk, state_bytes
 from training.run.resume import load_state
 from training.run.saving import Saver, pick_score, update_best
-from training.run.snapshots import TrainingState, generator_config, snapshot_name
+from training.run.snapshots import TrainingState, generator_config, run_shape, snapshot_name
 from training.run.stopping import EXIT_DONE, EXIT_RESTART, NOTHING, Request, StopRequests
 from training.step.batches import BatchSource
 from training.step.ema import update_ema
@@ -36,7 +36,7 @@ from training.step.guard import GradientGuard
 from training.step.phases import make_phases, run_phase
 from training.watch.beginning import Beginning
 from training.watch.health import EXIT_COLLAPSE, EXIT_NONFINITE, HealthCheck
-from training.watch.nonfinite import explain_nonfinite
+from training.watch.nonfinite import broken_weights, explain_nonfinite, phase_of
 from training.watch.reporting import Reporter, SampleSheets
 
 Evaluator = Callable[[Generator], list[dict[str, Any]]]     # G_ema -> metric results; every process calls it.
@@ -101,7 +101,7 @@ def training_loop(
         check_disk(folder, state_bytes([G, G_ema, D], phases))
     guard = GradientGuard(config.batch, collector.report)
     health = HealthCheck(config, dataset, device, guard)
-    saved = load_state(folder, report.say)
+    saved = load_state(folder, report.say, run_shape(state))
     resumed = saved is not None
     if resumed:
         state.load_content(saved)
@@ -136,7 +136,7 @@ def training_loop(
     torch.backends.cudnn.benchmark = autotunes(config, state.cur_nimg, device)
     if end is None:
         beginning.train(torch.backends.cudnn.benchmark)
-    failed = None       # The phase whose gradients are not finite any more.
+    failed = broken = None      # The phase whose gradients, and the tensor whose values, are not finite any more.
     while end is None and request.restart is None:
         if saver.state_is_due() and guard.is_clean():
             saver.save_state(state)
@@ -165,6 +165,9 @@ def training_loop(
             continue
         beginning.tick()
         saver.check()
+        if (broken := broken_weights(state)) is not None:
+            failed = phase_of(broken, phases).name
+            break
         state.cur_tick += 1
         stats = collector.update()
         tick_end_time = time.time()         # The device has done everything: the statistics have waited for it.
@@ -189,10 +192,13 @@ def training_loop(
         measured_nimg, tick_start_time = state.cur_nimg, time.time()
         maintenance = tick_start_time - tick_end_time
 
+    if failed is None and request.restart is not None and (broken := broken_weights(state)) is not None:
+        failed = phase_of(broken, phases).name
     if failed is not None:
         phase = next(phase for phase in phases if phase.name == failed)
         batch = next(iter(batches.micro_batches(phase, state.cur_nimg)))
-        report.say(explain_nonfinite(folder, phase, batch, guard, {"G": G, "D": D}, state.cur_nimg))
+        report.say(explain_nonfinite(folder, phase, batch, guard, {"G": G, "D": D}, state.cur_nimg,
+                                     broken))
     elif request.restart is not None:
         saver.save_state(state)
     else:

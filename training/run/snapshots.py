@@ -14,11 +14,11 @@ from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
 from training.discriminators.projected import ProjectedDiscriminator
 from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
+from training.run.formats import NETWORK_FORMAT as NETWORK_FORMAT
+from training.run.formats import STATE_FORMAT as STATE_FORMAT
+from training.run.formats import VERSION as VERSION
+from training.run.formats import RunShape
 from training.step.phases import Phase
-
-NETWORK_FORMAT = "stylesan-xl-network"
-STATE_FORMAT = "stylesan-xl-training-state"
-VERSION = 1
 
 #----------------------------------------------------------------------------
 
@@ -68,6 +68,12 @@ def build_generator(snapshot: dict[str, Any], which: str = "G_ema") -> Generator
     except RuntimeError as err:
         raise UserError(f"the snapshot's {which} does not fit its own settings: {err}") from err
     return G
+
+def run_shape(state: "TrainingState") -> RunShape:
+    """What a file must fit to be continued by this state."""
+    groups = {name: [group["params"] for group in opt.param_groups] for name, opt in state.optimizers().items()}
+    networks = {"G": state.G.state_dict(), "G_ema": state.G_ema.state_dict(), "D": state.D.own_state_dict()}
+    return RunShape(networks, groups, tuple(state.counters()))
 
 #----------------------------------------------------------------------------
 
