@@ -250,6 +250,13 @@ class HasShape(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredShape:
+    """A note of a tensor that is still in its file."""
+
+    shape: tuple[int, ...]
+
+
 def compare_shapes(state: Mapping[str, HasShape], place: str, like: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that are not those of a network. Nothing is read.
 
