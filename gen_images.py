@@ -14,7 +14,8 @@ import tqdm
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
 from inference.sampling import find_class, generate, seed_label, seed_latent
-from torch_utils import misc
+from torch_utils import checkpoint, misc
+from torch_utils.arrays import read_npy
 from torch_utils.images import save_image, to_uint8_sample
 from torch_utils.ops import dispatch
 
@@ -40,14 +41,16 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
     """
     try:
         if path.endswith(".npy"):
-            centroids = torch.from_numpy(np.load(path, allow_pickle=False))
+            centroids = torch.from_numpy(read_npy(path))
         else:
-            centroids = torch.load(path, map_location="cpu", weights_only=True)
+            centroids = checkpoint.load_plain(path)
     except Exception as err:
         raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__})") from err
     if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
         shape = list(centroids.shape) if isinstance(centroids, torch.Tensor) else type(centroids).__name__
         raise UserError(f"--centroids-path={path}: expected a tensor [number of centroids, {w_dim}], found {shape}")
+    if centroids.is_complex() or not centroids.float().isfinite().all():
+        raise UserError(f"--centroids-path={path}: holds what are no finite numbers: compute the centroids again")
     return centroids.float()
 
 #----------------------------------------------------------------------------

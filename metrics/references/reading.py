@@ -15,13 +15,13 @@ import zipfile
 import zlib
 from typing import Any
 
-import numpy as np
 import torch
 
 from dnnlib import UserError
 from dnnlib.classes import whole_number
 from dnnlib.npy import npy_header
 from dnnlib.util import list_some
+from metrics.references.limits import check_metadata
 from metrics.references.pickles import read_pickle
 from metrics.references.statistics import (
     DINOV2,
@@ -31,6 +31,7 @@ from metrics.references.statistics import (
     make_statistics,
     statistics_of_features,
 )
+from torch_utils.arrays import open_npz
 
 OUR_FORMAT = "stylesan-xl/reference/2"
 ADM_CROP = "center-crop-dhariwal"       # How the images of ADM's reference files were cut out.
@@ -83,7 +84,7 @@ def load_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, ...]:
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: not a readable file of statistics (neither a whole .npz nor a pickle): make it "
                             "again")
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
+        with open_npz(path) as file:
             return _read_npz(path, file)
     except READ_ERRORS as err:
         raise UserError(f"{path}: not a readable file of statistics ({type(err).__name__}): make it again") from err
@@ -172,6 +173,7 @@ def _metadata(path: str, file: Any) -> dict[str, Any]:
 
 def _read_ours(path: str, file: Any, metadata: dict[str, Any]) -> tuple[Statistics, ...]:
     """What `metrics.references.writing` wrote. The list in the metadata says what is where."""
+    check_metadata(path, metadata)
     num, ddof = _whole(path, file, "num_images"), _whole(path, file, "ddof")
     entries = []
     for entry in metadata["statistics"]:

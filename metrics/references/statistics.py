@@ -11,6 +11,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import list_some
 from metrics.detectors import INCEPTION_LAYERS, Detector
+from metrics.references.limits import check_count, check_width
 from metrics.sources import ImageSource
 
 INCEPTION, DINOV2 = "inception-2015-12-05", "dinov2-vitl14"
@@ -136,6 +137,7 @@ def make_statistics(path: str, names: str, mean: np.ndarray, covariance: np.ndar
     if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{path}: {names} are {list(mean.shape)} and {list(covariance.shape)}, "
                         "but must be [D] and [D, D]: make the file again")
+    check_width(path, names, len(mean))
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path}: {names} are not finite everywhere: make the file again")
@@ -147,11 +149,8 @@ def make_statistics(path: str, names: str, mean: np.ndarray, covariance: np.ndar
     if (np.square(covariance) - np.outer(variances, variances)).max() > ASYMMETRY * largest ** 2:
         raise UserError(f"{path}: of {names} the second is no covariance: an entry is larger than its two variances "
                         "allow: make the file again")
+    check_count(path, num, ddof)
     if num is not None:
-        if ddof not in (0, 1):
-            raise UserError(f"{path}: ddof is {ddof}, but covariances are divided by N or N - 1: make the file again")
-        if num <= ddof:
-            raise UserError(f"{path}: num_images is {num} with ddof {ddof}: make the file again")
         covariance = covariance * ((num - ddof) / num)
     return Statistics(mean, covariance, num, more.pop("detector", None), stored_ddof=ddof, path=path,
                       fingerprint=more.pop("fingerprint", None) or hash_numbers(mean, covariance), **more)
@@ -166,6 +165,7 @@ def statistics_of_features(path: str, key: str, features: torch.Tensor, **more: 
     if not features.is_floating_point() or features.ndim != 2 or len(features) < 2 or not features.shape[1]:
         raise UserError(f"{path}: {key} is {features.dtype} {list(features.shape)}, but features must be floats "
                         "[N, D] with two rows or more: make the file again")
+    check_width(path, key, features.shape[1])
     blocks = features.split(BLOCK_ROWS)
     mean = sum(block.double().sum(dim=0) for block in blocks) / len(features)
     outer = torch.zeros(len(mean), len(mean), dtype=torch.float64)

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.cli.full_size import pretend_snapshot
 from tests.conftest import write_dataset
-from torch_utils import checkpoint
 from train import main
 from training.config import TrainConfig, from_dict, to_dict
 from training.generator.layer_schedule import stem_config, superres_config
-from training.run.snapshots import NETWORK_FORMAT
 
 
 def dry_run(command: str, **places):
@@ -46,9 +45,7 @@ def places(tmp_path_factory):
         places[f"ffhq{size}"] = write_dataset(folder / f"ffhq{size}.zip", size, 2, 0)
 
     def save(name: str, config, class_names=None):
-        places[name] = folder / f"{name}.pkl"
-        checkpoint.save(places[name], {"format": NETWORK_FORMAT, "generator_config": to_dict(config), "G_ema": {},
-                                       "class_names": class_names})
+        places[name] = pretend_snapshot(folder / f"{name}.pkl", config, class_names)
 
     imagenet = stem_config(16, 10, 65536, 1024, c_dim=1000)
     save("stem16", imagenet)

@@ -308,7 +308,7 @@ def test_diverged_network_is_an_error(network, tmp_path):
     checkpoint.save(bad, content)
     result = invoke(f"--network={bad}", "--seeds=0", f"--outdir={tmp_path}")
     assert result.exit_code == 2
-    assert "non-finite" in result.output
+    assert "is not finite" in result.output
 
 
 class Evil:

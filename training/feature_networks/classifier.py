@@ -40,6 +40,7 @@ class Classifier(torch.nn.Module):
             columns: For each class of the data the network's; None: as they are.
         """
         super().__init__()
+        self.columns: torch.Tensor | None
         self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
         self.net = net.requires_grad_(False)
         self.num_classes = cast(int, net.num_classes)

@@ -2,9 +2,9 @@
 """From options to the plan of a run: its settings, its data, where its weights come from, and its folder."""
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,7 +36,11 @@ from training.run.splitting import check_diversity, check_split_group, split_bat
 
 SMALL_DATA = 50_000         # Images below which --preset=small is worth a thought.
 
-SnapshotReader = Callable[[str], Snapshot]      # Path of a file or of a run -> content: `legacy.open_snapshot`.
+
+class SnapshotReader(Protocol):
+    """Gives the content of a snapshot, by the path of a file or of a run: `legacy.open_snapshot`."""
+
+    def __call__(self, path: str, mmap: bool = False) -> Snapshot: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _open_dataset(options: TrainOptions) -> ImageDataset:
 
 
 def _open_stem(path: str, open_snapshot: SnapshotReader) -> Stem:
-    snapshot = open_snapshot(path)
+    snapshot = open_snapshot(path, mmap=True)      # Only G_ema of it is read.
     return Stem(generator_config(snapshot), tuple(snapshot.get("class_names") or ()), snapshot)
 
 
@@ -125,8 +129,8 @@ def follow_stem(dataset: ImageDataset, stem: Stem) -> None:
                         f"use {remedy}, as for the stem")
     if there != here:
         raise UserError(f"--path_stem: the stem has {there} classes, --data has {here}: moving a stage to other "
-                        "classes is not supported, because it keeps its stem's: train a stem on this data first (--init-from "
-                        "takes what fits of another stem), then grow the stage on it")
+                        "classes is not supported, because it keeps its stem's: train a stem on this data first "
+                        "(--init-from takes what fits of another stem), then grow the stage on it")
     note = follow_classes(dataset, "the stem of --path_stem", Classes(stem.class_names, there))
     if note:
         distributed.print0(f"NOTE: {note}")
