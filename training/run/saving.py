@@ -12,12 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dnnlib import UserError
 from dnnlib.util import format_bytes, link_or_copy
-from torch_utils import checkpoint, distributed, misc
+from torch_utils import checkpoint, distributed
 from torch_utils.memory import free_memory
+from torch_utils.nested import copy_to_cpu, first_nonfinite, tensor_bytes
 from training.config import TrainConfig
 from training.run import formats
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
@@ -29,27 +28,6 @@ from training.run.snapshots import (
     training_state,
 )
 from training.trainer import Progress, Trainer
-
-#----------------------------------------------------------------------------
-# Memory.
-
-def copy_to_cpu(value: Any) -> Any:
-    """The same nested dicts and lists, with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copy_to_cpu(item) for item in value)
-    return value
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(tensor_bytes(item) for item in items)
 
 #----------------------------------------------------------------------------
 
@@ -216,7 +194,7 @@ class Saver:
         """
         self.writer.wait()          # The copy before this one is gone then.
         content = training_state(trainer.state_dict())
-        if (bad := misc.first_nonfinite(content)) is not None:
+        if (bad := first_nonfinite(content)) is not None:
             raise NonFiniteState(f"{bad} is not finite, so nothing is saved: start a new run from the last snapshot, "
                                  "with --fp32=1 or half --glr and --dlr")
         if not self.config.saving.background:

@@ -17,13 +17,14 @@ from click.testing import CliRunner
 
 from dnnlib import UserError, cli
 from torch_utils import checkpoint
+from torch_utils.nested import copy_to_cpu, tensor_bytes
 from training.config import DiscriminatorConfig, SavingConfig, to_dict
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.resume import load_state
-from training.run.saving import Saver, Score, Writer, copy_to_cpu, pick_score, read_score, superfluous, update_best
+from training.run.saving import Saver, Score, Writer, pick_score, read_score, superfluous, update_best
 from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
 from training.trainer import Progress
 
@@ -111,7 +112,7 @@ def test_a_copy_does_not_change_with_training():
     assert copied["a"].tolist() == [1, 1, 1]
     assert copied["b"][0].tolist() == [0, 0]
     assert copied["b"][1] == (1, "x", None)
-    assert saving.tensor_bytes(state) == 20
+    assert tensor_bytes(state) == 20
 
 
 def test_training_may_go_on_while_a_state_is_written(saver, tmp_path, monkeypatch):
@@ -241,6 +242,7 @@ SLOW_SAVE = """
 import sys, time, torch
 from pathlib import Path
 from torch_utils import checkpoint
+from torch_utils.nested import copy_to_cpu, tensor_bytes
 
 class Slow(checkpoint._ErrorKeeper):
     def write(self, data):
