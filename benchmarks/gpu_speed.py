@@ -32,9 +32,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what networks that are gone have left."""
-    gc.collect()
+    """Give back the memory of a GPU that networks which are gone have left; others get theirs back by themselves."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
