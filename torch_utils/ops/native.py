@@ -201,25 +201,9 @@ def resample(x: torch.Tensor, plan: ResamplingPlan) -> torch.Tensor:
 
 
 def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
-                   codes: torch.Tensor | None) -> torch.Tensor:
+                   codes: torch.Tensor | None, template: Template | None = None) -> torch.Tensor:
     """y = down(activation(up(x + b))), or with mode READ_CODES y = down(derivative * up(x))."""
-    return _run_layer(_template(x, plan, "filtered_lrelu"), x, b, plan, mode, codes)
-
-
-def filtered_lrelu_and_codes(x: torch.Tensor, b: torch.Tensor | None,
-                             plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = down(activation(up(x + b))), and the codes of the slopes."""
-    template = _template(x, plan, "filtered_lrelu")
-    if template.codes is None:
-        codes = new_codes(x, plan)
-        template.codes = codes.shape, codes.stride()
-    else:
-        codes = x.new_empty_strided(*template.codes, dtype=torch.int32)
-    return _run_layer(template, x, b, plan, ACTIVATE_AND_KEEP, codes), codes
-
-
-def _run_layer(template: Template, x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
-               codes: torch.Tensor | None) -> torch.Tensor:
+    template = template or _template(x, plan, "filtered_lrelu")
     y = x.new_empty_strided(template.size, template.stride)
     if template.is_empty:
         return y
@@ -235,6 +219,18 @@ def _run_layer(template: Template, x: torch.Tensor, b: torch.Tensor | None, plan
     if code:
         raise _failure("filtered_lrelu", x, code)
     return y
+
+
+def filtered_lrelu_and_codes(x: torch.Tensor, b: torch.Tensor | None,
+                             plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = down(activation(up(x + b))), and the codes of the slopes."""
+    template = _template(x, plan, "filtered_lrelu")
+    if template.codes is None:
+        codes = new_codes(x, plan)
+        template.codes = codes.shape, codes.stride()
+    else:
+        codes = x.new_empty_strided(*template.codes, dtype=torch.int32)
+    return filtered_lrelu(x, b, plan, ACTIVATE_AND_KEEP, codes, template), codes
 
 
 def _fast_function(template: Template, x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
