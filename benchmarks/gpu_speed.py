@@ -20,7 +20,7 @@ from training.config import GeneratorConfig
 OPS_BATCH = 8
 STEM_BATCH = 512            # Of which --batch-gpu=auto chooses a micro-batch.
 SECONDS = {"cuda": 0.15, "cpu": 0.02}      # For repetitions of one operation.
-SMALL_NETWORKS = {"backbones": ("test_efficientnet:random",), "classifier": "deit_tiny_distilled_patch16_224:random"}
+SMALL_NETWORKS = {"backbones": ("local:random",), "classifier": "deit_tiny_distilled_patch16_224:random"}
 
 #----------------------------------------------------------------------------
 # Clocks.

@@ -173,7 +173,7 @@ class Plan:
     def __init__(self) -> None:
         self.number = number = next(_numbers)
         self.packed: Packed | None = None               # `native` makes it at the first call.
-        self.templates: dict[Hashable, Any] = {}        # So it does with these, for each layout of the images.
+        self.templates: dict[Hashable, Any] = {}        # `native` makes one for each layout of the images.
         _plans[number] = weakref.ref(self, lambda _: _plans.pop(number, None))
 
 

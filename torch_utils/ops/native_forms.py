@@ -146,13 +146,14 @@ def filtered_lrelu_call(
 ) -> LayerCall:
     """The same for tensors of the shape and type of x: a function of x, b and filters with their present contents."""
     plan = layer_plan(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter, general)
+    dtype = x.dtype
     run: Callable[..., torch.Tensor] = (operations.bias_act if isinstance(plan, BiasActPlan) else
                                         operations.filtered_lrelu)
 
     def call(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,
              b: torch.Tensor | None) -> torch.Tensor:
-        if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
-            b = b.to(x.dtype).contiguous()
+        if b is not None and (b.dtype != dtype or not b.is_contiguous()):
+            b = b.to(dtype).contiguous()
         return run(x, b, plan)
 
     return call

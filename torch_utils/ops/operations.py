@@ -125,7 +125,7 @@ class _Layer(torch.autograd.Function):
         plan: LayerPlan = ctx.plan.transposed
         # The first of these goes a shorter way, for a gradient that nobody takes another one of.
         dx = filtered_lrelu_slopes(grad, codes, plan) if torch.is_grad_enabled() else _slopes(grad, codes, plan.number)
-        return dx, dx.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None, None
+        return dx, dx.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[1] else None, None
 
 
 class _Slopes(torch.autograd.Function):
@@ -143,7 +143,7 @@ class _Slopes(torch.autograd.Function):
 
 def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan) -> torch.Tensor:
     """down(clamp(lrelu(up(x + b)))), x [N, C, H, W], b [C] of its type; codes are kept for gradients only."""
-    if not _needs_gradient(x, b):
+    if not (torch.is_grad_enabled() and (x.requires_grad or b is not None and b.requires_grad)):
         return _layer(x, b, plan.number)
     y: torch.Tensor = _Layer.apply(x, b, plan)
     return y
@@ -251,4 +251,4 @@ def _along(dx: torch.Tensor, b: torch.Tensor | None, dim: int) -> torch.Tensor |
     if b is None:
         return None
     others = tuple(d for d in range(dx.ndim) if d != dim)
-    return dx.sum(others) if others else dx
+    return dx.sum(dim=others) if others else dx
