@@ -20,6 +20,7 @@ from torch_utils.schema import (
     MAX_ITEMS,
     StoredShape,
     Unfit,
+    check_finite,
     check_tensors,
     compare_shapes,
     exactly,
@@ -189,6 +190,7 @@ def load_local_network(path: str | os.PathLike[str]) -> LocalNet:
                            net.state_dict())
             state = {name: file.get_tensor(name) for name in stored}
             check_tensors(state, "its content", net.state_dict())
+            check_finite(state)
         except (UserError, Unfit) as err:
             raise UserError(f"{path}: not a usable local network, because its configuration and its tensors do not "
                             f"agree: {err}: train it again") from err
