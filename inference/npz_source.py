@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples in an .npz, as ADM, DiT and their kin write them: arr_0 uint8 [N, H, W, 3], labels in arr_1 if at all."""
+"""Samples in an .npz, as ADM, DiT and their kin write them: arr_0 uint8 [N, H, W, 3], labels in arr_1 (or `labels`) if at all.
+"""
 import hashlib
 import math
 import os
@@ -17,6 +18,7 @@ from metrics.references.reading import npy_header
 from training.data.labels import array_labels
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]            # uint8 [N, 3, H, W], int64 [N] or None
+LABEL_KEYS = ("arr_1", "labels", "label", "y")
 SKIP_BYTES = 1 << 22        # At a time, of images that nobody asked for.
 READ_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError)
 
@@ -32,7 +34,7 @@ class NpzSource:
     def __init__(self, path: str | os.PathLike[str], needs_labels: bool = False):
         """Args:
             path: The file.
-            needs_labels: Refuse an arr_1 that holds no labels. Otherwise the images count as having none.
+            needs_labels: Refuse an array of labels that holds none. Otherwise the images count as having none.
         """
         self.path = str(path)
         try:
@@ -45,8 +47,8 @@ class NpzSource:
                     shape, fortran, dtype = npy_header(f)
                     header = f.tell()
                 self.labels, names = None, None
-                if "arr_1.npy" in members:
-                    self.labels, names = _read_labels(f"{path}: arr_1", archive, shape[0] if shape else 0, needs_labels)
+                if key := next((key for key in LABEL_KEYS if f"{key}.npy" in members), None):
+                    self.labels, names = _read_labels(str(path), archive, key, shape[0] if shape else 0, needs_labels)
         except (*READ_ERRORS, ValueError) as err:
             raise UserError(f"{path}: not a whole .npz file ({type(err).__name__}): make it again") from err
         self._check(shape, fortran, dtype)
@@ -114,21 +116,22 @@ class NpzSource:
             size -= step
 
 
-def _read_labels(where: str, archive: zipfile.ZipFile, num: int,
+def _read_labels(path: str, archive: zipfile.ZipFile, key: str, num: int,
                  are_needed: bool) -> tuple[np.ndarray | None, list[str] | None]:
-    """The labels in arr_1, int64 [num], and the names of their classes, if any.
+    """The labels in an array, int64 [num], and the names of their classes, if any.
 
     Raises:
         UserError: they are needed, and it holds something else. Otherwise it is no label.
     """
-    size = archive.getinfo("arr_1.npy").file_size
+    where, name = f"{path}: {key}", f"{key}.npy"
+    size = archive.getinfo(name).file_size
     try:
-        with archive.open("arr_1.npy") as f:
+        with archive.open(name) as f:
             shape, _fortran, dtype = npy_header(f)
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != size - f.tell():
                 what = "an array of objects" if dtype.hasobject else "cut off"
                 raise UserError(f"{where} is {what}: save labels as an array of whole numbers")
-        with archive.open("arr_1.npy") as f:
+        with archive.open(name) as f:
             return array_labels(where, np.lib.format.read_array(f, allow_pickle=False), num)
     except UserError:
         if are_needed:
