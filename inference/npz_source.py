@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples in an .npz, as ADM, DiT and their kin write them: arr_0 uint8 [N, H, W, 3], labels in arr_1 (or `labels`) if at all.
-"""
+"""Samples in an .npz, as ADM, DiT and their kin write them: arr_0 uint8 [N, H, W, 3], labels in arr_1 or labels."""
 import hashlib
 import math
 import os
