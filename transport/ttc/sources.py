@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 
 from dnnlib import UserError
+from torch_utils.images import from_uint8
 from transport.ttc.image_critics import InfoGANGenerator, Shape, make_generator
 
 HALVES = ("train", "test")
@@ -77,7 +78,7 @@ class Crops:
             photo = self.photos[int(number * len(self.photos))]
             top, left = int(down * (photo.shape[1] - side + 1)), int(right * (photo.shape[2] - side + 1))
             crops.append(photo[:, top:top + side, left:left + side])
-        return torch.stack(crops).float() / 127.5 - 1
+        return from_uint8(torch.stack(crops))
 
 
 class Untrained:
@@ -189,7 +190,7 @@ def open_generator(path: str, half: str, num: int, seed: int) -> Table:
 
     source = GeneratorSource(load_network(path).G_ema, 2 * num, seed, "uniform")
     start = HALVES.index(half) * num
-    return Table(torch.cat([_scaled(images) for images, _ in source.batches_at(64, range(start, start + num))]))
+    return Table(torch.cat([from_uint8(images) for images, _ in source.batches_at(64, range(start, start + num))]))
 
 
 def open_source(name: str, target: Source, half: str, sigma: float, num: int, seed: int, resolution: int) -> Source:
@@ -222,10 +223,6 @@ def open_source(name: str, target: Source, half: str, sigma: float, num: int, se
     return source
 
 #----------------------------------------------------------------------------
-
-def _scaled(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 127.5 - 1
-
 
 def _sklearn() -> object:
     try:
@@ -262,4 +259,4 @@ def _data_set(path: str) -> torch.Tensor:
     images = ImageDataset(path, max_size=MAX_IMAGES)
     table = torch.stack([torch.from_numpy(images[i][0]) for i in range(len(images))])
     images.close()
-    return _scaled(table)
+    return from_uint8(table)
