@@ -14,7 +14,8 @@ from dnnlib import UserError
 from dnnlib.classes import number_names, same_form, single, whole_number, with_several
 from dnnlib.util import list_some
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jif", ".jp2", ".jpe", ".jpeg", ".jpg",
+                  ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 METADATA_NAME = "dataset.json"
 MAX_CLASSES = 1_000_000
 # A name that needs no cleaning: its parts are not empty, do not begin with a dot and have no odd characters.
