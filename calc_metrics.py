@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score a generator or a set of images: metrics as a table for people and as JSON lines for programs."""
+import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -101,8 +103,8 @@ def network_source(opts: EasyDict, network: Any, reference: Reference | None) ->
     return make
 
 
-def image_source(opts: EasyDict, names: list[str], workers: int) -> metric_main.SourceFactory:
-    """Makes seeded subsets of the images that are to be scored."""
+def image_source(opts: EasyDict, names: list[str], workers: int) -> ImageSource:
+    """The images that are to be scored."""
     if image_inputs.kind_of(opts.images) == "statistics" and not image_inputs.has_samples(opts.images):
         raise UserError(f"--images={opts.images}: holds statistics, not images: give them by --ref")
     source = image_inputs.open_images(opts.images, metric_main.needs_labels(names), workers, opts.images_split,
@@ -111,7 +113,7 @@ def image_source(opts: EasyDict, names: list[str], workers: int) -> metric_main.
     if lossy := source.description.get("lossy"):
         distributed.print0(f"Warning: {opts.images} holds files compressed by {lossy}, which moves every metric: save "
                            "samples as PNG", file=sys.stderr)
-    return lambda num: seeded_subset(source, num, opts.seed, what=f"--images={opts.images}")
+    return source
 
 #----------------------------------------------------------------------------
 # The command.
@@ -226,10 +228,13 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
     if (warning := metric_main.unused_mirror(names, options)) is not None:
         distributed.print0(f"Warning: {warning}", file=sys.stderr)
     results = []
-    if opts.network is not None or opts.images is not None:
-        generated = (image_source(opts, names, workers) if network is None
-                     else network_source(opts, network, reference))
-        results = metric_main.evaluate(names, generated, reference, options)
+    if network is not None:
+        results = metric_main.evaluate(names, network_source(opts, network, reference), reference, options)
+    elif opts.images is not None:
+        source = image_source(opts, names, workers)
+        some = functools.partial(seeded_subset, source, seed=opts.seed, what=f"--images={opts.images}")
+        options = dataclasses.replace(options, num_images=source.num_images)
+        results = metric_main.evaluate(names, some, reference, options)
     if opts.save_ref is not None:
         assert reference is not None        # Asked for before: see `check_options`.
         save_reference(opts, reference, options)
@@ -265,7 +270,7 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
               "inception-2015-12-05, vgg16, ... or a judge's .safetensors  [default: inception; for pr vgg16]")
 @click.option("--num", metavar="INT", type=click.IntRange(min=1),
               help="Images to score instead of the number that the name says; the result's name then says it  "
-              "[default: of the protocol, else 50000]")
+              "[default: of the protocol; for pytorch_fid all there are; else 50000]")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
               help="Of latents, classes and every random choice of a metric")
 @click.option("--labels", metavar="dataset|uniform|balanced", default="dataset", show_default=True,

@@ -122,10 +122,10 @@ def make(overwrite: bool, restart: bool, workers: int | None, **opts: Any) -> No
     """Make a data set for training: square RGB images of one size and their labels.
 
     What the source was taken for is said first. Labels come from dataset.json in it, else from its sub-folders: one
-    class per sub-folder, in the order of their names. ImageNet is recognised by folders such as n01440764. A source
-    with parts such as train and val needs --split. Files that cannot be read are skipped and listed in report.json
-    inside the result. The same command again continues a run that was broken off. `dataset_tool.py verify DATA` checks
-    a data set.
+    class per sub-folder, in the order of their names, or of their numbers if all are numbers. ImageNet is recognised by
+    folders such as n01440764. A source with parts such as train and val needs --split. Files that cannot be read are
+    skipped and listed in report.json inside the result. The same command again continues a run that was broken off.
+    `dataset_tool.py verify DATA` checks a data set.
 
     \b
     Examples:

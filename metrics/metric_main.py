@@ -118,6 +118,7 @@ def evaluate(names: Iterable[str], generated: SourceFactory, reference: Referenc
     for job in jobs:
         if job.image_kind is not None:
             _check_detector(job, job.image_kind.gen, detectors[job.detector], reference)
+            _check_numbers(job, job.image_kind, detectors[job.detector], reference)
     real = {} if reference is None else {
         key: load_real_side(reference, detectors[key[0]], needs, key[1], key[2], options)
         for key, needs in _real_wants(jobs).items()}
@@ -207,7 +208,10 @@ def _check_detector(job: Job, gen: Wants, detector: Detector, reference: Referen
     for output in job.outputs:
         stored = reference.statistics_for(detector.name, output)
         if stored is not None:
-            _warn(check_statistics(stored, detector))
+            _warn(check_statistics(stored, detector, output))
+            if stored.num_images is None and job.metric.protocol == "free":
+                _warn(f"{stored.path} does not say of how many images it is: its covariance is used as stored, usually "
+                      f"divided by N - 1, while {name} divides by N: pytorch_fid and adm_fid50k divide by N - 1")
         elif reference.source is None:
             raise UserError(f"--metrics={name}: not computable from {path_of(reference)}, which holds statistics of "
                             f"{reference.holdings()}, but not {output} of {detector.name}: name the images themselves "
@@ -215,6 +219,21 @@ def _check_detector(job: Job, gen: Wants, detector: Detector, reference: Referen
         elif reference.statistics:
             _warn(f"{path_of(reference)} holds no statistics of {output} of {detector.name}: {name} takes its "
                   f"{reference.source.num_images} images")
+
+
+def _check_numbers(job: Job, kind: MetricKind, detector: Detector, reference: Reference | None) -> None:
+    """Both sides must have as many images as the formula takes."""
+    sides = {"generated": [job.num]}
+    if reference is not None and job.has_real_side:
+        stored = [reference.statistics_for(detector.name, output) for output in job.outputs]
+        sides["real"] = [entry.num_images for entry in stored if entry is not None and entry.num_images is not None]
+        if reference.source is not None and (kind.real.wants.features or not all(stored)):
+            sides["real"].append(reference.source.num_images * (2 if job.real[1] else 1))
+    for side, numbers in sides.items():
+        num = min(numbers, default=kind.min_images)
+        if num < kind.min_images:
+            raise UserError(f"--metrics={job.metric.name}: {num} {side} image{'s are' if num > 1 else ' is'} too few: "
+                            f"give {kind.min_images} or more")
 
 
 def _check_source(source: ImageSource, reference: Reference | None, jobs: list[Job]) -> None:

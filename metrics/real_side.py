@@ -77,7 +77,10 @@ def load_real_side(
 
 
 def _check_stored(stored: Statistics, mirror: bool, limit: int | None) -> None:
-    if mirror:
+    if stored.mirror and not mirror:
+        raise UserError(f"--ref={stored.path}: was saved with --mirror=1, but the metric takes real images as they "
+                        "are: save it without, or use --metrics=fid --mirror=1")
+    if mirror and not stored.mirror:
         raise UserError(f"--mirror: {stored.path} holds statistics, which cannot be mirrored: name the images "
                         "themselves, or leave --mirror out")
     if limit is not None and (stored.num_images is None or stored.num_images > limit):

@@ -20,7 +20,14 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import list_some
-from metrics.references.statistics import DINOV2, INCEPTION, Statistics, make_statistics, statistics_of_features
+from metrics.references.statistics import (
+    DINOV2,
+    INCEPTION,
+    Statistics,
+    find_pair,
+    make_statistics,
+    statistics_of_features,
+)
 from torch_utils import safe_pickle
 from torch_utils.pickle_values import TensorRecord
 
@@ -48,12 +55,13 @@ def read_pickle(path: str) -> tuple[Statistics, ...]:
             return (_stylegan(path, root),)
         if root.keys() & EDM2_DETECTORS.keys():
             return _edm2(path, root)
-        if {"mu", "sigma"} <= root.keys():
-            more = {"format": "pickle with mu and sigma"}
+        if pair := find_pair(key for key in root if isinstance(key, str)):
+            names = " and ".join(pair)
+            more = {"format": f"pickle with {names}"}
             if (name := FIDELITY_NAME.fullmatch(Path(path).name)) and name[1] == "stat-fid":
                 more = {"format": "torch-fidelity cache", "detector": INCEPTION}
-            return (make_statistics(path, "mu and sigma", _array(path, root, "mu"), _array(path, root, "sigma"), None,
-                                    1, **more),)
+            return (make_statistics(path, names, _array(path, root, pair[0]), _array(path, root, pair[1]), None, 1,
+                                    **more),)
     keys = list_some(sorted(map(str, root))) if isinstance(root, Mapping) else type(root).__name__
     raise UserError(f"{path}: a pickle without statistics (it holds {keys[:200]}): name statistics of EDM2, StyleGAN's "
                     "cache or torch-fidelity's cache, or an .npz; a network goes to --network")

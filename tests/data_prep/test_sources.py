@@ -321,6 +321,18 @@ def test_parquet_that_is_damaged(tmp_path, dest):
     assert "row 0: the row holds no image" in made("--overwrite", source=path, dest=dest)
 
 
+def test_parquet_with_lists_of_labels(tmp_path, dest):
+    """A list of one is that label; several labels per image are refused by name."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": encoded(pixels(i))} for i in range(2)]
+    parquet.write_table(pyarrow.table({"image": images, "label": [["1"], ["0"]]}), tmp_path / "a.parquet")
+    made(source=tmp_path / "a.parquet", dest=dest)
+    assert [label for _image, label in content(dest)[0]] == [1, 0]
+    parquet.write_table(pyarrow.table({"image": images, "label": [[1, 0], [0]]}), tmp_path / "b.parquet")
+    refused("--overwrite", source=tmp_path / "b.parquet", dest=dest,
+            match=["column label: 1 labels hold more than one value: [1, 0]", "not supported", "--no-labels"])
+
+
 @pytest.mark.parametrize(("package", "name"), [("lmdb", "data.mdb"), ("pyarrow", "a.parquet")])
 def test_optional_packages_are_named(tmp_path, dest, monkeypatch, package, name):
     monkeypatch.setitem(sys.modules, package, None)

@@ -164,6 +164,8 @@ class TestClasses:
                        np.eye(12, dtype=bool)[seen], seen.astype(str), seen.astype(bytes)):
             np.savez(tmp_path / "out.npz", pixels, labels)
             assert run(f"--images={tmp_path}/out.npz", *want)[0]["results"] == {"accuracy": 1}
+        np.savez(tmp_path / "out.npz", pixels, labels=seen)
+        assert run(f"--images={tmp_path}/out.npz", *want)[0]["results"] == {"accuracy": 1}
         for labels, match in ((seen + 0.5, "out.npz: arr_1 is float64 [40]: 40 labels are no class: "),
                               (np.full(NUM, np.nan), "40 labels are no class: nan"),
                               (seen[:-1], f"arr_1 is int64 [39], but labels of {NUM} images must be whole numbers"),
@@ -225,6 +227,9 @@ class TestStatistics:
         assert records[0]["num_real"] == 120
         with np.load(tmp_path / "ref.npz") as ref:
             assert int(ref["num_images"]) == 120
+        want = (f"--images={data}/gen", f"--ref={tmp_path}/ref.npz", "--metrics=fid", *TINY)
+        assert run(*want, "--mirror=1")[0]["results"]["fid"] == approx(records[0]["results"]["fid"], rel=1e-9)
+        refused("was saved with --mirror=1, but the metric takes real images as they are", *want)
 
 #----------------------------------------------------------------------------
 
@@ -397,6 +402,15 @@ class TestAdm:
         assert "adm_is50k takes the images in file order, and they are sorted by class" in result.stderr
         result = call("--device=cpu", f"--images={data}/gen", f"--num={NUM}", "--metrics=adm_is50k")
         assert "sorted by class" not in result.stderr
+
+
+@pytest.mark.usefixtures("tiny_inception")
+def test_all_images_that_there_are(data):
+    record = run(f"--images={data}/gen", f"--ref={data}/real", "--metrics=pytorch_fid")[0]
+    assert (record["metric"], record["num_gen"], record["num_real"]) == ("pytorch_fid", NUM, 60)
+    write_folder(data / "one", random_images(1, 16))
+    refused("--metrics=pytorch_fid: 1 real image is too few", f"--images={data}/gen", f"--ref={data}/one",
+            "--metrics=pytorch_fid")
 
 
 def test_the_generator_itself_is_needed(data):
