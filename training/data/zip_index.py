@@ -179,7 +179,8 @@ def read_metadata(path: str | os.PathLike, fd: int, member: Sequence[int], folde
     """dataset.json of an archive, which lies in `folder` there. Raises UserError."""
     where = f"{path}: {METADATA_NAME}"
     if member[4] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{where} is neither stored nor deflated (method {member[4]}): make the archive again")
+        raise UserError(f"{where} is neither stored nor deflated (method {member[4]}): pack it again without "
+                        "compression, for example with zip -0")
     try:
         data = read_member(fd, member)
     except OSError as err:
@@ -239,7 +240,7 @@ def _check_methods(path: str | os.PathLike, directory: Directory, images: list[i
     if odd.any():
         k = int(odd.argmax())
         raise UserError(f"{path}: {names[k]} is neither stored nor deflated (method {methods[k]}): "
-                        "make the archive again, for example with dataset_tool.py")
+                        "pack it again without compression, for example with zip -0")
 
 
 @dataclasses.dataclass
