@@ -75,11 +75,12 @@ def check_options(opts: EasyDict, given: set[str]) -> None:
 
 def check_saving(opts: EasyDict) -> None:
     """The metric that decides must be measured."""
-    from metrics.protocols import expand
+    from metrics.protocols import METRICS, expand
     opts.metrics = expand(opts.metrics)
     if opts.best_metric is not None and opts.best_metric not in opts.metrics:
+        remedy = "add it there, or take one of them" if opts.best_metric in METRICS else "take one of them"
         raise UserError(f"--best-metric={opts.best_metric} is not among --metrics={','.join(opts.metrics) or 'none'}: "
-                        "add it there, or take one of them")
+                        f"{remedy}")
     if opts.stop_patience > 0 and not opts.metrics:
         raise UserError(f"--stop-patience={opts.stop_patience} counts evaluations, and there are none with "
                         "--metrics=none: add a metric or leave it out")

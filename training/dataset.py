@@ -75,7 +75,7 @@ class ImageDataset(torch.utils.data.Dataset):
                             f"convert with dataset_tool.py --transform=center-crop --resolution=N")
         if resolution < MIN_RESOLUTION or resolution & (resolution - 1):
             raise UserError(f"{first}: {resolution}x{resolution} pixels, but the size must be a power of two: "
-                            f"convert with dataset_tool.py --resolution={1 << max(resolution.bit_length() - 1, 2)}")
+                            f"convert with dataset_tool.py --resolution={1 << max(resolution.bit_length() - 1, 3)}")
         step = max(len(self._chosen) / CHECKED_AT_START, 1)
         for k in np.arange(0, len(self._chosen), step).astype(np.int64):
             self._check(self._open(self._chosen[k]), self._chosen[k], resolution)
@@ -89,8 +89,9 @@ class ImageDataset(torch.utils.data.Dataset):
                             f"{resolution}x{resolution}: convert with dataset_tool.py --transform=center-crop "
                             f"--resolution={resolution}")
         if image.mode not in ("L", "RGB"):
-            raise UserError(f"{where}: pixels are {image.mode}, but must be RGB or grayscale of 8 bits: "
-                            f"convert with dataset_tool.py")
+            remedy = ("their range is not defined, so save them as 8-bit RGB yourself" if image.mode == "F"
+                      else "convert with dataset_tool.py")
+            raise UserError(f"{where}: pixels are {image.mode}, but must be RGB or grayscale of 8 bits: {remedy}")
 
     def _open(self, index: int) -> PIL.Image.Image:
         return self._decode(self._read(index), index)

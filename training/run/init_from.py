@@ -78,8 +78,8 @@ def check_stem_classes(stem: Mapping[str, Any], here: Sequence[str]) -> None:
     else:
         return
     raise UserError(f"--path_stem: the stem has {difference}: moving a stage to other classes is not supported, "
-                    "because it keeps its stem's: train a stem on this data first (--init-from takes what fits of another "
-                    "stem), then grow the stage on it; or use data with the stem's classes, in their order")
+                    "because it keeps its stem's: train a stem on this data first (--init-from takes what fits of "
+                    "another stem), then grow the stage on it; or use data with the stem's classes, in their order")
 
 #----------------------------------------------------------------------------
 # One network.
