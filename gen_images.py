@@ -43,6 +43,8 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
             centroids = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
             centroids = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:         # No such file, and the like: the command says which.
+        raise
     except Exception as err:
         raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__})") from err
     if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:

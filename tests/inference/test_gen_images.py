@@ -253,7 +253,7 @@ def test_find_class():
 @pytest.mark.parametrize(("args", "message"), [
     (["--class=12"], "--class=12: the network has 3 classes, 0 to 2"),
     (["--class=cow"], "--class=cow: no class of this name: names are cat, dog, owl"),
-    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: not readable"),
+    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: No such file or directory"),
     (["--seeds=5-2"], "runs backwards"), (["--seeds=x"], "is not a list"), (["--translate=1"], "is not a pair"),
 ])
 def test_mistakes(network, tmp_path, args, message):
