@@ -81,7 +81,12 @@ def printable(text: str) -> str:
 # Names.
 
 def normalized_name(name: str) -> str:
-    """The one form (NFC) of names that look alike: an accent may be a part of its letter or a character after it."""
+    """The one form (NFC) of names that look alike: an accent may be a part of its letter or a character after it.
+
+    What a command line in an ASCII locale holds as bytes becomes the letters that it stands for.
+    """
+    with contextlib.suppress(UnicodeError):     # Bytes that are no UTF-8 stay.
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8")
     return unicodedata.normalize("NFC", name)
 
 

@@ -124,6 +124,13 @@ def test_names_in_both_forms_of_unicode(tmp_path, typed, there):
     assert util.normalized_name(unicodedata.normalize("NFD", name)) == unicodedata.normalize("NFC", name)
 
 
+def test_names_from_a_command_line_in_ascii():
+    typed = "caf\u00e9".encode().decode("ascii", "surrogateescape")
+    assert typed != "caf\u00e9"
+    assert util.normalized_name(typed) == "caf\u00e9"
+    assert util.normalized_name("\udcff") == "\udcff"
+
+
 def test_a_new_name_stays_as_it_is_typed(tmp_path):
     name = unicodedata.normalize("NFD", "n\u00e9")
     assert convert(cli.PathType(), f"{tmp_path}/{name}") == f"{tmp_path}/{name}"
