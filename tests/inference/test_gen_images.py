@@ -258,7 +258,7 @@ def test_find_class():
     (["--class=12"], "--class=12: no class of this name: the network has 3 classes, cat, dog, owl: give"),
     (["--class=\u00b2"], "no class of this name"), (["--class=-1"], "no class of this name"),
     (["--class=cow"], "classes, cat, dog, owl: give one of these names or a number from 0 to 2"),
-    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: not readable"),
+    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: No such file or directory"),
     (["--seeds=5-2"], "runs backwards"), (["--seeds=x"], "is not a list"), (["--translate=1"], "is not a pair"),
 ])
 def test_mistakes(network, tmp_path, args, message):

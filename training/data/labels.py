@@ -150,7 +150,8 @@ def labels_of(store: LabelledStore, table: dict[str, int]) -> np.ndarray:
     """
     names = store.names
     if any(name not in table for name in names):        # File systems may have written names in another form.
-        table, names = {normalized_name(name): label for name, label in table.items()}, [normalized_name(n) for n in names]
+        table = {normalized_name(name): label for name, label in table.items()}
+        names = [normalized_name(name) for name in names]
     missing = [name for name in names if name not in table]
     if missing:
         raise UserError(f"{store.path}: {METADATA_NAME} gives no label for {len(missing)} of {len(store.names)} "

@@ -169,8 +169,8 @@ def choose(dataset: ImageDataset, settings: Settings) -> np.ndarray:
         order = order[np.isin(labels, kinds)]
     count = min(settings.num, len(order)) // settings.batch * settings.batch
     if count == 0:
-        raise UserError(f"{settings.num} of {len(order)} images do not make a batch of {settings.batch}: take more, or "
-                        "a smaller --batch")
+        raise UserError(f"{settings.num} of {len(order)} images do not make a batch of {settings.batch}: take at "
+                        f"least {settings.batch} per side")
     return order[:count]
 
 
