@@ -34,6 +34,7 @@ from gpu_results import Context, Results, Skip  # noqa: E402
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import format_bytes  # noqa: E402
 from torch_utils import misc  # noqa: E402
+from torch_utils.images import from_uint8  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "click", "requests", "ninja", "safetensors",
             "tqdm", "torch_fidelity", "matplotlib", "sklearn", "pytest")
@@ -247,7 +248,7 @@ def loading(context: Context) -> None:
     try:
         while images + batch <= len(dataset):
             x, _ = next(stream)
-            x = misc.to_device(x, context.device).to(torch.float32) / 127.5 - 1
+            x = from_uint8(misc.to_device(x, context.device))
             gpu_speed.synchronize(context.device)
             first = time.perf_counter() - began if first is None else first
             images += len(x)
