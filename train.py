@@ -6,8 +6,8 @@ Options -> training.run.plan.RunPlan -> training.training_loop. Under torchrun e
 import gc
 import json
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:           # The rest is imported where it is used: `--help` an
     from training.run.plan import RunPlan
     from training.run.stopping import StopRequests
     from training.watch.ticks import Evaluator
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 DIAGNOSIS_IMAGES = 1024     # Per side, of --diagnose without a number.
 
@@ -150,7 +152,7 @@ def parse(values: dict[str, Any], typed: set[str]) -> TrainOptions:
     return TrainOptions(**values | {"metrics": tuple(expand(list(values["metrics"])))}, given=frozenset(typed))
 
 
-def option(names: str, help: str, **settings: Any) -> Any:
+def option(names: str, help: str, **settings: Any) -> Callable[[Command], Command]:
     """A click option with the default of `TrainOptions`. `names` may hold a short one: '-n --name'."""
     default = DEFAULTS.get(names.split()[-1].lstrip("-").replace("-", "_"))
     if isinstance(default, tuple):

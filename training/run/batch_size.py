@@ -122,11 +122,11 @@ def find_batch_gpu(config: TrainConfig, device: torch.device, say: Callable[[str
         per_image, free = cpu_bytes_per_image(config.generator), free_memory()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         found = largest_fitting(sizes, lambda n: n == sizes[0] or n * per_image * local <= free * CPU_SHARE)
-    everyones = distributed.all_gather_object(found)
+    everyones: list[int | None] = distributed.all_gather_object(found)
     if None in everyones:
         raise UserError(f"--batch-gpu=auto: not even {sizes[0]} image(s) fit into the memory of rank "
                         f"{everyones.index(None)}: take smaller widths (--preset=small) or a larger device")
-    return min(everyones)
+    return min(size for size in everyones if size is not None)
 
 
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def run_info(dataset: ImageDataset, device: str = "") -> dict[str, Any]:
             "device": device, "data_fingerprint": fingerprint}
 
 
-def create_run(choice: RunChoice, config: TrainConfig, info: dict[str, Any]) -> None:
+def create_run(choice: RunChoice, config: TrainConfig, info: Mapping[str, Any]) -> None:
     """Make the folder and write the settings into it; count the start; the notes go into log.txt.
 
     Raises:
@@ -212,7 +213,7 @@ def create_run(choice: RunChoice, config: TrainConfig, info: dict[str, Any]) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        content = to_dict(config) | {RUN_INFO: info | {"starts": starts}}
+        content = to_dict(config) | {RUN_INFO: {**info, "starts": starts}}
         atomic_write_text(folder / OPTIONS_FILE, json.dumps(content, indent=2) + "\n")
         with open(folder / "log.txt", "a") as f:
             f.writelines(f"{note}\n" for note in choice.notes)

@@ -79,6 +79,6 @@ def path_length_samples(G: Generator, config: TrainConfig) -> int:
 
 def _inputs(G: Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Any latents and labels."""
-    device = G.mapping.w_avg.device
+    device = next(G.parameters()).device
     z = torch.linspace(-2, 2, size * G.z_dim, device=device).reshape(size, G.z_dim)
     return z, misc.one_hot(torch.arange(size, device=device) % max(G.c_dim, 1), G.c_dim)

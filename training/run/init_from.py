@@ -8,6 +8,7 @@ that depend on them: blur, the ramp-up of the averages, path lengths.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 
@@ -50,8 +51,8 @@ def match_classes(here: Sequence[str], there: Sequence[str] | None, num_here: in
     return ClassRows([i for i, _ in pairs], [j for _, j in pairs], len(pairs) == num_here)
 
 
-def _are_names(names: Sequence[str] | None) -> bool:
-    return bool(names) and list(names) != [str(i) for i in range(len(names))]
+def _are_names(names: Sequence[str] | None) -> TypeGuard[Sequence[str]]:
+    return names is not None and len(names) > 0 and list(names) != [str(i) for i in range(len(names))]
 
 #----------------------------------------------------------------------------
 # One network.
@@ -131,7 +132,7 @@ def transfer_table(reports: dict[str, list[Transfer]]) -> str:
             groups.setdefault(_group(item.name), []).append(item)
         for group, items in [*groups.items(), ("all", report)]:
             counts = [sum(getattr(item, field) for item in items) for field in ("loaded", "skipped", "fresh")]
-            rows.append((network, group, *(f"{count:,}" for count in counts)))
+            rows.append((network, group, f"{counts[0]:,}", f"{counts[1]:,}", f"{counts[2]:,}"))
         rows[-1] = (*rows[-1][:2], f"{rows[-1][2]} ({100 * loaded_share(report):.1f} %)", *rows[-1][3:])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -62,7 +62,7 @@ def make_classifier(config: TrainConfig, class_names: Sequence[str], device: tor
         return None
     model, c_dim = config.loss.cls_model, config.generator.c_dim
     names = list(class_names) if model.endswith(".safetensors") else None
-    classifier = distributed.node_first(lambda: load_classifier(model, c_dim, names)).to(device)
+    classifier: Classifier = distributed.node_first(lambda: load_classifier(model, c_dim, names)).to(device)
     return classifier.make_fast_(config.feature_precision)
 
 
@@ -76,4 +76,5 @@ def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: tor
                                 seed=config.seed, device=device, embed_dim=config.generator.embed_dim,
                                 workers=config.data.workers, say=say).cpu()
     distributed.barrier()       # May take long: collectives have a time limit, this has none.
-    return distributed.broadcast_object(table)
+    shared: torch.Tensor = distributed.broadcast_object(table)
+    return shared

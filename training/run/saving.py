@@ -75,7 +75,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
-        self._job: Future | None = None
+        self._job: Future[None] | None = None
 
     def submit(self, job: Callable[[], None], background: bool) -> None:
         """Run `job` after the one before. Waits for that one, so that at most one copy of a state is in memory."""

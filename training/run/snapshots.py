@@ -80,7 +80,8 @@ def network_snapshot(state: dict[str, Any], config: TrainConfig, class_names: li
 
 def generator_config(snapshot: Snapshot) -> GeneratorConfig:
     """Settings of the generator in a snapshot."""
-    return from_dict(GeneratorConfig, snapshot["generator_config"])
+    config: GeneratorConfig = from_dict(GeneratorConfig, snapshot["generator_config"])
+    return config
 
 
 def build_generator(snapshot: Snapshot, which: str = "G_ema") -> Generator:

@@ -33,8 +33,8 @@ def has_snapshot(folder: Path) -> bool:
 def is_finished(folder: Path, total_kimg: float) -> bool:
     """Whether the stage ended, and is not to become longer than it was to be then."""
     try:
-        return json.loads((folder / FINISHED_FILE).read_text())["kimg"] >= total_kimg
-    except (OSError, ValueError, KeyError):
+        return float(json.loads((folder / FINISHED_FILE).read_text())["kimg"]) >= total_kimg
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -56,7 +56,8 @@ def _real_distance(plan: RunPlan, say: Say) -> float:
     """What the diversity term compares with: the same on all processes; 0 where there is no such term."""
     say("reading some real images ...")         # The health check and the sheet of real images follow.
     measured = plan.config.loss.diversity_weight > 0 and distributed.rank() == 0
-    return distributed.broadcast_object(real_pair_distance(plan.dataset, plan.config.seed) if measured else 0.0)
+    distance = real_pair_distance(plan.dataset, plan.config.seed) if measured else 0.0
+    return float(distributed.broadcast_object(distance))
 
 
 def _take_weights(trainer: Trainer, plan: RunPlan, say: Say) -> bool:

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ class StopRequests:
         self.folder: Path | None = None         # Where a STOP file is looked for, once it is known.
         self._started = time.monotonic()
         self._signal: int = 0
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Any] = {}        # What `signal.signal` gave back.
         self._until_poll, self._interval, self._last_poll = 1, 1, time.monotonic()
         self._last_look = 0.0
 

@@ -150,11 +150,12 @@ class Ticks:
         progress.snapshot_due |= end is not None or progress.cur_tick % max(self.config.snapshot_ticks, 1) == 0
         diagnosis = self.diagnosis() if self.config.diagnose and self._snapshot_now(end, request) else {}
         seconds = tick_ended - self._tick_began
-        self.report.tick(stats, progress.cur_nimg, int(self.config.total_kimg * 1000), {
+        speed: dict[str, float | None] = {
             "tick": progress.cur_tick, "elapsed": progress.elapsed, "sec_per_tick": seconds,
             "sec_per_kimg": seconds / (progress.cur_nimg - self._nimg_then) * 1e3,
             "data_wait": self.batches.wait_seconds() / max(seconds, 1e-9),
-            "maintenance": self._maintenance} | numbers, diagnosis)
+            "maintenance": self._maintenance}
+        self.report.tick(stats, progress.cur_nimg, int(self.config.total_kimg * 1000), speed | numbers, diagnosis)
         self._collapsed = self.health.judge(stats, numbers, progress.cur_nimg, progress.batch_idx, self.report.verdict)
         if self._collapsed:
             end = "stopped because of the verdict (--on-collapse=stop)"
