@@ -387,8 +387,8 @@ def peak_rows(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch) -> l
 
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="A small generator, two rounds, no file")
-@click.option("--threads", metavar="INT", type=click.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
-@click.option("--rounds", metavar="INT", type=click.IntRange(min=2), help="Timed iterations of each")
+@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
+@click.option("--rounds", metavar="INT", type=cli.IntRange(min=2), help="Timed iterations of each")
 def main(quick: bool, threads: int | None, rounds: int | None) -> None:
     """Measure a training iteration against the official structure."""
     torch.set_num_threads(threads or torch.get_num_threads())

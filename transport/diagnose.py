@@ -12,10 +12,11 @@ import click
 import torch
 
 from dnnlib import EasyDict, UserError, cli
+from dnnlib.classes import Classes
 from legacy import find_snapshot, open_snapshot
 from torch_utils import misc
 from training.config import DiscriminatorConfig, LossConfig, from_dict
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 from training.discriminators.projected import ProjectedDiscriminator, module_keys
 from training.feature_networks.registry import load_backbone
 from training.networks_stylegan3 import Generator
@@ -70,8 +71,8 @@ def load_discriminator(snapshot: dict[str, Any], file: Path, names: Sequence[str
     return D.eval().requires_grad_(False)
 
 
-def load_data(path: str, G: Generator) -> ImageDataset:
-    """The real images that a generator was trained on.
+def load_data(path: str, G: Generator, class_names: Sequence[str] | None) -> ImageDataset:
+    """Real images for a generator, labelled as it numbers its classes.
 
     Raises:
         UserError: the images have another size, no labels, or other classes.
@@ -88,6 +89,7 @@ def load_data(path: str, G: Generator) -> ImageDataset:
     if conditional and dataset.c_dim != G.c_dim:
         raise UserError(f"--data={path}: has {dataset.c_dim} classes, the network {G.c_dim}: name the data that it was "
                         "trained on")
+    follow_classes(dataset, "the network", Classes(class_names, G.c_dim))
     return dataset
 
 
@@ -156,7 +158,7 @@ def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
     if snapshot.get(opts.which) is None:
         raise UserError(f"--which={opts.which}: {file} does not hold it: take --which=G_ema")
     G = build_generator(snapshot, opts.which).eval().requires_grad_(False).to(device)
-    dataset, settings = load_data(opts.data, G), settings_of(snapshot, D, opts)
+    dataset, settings = load_data(opts.data, G, snapshot.get("class_names")), settings_of(snapshot, D, opts)
     about = {"study": "diagnose", "network": str(file), "which": opts.which, "san": D.config.san,
              "kimg": snapshot.get("progress", {}).get("cur_nimg", 0) / 1e3, "batch": settings.batch,
              "seed": settings.seed}
@@ -164,20 +166,21 @@ def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
 
 
 @click.command(cls=cli.Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--network", metavar="PKL|DIR", required=True, help="A network snapshot with its discriminator, or a run")
-@click.option("--data", metavar="ZIP|DIR", required=True, help="The images that it was trained on")
+@click.option("--network", metavar="PKL|DIR", type=cli.PathType(addresses=True), required=True,
+              help="A network snapshot with its discriminator, or a run")
+@click.option("--data", metavar="ZIP|DIR", type=cli.PathType(), required=True, help="The images that it was trained on")
 @click.option("--which", type=click.Choice(["G", "G_ema"]), default="G", show_default=True,
               help="Whose images: D was trained against those of G")
-@click.option("--backbones", metavar="NAME,...", type=cli.StrList(), default="",
+@click.option("--backbones", metavar="NAME,...", type=cli.PathList(), default="",
               help="Where the feature networks of D are now  [default: where they were]")
-@click.option("--num", metavar="INT", type=click.IntRange(min=1), default=2048, show_default=True,
+@click.option("--num", metavar="INT", type=cli.IntRange(min=1), default=2048, show_default=True,
               help="Images per side, at most those of --data")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1),
+@click.option("--batch", metavar="INT", type=cli.IntRange(min=1),
               help="Images over which heads normalise  [default: the run's micro-batch]")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True,
               help="Decides images, latents and augmentation")
 @cli.device_option()
-@click.option("--outdir", metavar="DIR", help="Where diagnosis.png goes; default: nowhere")
+@click.option("--outdir", metavar="DIR", type=cli.PathType(), help="Where diagnosis.png goes; default: nowhere")
 def main(**kwargs: Any) -> None:
     """Diagnose a discriminator's last layers: is each direction optimal, the slice separable, the features injective?
 

@@ -32,6 +32,6 @@ def _tiny(replace):
 @pytest.fixture
 def tiny_inception(replace):
     """The official names with a network of a few hundred weights in place of the real ones."""
-    for name in ("inception-2015-12-05", "vgg16", "inception-2015-12-05-clean", "inception-rand",
-                 "inception-random-seed0", "dinov2-vitl14"):
+    for name in ("inception-2015-12-05", "vgg16", "inception-2015-12-05-clean", "inception-2015-12-05-pytorch_fid",
+                 "inception-rand", "inception-random-seed0", "dinov2-vitl14"):
         replace(DETECTORS, name, tiny_kind())

@@ -223,7 +223,8 @@ class TestRefusals:
     @pytest.mark.parametrize(("labels", "names", "match"), [
         (None, None, "the images have no labels"),
         (np.full(170, 10), None, "label 10, but the judge judge knows 10 classes"),
-        (np.zeros(170), ["dog", "cat"], "knows the classes cat, dog, the images have dog, cat"),
+        (np.zeros(170), ["dog", "cow"], "the images: has the classes dog, cow, but the judge --detector=judge has cat, "
+                                        "dog, and none called cow"),
     ])
     def test_accuracy(self, labels, names, match, monkeypatch):
         judge = load_detector("tiny-judge", CPU)

@@ -17,15 +17,18 @@ from typing import Any
 
 import click
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 
 from dnnlib import UserError, cli
+from dnnlib.classes import Classes, is_unnamed
 from dnnlib.util import atomic_file, list_some
-from torch_utils import misc, safe_pickle
+from torch_utils import checkpoint, misc, safe_pickle
+from torch_utils.arrays import open_npz, read_npy
 from torch_utils.images import from_uint8
 from torch_utils.pickle_values import Call, TensorRecord
+from torch_utils.schema import items, nothing_or, text
+from torch_utils.weights import open_safetensors, read_weights
 from training.data.randomness import permutation
 from training.dataset import ImageDataset, load_batches
 from training.feature_networks.backbones import Backbone
@@ -37,10 +40,10 @@ BATCH = 32
 SAY_SECONDS = 30            # Time between two lines about the progress.
 READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ".pkl": lambda path: _pickled(path),
-    ".npy": lambda path: {"": torch.as_tensor(np.load(path, allow_pickle=False))},
+    ".npy": lambda path: {"": torch.as_tensor(read_npy(path))},
     ".npz": lambda path: {name: torch.as_tensor(value) for name, value in _npz_items(path)},
-    ".pt": lambda path: _named(torch.load(path, map_location="cpu", weights_only=True)),
-    ".safetensors": lambda path: safetensors.torch.load_file(path),
+    ".pt": lambda path: _named(checkpoint.load_plain(path)),
+    ".safetensors": lambda path: read_weights(path),
 }
 
 #----------------------------------------------------------------------------
@@ -125,8 +128,8 @@ def _batches(items: np.ndarray) -> Iterator[np.ndarray]:
 # From a file.
 
 def _npz_items(path: Path) -> list[tuple[str, np.ndarray]]:
-    with np.load(path, allow_pickle=False) as content:
-        return list(content.items())
+    with open_npz(path) as content:
+        return [(name, content[name]) for name in content.files]
 
 
 def _named(content: Any) -> dict[str, Any]:
@@ -161,9 +164,11 @@ def _named_classes(path: Path) -> list[str] | None:
     """The class names that a file of `save_table` holds."""
     if path.suffix != ".safetensors":
         return None
-    with safetensors.safe_open(path, framework="pt") as file:
-        names: list[str] | None = json.loads((file.metadata() or {}).get("classes", "null"))
-        return names
+    with open_safetensors(path) as file:
+        named = json.loads((file.metadata() or {}).get("classes", "null"))
+    nothing_or(items(text))(named, "its list of classes")
+    classes: list[str] | None = named
+    return classes
 
 
 def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.Tensor:
@@ -171,8 +176,8 @@ def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.T
         raise UserError(f"--embedding={path}: no such file")
     try:
         arrays, named = READERS[path.suffix](path), _named_classes(path)
-    except UserError:
-        raise
+    except UserError as err:
+        raise UserError(f"--embedding={path}: cannot be read: {err}") from err
     except Exception as err:        # Damaged files provoke exceptions of every kind.
         raise UserError(f"--embedding={path}: cannot be read ({type(err).__name__}): give one array of numbers, "
                         f"[{c_dim}, width]") from err
@@ -191,10 +196,11 @@ def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.T
 
 def _check_names(path: Path, named: list[str] | None, class_names: list[str] | None) -> None:
     """Raise UserError unless row k is the vector of class k."""
-    numbers = [str(i) for i in range(len(named or []))]         # These stand for classes without names.
-    if not named or not class_names or len(named) != len(class_names) or numbers in (named, class_names):
+    if named is None or class_names is None or is_unnamed(named) or is_unnamed(class_names) \
+            or len(named) != len(class_names):
         return
-    other = [f"{a} instead of {b}" for a, b in zip(named, class_names, strict=True) if a != b]
+    found = Classes(named).find_all(class_names)
+    other = [f"{named[i]} instead of {name}" for i, name in enumerate(class_names) if found[i] != i]
     if other:
         raise UserError(f"--embedding={path}: made for other classes: {list_some(other)}: compute it from this data")
 
@@ -210,13 +216,14 @@ def save_table(path: str | os.PathLike[str], table: torch.Tensor, facts: dict[st
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
-@click.option("--data", help="Images with labels", metavar="ZIP|DIR", required=True)
-@click.option("--backbone", help="Feature network: see --backbones of train.py", metavar="NAME", show_default=True,
-              default=DEFAULT_BACKBONE)
-@click.option("--out", help="Where to save the table", metavar="FILE.safetensors|FILE.npy", required=True)
-@click.option("--seed", help="Chooses the images of large classes", metavar="INT", type=click.IntRange(min=0),
+@click.option("--data", help="Images with labels", metavar="ZIP|DIR", type=cli.PathType(), required=True)
+@click.option("--backbone", help="Feature network: see --backbones of train.py", metavar="NAME", type=cli.PathType(),
+              show_default=True, default=DEFAULT_BACKBONE)
+@click.option("--out",
+              help="Where to save the table", metavar="FILE.safetensors|FILE.npy", type=cli.PathType(), required=True)
+@click.option("--seed", help="Chooses the images of large classes", metavar="INT", type=cli.Seed(),
               default=0, show_default=True)
-@click.option("--workers", help="Processes that load images", metavar="INT", type=click.IntRange(min=0), default=3,
+@click.option("--workers", help="Processes that load images", metavar="INT", type=cli.IntRange(min=0), default=3,
               show_default=True)
 @cli.device_option()
 def main(data: str, backbone: str, out: str, seed: int, workers: int, device: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import format_bytes
 from torch_utils import distributed, misc
+from torch_utils.memory import free_memory
 from torch_utils.misc import one_hot
 from torch_utils.ops import tune
 from training.config import GeneratorConfig, TrainConfig
@@ -37,6 +38,7 @@ GPU_SHARE = 0.95            # Of a GPU's memory: data, statistics and fragments 
 AS_FAST = 0.97              # Of the images per second of the fastest size: smaller ones that reach it are taken.
 MICRO_BATCHES, REPEATS = 3, 3   # Of a timed iteration, beside one with a single one; iterations of each.
 CPU_SHARE = 0.5             # Of the free memory of a machine.
+UNKNOWN_MEMORY = 4 << 30    # Bytes that are counted on where the system does not say.
 CPU_COPIES = 3              # Values, gradients and temporary copies of every map: an estimate.
 D_ELEMENTS = 96 * 2 / 4     # Of D's largest maps per input pixel: 96 channels at half the side, real and generated.
 
@@ -120,6 +122,7 @@ def find_batch_gpu(config: TrainConfig, device: torch.device, say: Callable[[str
         found = _find_on_gpu(config, device, sizes, say, class_names, clock)
     else:
         per_image, free = cpu_bytes_per_image(config.generator), free_memory()
+        free = UNKNOWN_MEMORY if free is None else free
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         found = largest_fitting(sizes, lambda n: n == sizes[0] or n * per_image * local <= free * CPU_SHARE)
     everyones: list[int | None] = distributed.all_gather_object(found)
@@ -161,16 +164,6 @@ def cpu_bytes_per_image(config: GeneratorConfig) -> int:
     """An estimate of what a training step takes per image, without the networks themselves."""
     maps = sum(size for _, size in map_sizes(config)) + 8 * int(D_ELEMENTS * max(config.img_resolution, 224) ** 2)
     return maps * CPU_COPIES * 4
-
-
-def free_memory() -> int:
-    """Bytes that the machine has left, as far as it says."""
-    try:
-        with open("/proc/meminfo") as f:
-            fields = dict(line.split(":") for line in f)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @misc.full_precision()

@@ -22,6 +22,7 @@ class Stem:
     """What a super-resolution stage is grown on."""
 
     config: GeneratorConfig
+    class_names: tuple[str, ...]        # Empty where they are not known, as those of official networks.
     snapshot: Snapshot | None = None    # None for a stem that is planned but not trained yet.
 
 

@@ -2,13 +2,14 @@
 """From options to the plan of a run: its settings, its data, where its weights come from, and its folder."""
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from dnnlib import UserError
+from dnnlib.classes import Classes
 from torch_utils import distributed
 from training.config import (
     DataConfig,
@@ -22,7 +23,7 @@ from training.config import (
 )
 from training.data.local_copy import stage as copy_to_local_disk
 from training.data.zip_index import prepare_index
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 from training.generator.layer_schedule import stem_config, superres_config
 from training.generator.superres import stage_table
 from training.run.batch_size import check_index_range, default_batch_gpu, find_batch_gpu, usable_sizes
@@ -35,7 +36,11 @@ from training.run.splitting import check_diversity, check_split_group, split_bat
 
 SMALL_DATA = 50_000         # Images below which --preset=small is worth a thought.
 
-SnapshotReader = Callable[[str], Snapshot]      # Path of a file or of a run -> content: `legacy.open_snapshot`.
+
+class SnapshotReader(Protocol):
+    """Gives the content of a snapshot, by the path of a file or of a run: `legacy.open_snapshot`."""
+
+    def __call__(self, path: str, mmap: bool = False) -> Snapshot: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +64,14 @@ class RunPlan:
 
 
 def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
-             planned_stem: GeneratorConfig | None = None) -> RunPlan:
+             planned_stem: Stem | None = None) -> RunPlan:
     """Resolve the options of one stem or stage. Nothing is created. All processes call this.
 
     Args:
         options: As typed, or as a recipe sets them.
         gpus: Number of processes.
         open_snapshot: Reads --path_stem, --init-from and --resume.
-        planned_stem: Settings of a stem that is not trained yet, in place of --path_stem.
+        planned_stem: One that is not trained yet, in place of --path_stem.
 
     Raises:
         UserError: options, files and data that do not go together; names the option and a remedy.
@@ -81,7 +86,8 @@ def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
     stem = None
     if options.superres:
         assert options.path_stem is not None, "check_options has seen it"
-        stem = Stem(planned_stem) if planned_stem else _open_stem(options.path_stem, open_snapshot)
+        stem = planned_stem or _open_stem(options.path_stem, open_snapshot)
+        follow_stem(dataset, stem)
     beginning = options.init_from or options.resume
     start = open_snapshot(beginning) if beginning else None
     config = _settings(options, preset, dataset, stem, gpus)
@@ -106,8 +112,28 @@ def _open_dataset(options: TrainOptions) -> ImageDataset:
 
 
 def _open_stem(path: str, open_snapshot: SnapshotReader) -> Stem:
-    snapshot = open_snapshot(path)
-    return Stem(generator_config(snapshot), snapshot)
+    snapshot = open_snapshot(path, mmap=True)      # Only G_ema of it is read.
+    return Stem(generator_config(snapshot), tuple(snapshot.get("class_names") or ()), snapshot)
+
+
+def follow_stem(dataset: ImageDataset, stem: Stem) -> None:
+    """Number the classes of the data as the stem does, whose mapping a stage keeps, and with it the classes.
+
+    Raises:
+        UserError: the data has other classes.
+    """
+    there, here = stem.config.c_dim, dataset.c_dim
+    if (there > 0) != (here > 0):
+        remedy = "--cond=1 and data with labels" if there > 0 else "--cond=0"
+        raise UserError(f"--path_stem: the stem has {there} classes, --data with --cond={int(here > 0)} has {here}: "
+                        f"use {remedy}, as for the stem")
+    if there != here:
+        raise UserError(f"--path_stem: the stem has {there} classes, --data has {here}: moving a stage to other "
+                        "classes is not supported, because it keeps its stem's: train a stem on this data first "
+                        "(--init-from takes what fits of another stem), then grow the stage on it")
+    note = follow_classes(dataset, "the stem of --path_stem", Classes(stem.class_names, there))
+    if note:
+        distributed.print0(f"NOTE: {note}")
 
 
 def _generator(options: TrainOptions, preset: Preset, dataset: ImageDataset, stem: Stem | None) -> GeneratorConfig:
@@ -120,9 +146,6 @@ def _generator(options: TrainOptions, preset: Preset, dataset: ImageDataset, ste
                            preset.margin, rotation, full_precision, c_dim=dataset.c_dim, w_dim=preset.w_dim,
                            mapping_layers=options.map_depth)
     below = stem.config
-    if below.c_dim != dataset.c_dim:
-        raise UserError(f"--path_stem: the stem has {below.c_dim} classes, --data with --cond={int(options.cond)} has "
-                        f"{dataset.c_dim}: use the data set that the stem was trained on, at the new resolution")
     config = superres_config(below, options.up_factor, preset.head_layers, rotation, full_precision)
     if config.img_resolution != dataset.resolution:
         raise UserError(f"--up_factor={options.up_factor} makes {config.img_resolution} pixels of the stem's "
@@ -202,7 +225,9 @@ def with_local_data(plan: RunPlan) -> RunPlan:
     if folder is None:
         return plan
     path = distributed.node_first(lambda: copy_to_local_disk(options.data, folder))
-    return dataclasses.replace(plan, dataset=ImageDataset(path, use_labels=options.cond, xflip=options.mirror))
+    dataset = ImageDataset(path, use_labels=options.cond, xflip=options.mirror)
+    follow_classes(dataset, "the run", Classes(plan.dataset.class_names))
+    return dataclasses.replace(plan, dataset=dataset)
 
 #----------------------------------------------------------------------------
 # For people.
@@ -217,6 +242,8 @@ def print_plan(plan: RunPlan, gpus: int) -> None:
                        f"pixels, {dataset.c_dim or 'no'} classes\n"
                        f"Batch:     {config.batch} = {gpus} process(es) x {config.batch_gpu} x "
                        f"{config.batch // (config.batch_gpu * gpus)} micro-batches\n")
+    if dataset.changes:
+        distributed.print0(f"NOTE: --data: {dataset.changes}: dataset_tool.py does that once and for all\n")
     if len(dataset) < SMALL_DATA and plan.stem is None:
         distributed.print0(f"NOTE: fewer than {SMALL_DATA} images: --preset=small has widths and depth for such data\n")
 

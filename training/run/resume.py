@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from torch_utils import checkpoint, distributed
+from torch_utils import distributed
 from training.run.folder import PREVIOUS_STATE_FILE, STATE_FILE, has_state
-from training.run.snapshots import STATE_FORMAT
+from training.run.formats import RunShape, read_state
+from training.trainer import Progress, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,28 +23,40 @@ class _Slot:
     dtype: torch.dtype
 
 
-def load_state(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def load_state(folder: Path, say: Callable[[str], None], shape: RunShape | None = None) -> dict[str, Any] | None:
     """The content of the state file in `folder`; None if the run has none.
 
     The first process reads and sends it to the others: they need not see the folder, and cannot read another state.
 
+    Args:
+        folder: Of the run.
+        say: Takes lines for the log.
+        shape: Of the run that is to continue, which the state must fit.
+
     Raises:
-        UserError: there are states, and all of them are damaged.
+        UserError: there are states, and none of them can be continued.
     """
-    content = _read(folder, say) if distributed.rank() == 0 else None
+    content = _read(folder, say, shape) if distributed.rank() == 0 else None
     return content if distributed.world_size() == 1 else _share(content)
 
 
-def _read(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def run_shape(trainer: Trainer) -> RunShape:
+    """What a file must fit to be continued by this trainer."""
+    groups = {name: [group["params"] for group in opt.param_groups] for name, opt in trainer.optimizers().items()}
+    networks = {"G": trainer.G.state_dict(), "G_ema": trainer.G_ema.state_dict(), "D": trainer.D.own_state_dict()}
+    return RunShape(networks, groups, tuple(field.name for field in dataclasses.fields(Progress)))
+
+
+def _read(folder: Path, say: Callable[[str], None], shape: RunShape | None) -> dict[str, Any] | None:
     if not has_state(folder):
         return None
     try:
-        return checkpoint.load(folder / STATE_FILE, STATE_FORMAT, verify=True)
+        return read_state(folder / STATE_FILE, shape)
     except UserError as err:
         if not (folder / PREVIOUS_STATE_FILE).is_file():
             raise
         problem = str(err)
-    content = checkpoint.load(folder / PREVIOUS_STATE_FILE, STATE_FORMAT, verify=True)
+    content = read_state(folder / PREVIOUS_STATE_FILE, shape)
     say(f"WARNING: {problem}; using the one before it, {PREVIOUS_STATE_FILE}")
     return content
 

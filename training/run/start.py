@@ -16,7 +16,7 @@ from training.run.init_from import start_from
 from training.run.networks import make_classifier, make_networks
 from training.run.plan import RunPlan
 from training.run.preflight import check_disk, state_bytes
-from training.run.resume import load_state
+from training.run.resume import load_state, run_shape
 from training.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -62,7 +62,7 @@ def _real_distance(plan: RunPlan, say: Say) -> float:
 
 def _take_weights(trainer: Trainer, plan: RunPlan, say: Say) -> bool:
     """Continue from the newest state, or begin with the weights of another network. Whether there was a state."""
-    state = load_state(plan.folder, say)
+    state = load_state(plan.folder, say, run_shape(trainer))
     if state is not None:
         trainer.load_state_dict(state)
         say(f"resuming at kimg {trainer.progress.cur_nimg / 1e3:.1f}, "

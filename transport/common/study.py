@@ -25,8 +25,7 @@ from typing import Any, Protocol, Self
 import click
 import torch
 
-from dnnlib import UserError
-from dnnlib.cli import Command
+from dnnlib import UserError, cli
 from dnnlib.util import atomic_write_text
 from torch_utils import misc
 
@@ -125,8 +124,9 @@ def study_command(name: str, config_class: type, run: Callable[[Any], Any], draw
     options: list[click.Parameter] = [_option_of(field, typing.get_type_hints(config_class)[field.name])
                for field in dataclasses.fields(config_class) if field.name != "outdir"]
     options += [click.Option(["--quick"], is_flag=True, help="Smaller settings: under two minutes on two cores"),
-                click.Option(["--outdir"], metavar="DIR", help="Where figures and result.json go; default: nowhere")]
-    return Command(name=f"python -m transport.{name}", callback=body, params=options,
+                click.Option(["--outdir"], metavar="DIR", type=cli.PathType(),
+                             help="Where figures and result.json go; default: nowhere")]
+    return cli.Command(name=f"python -m transport.{name}", callback=body, params=options,
                    help=(config_class.__doc__ or "").split("\n\n")[0],
                    context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -144,5 +144,7 @@ def _option_of(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         kind = click.Choice(list(field.metadata["choices"]))
     else:
         plain = [t for t in (typing.get_args(hint) or (hint,)) if t is not type(None)]
-        kind = plain[0]
+        # Words without choices may be paths; others pass a path's type unchanged.
+        kinds = {int: cli.IntRange(), float: cli.FloatRange(), str: cli.PathType()}
+        kind = cli.Seed() if field.name == "seed" else kinds.get(plain[0], plain[0])
     return click.Option([_flag(field.name)], type=kind, default=None, help=text)

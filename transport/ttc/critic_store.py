@@ -15,6 +15,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import atomic_file, atomic_write_text, first_line
+from torch_utils.schema import Unfit, check_tensors
 from transport.ttc.critic_sequence import FinishedCritic
 
 HEADER_KEY = "trust_the_critics"        # The header's only entry: the order of several would differ from file to file.
@@ -50,11 +51,13 @@ def load_critic(folder: Path, number: int, make: Callable[[], torch.nn.Module]) 
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})[HEADER_KEY])
-            critic.load_state_dict({name: file.get_tensor(name) for name in file.keys()})   # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}   # noqa: SIM118
+        check_tensors(state, "its content", critic.state_dict())
+        critic.load_state_dict(state)
         if header["number"] != number:
             raise ValueError(f"it is critic {header['number']}")
         estimates, etas = (tuple(float(value) for value in header[key]) for key in ("estimates", "etas"))
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as err:
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError, Unfit) as err:
         raise UserError(f"{path}: not a usable critic ({first_line(err)}): delete it and the later ones, and run "
                         "again") from err
     return FinishedCritic(critic.eval().requires_grad_(False), estimates, etas)
@@ -88,7 +91,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         atomic_write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err:
         raise UserError(f"{path}: damaged ({err}): name a new --outdir") from err
     for name, value in json.loads(json.dumps(settings)).items():

@@ -58,7 +58,8 @@ def settings(**changed) -> TrainConfig:
     return TrainConfig(**(values | changed))
 
 
-INFO = {"code": "abc", "torch": "2.15", "world_size": 8, "device": "cuda", "data_fingerprint": "f" * 64}
+INFO = {"code": "abc", "torch": "2.15", "world_size": 8, "device": "cuda", "data_fingerprint": "f" * 64,
+        "class_names": ["a", "b"]}
 
 
 def make_run(outdir: Path, number: int, config: TrainConfig, desc: str = DESC, state: str | None = STATE_FILE) -> Path:
@@ -113,6 +114,7 @@ def test_what_changes_the_result_is_listed_and_needs_a_word(tmp_path):
     ({"generator": GeneratorConfig(16, InputSpec(8, 4, 4.0, 1.0), ())}, {}, "generator.input.channels: 4 -> 8"),
     ({"data": DataConfig("blobs16.zip", 16, 4, mirror=True)}, {}, "data.mirror: false -> true"),
     ({}, {"data_fingerprint": "e" * 64}, 'data_fingerprint: "ffffffffffff" -> "eeeeeeeeeeee"'),
+    ({}, {"class_names": ["b", "a"]}, 'class_names: ["a", "b"] -> ["b", "a"]'),
     ({"data": DataConfig("/b/blobs16", 16, 4)}, {"data_fingerprint": None}, 'data_path: "blobs16.zip" -> "/b/blobs16"'),
 ])
 def test_other_networks_seeds_and_data_never_continue(tmp_path, changed, info, line):
