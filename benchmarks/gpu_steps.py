@@ -34,7 +34,7 @@ from gpu_results import Context, Results, Skip  # noqa: E402
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import format_bytes  # noqa: E402
 from torch_utils import misc  # noqa: E402
-from torch_utils.images import from_uint8  # noqa: E402
+from torch_utils.misc import from_uint8  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "click", "requests", "ninja", "safetensors",
             "tqdm", "torch_fidelity", "matplotlib", "sklearn", "pytest")

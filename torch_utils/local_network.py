@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from dnnlib import UserError
 from dnnlib.util import atomic_file, file_sha256, list_some
-from torch_utils.images import from_uint8
+from torch_utils.misc import from_uint8
 from torch_utils.schema import (
     MAX_ITEMS,
     StoredShape,

@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from torch_utils.images import from_uint8
-from torch_utils.misc import evaluating
+from torch_utils.misc import evaluating, from_uint8
 from training.data.randomness import CounterRNG, permutation
 from training.dataset import ImageDataset, load_batches
 from training.diffaug import NUM_UNIFORMS

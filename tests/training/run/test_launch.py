@@ -137,8 +137,8 @@ def test_full_disk_is_refused_before_training(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--split-group=3"], "--split-group=3 must be at least 2 and divide the micro-batch of 8"),
-    (["--split-group=1"], "--split-group=1"),
+    (["--ghost-batch=3"], "--ghost-batch=3 must be at least 2 and divide the micro-batch of 8"),
+    (["--split-group=1"], "--ghost-batch=1"),           # Its former name.
     (["--max-restarts=2"], "--max-restarts=2 has an effect only with --gpus"),
 ])
 def test_options_are_checked(data16, tmp_path, options, message):
