@@ -17,7 +17,8 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import local_file
 from dnnlib.util import file_sha256, list_some
-from torch_utils import checkpoint, misc, safe_pickle
+from torch_utils import checkpoint, safe_pickle
+from torch_utils.nested import first_nonfinite
 from torch_utils.pickle_modules import (
     ModuleRecord,
     as_module,
@@ -125,7 +126,7 @@ def read_official_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     root = safe_pickle.read(path)
     try:
         content = _convert(root)
-        if (bad := misc.first_nonfinite({name: content[name] for name in ("G_ema", "G", "D")})) is not None:
+        if (bad := first_nonfinite({name: content[name] for name in ("G_ema", "G", "D")})) is not None:
             raise Unfit(f"its {bad} is not finite: take an earlier snapshot of the run")
         return content
     except Unfit as err:

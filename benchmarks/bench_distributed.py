@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import atomic_write_text, format_bytes  # noqa: E402
 from torch_utils import checkpoint  # noqa: E402
+from torch_utils.nested import copy_to_cpu, tensor_bytes  # noqa: E402
 from training.config import (  # noqa: E402
     DataConfig,
     DiscriminatorConfig,
@@ -42,7 +43,6 @@ from training.config import (  # noqa: E402
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402
 from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
-from training.run.saving import copy_to_cpu, tensor_bytes  # noqa: E402
 from training.run.snapshots import STATE_FORMAT, training_state  # noqa: E402
 from training.trainer import Trainer  # noqa: E402
 

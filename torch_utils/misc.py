@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices, shape checks, seeds, module summaries and scoped changes of global settings."""
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,33 +67,6 @@ def count_parameters(module: torch.nn.Module, trainable_only: bool = False) -> i
 
 #----------------------------------------------------------------------------
 # Scoped changes. Every one restores what it found, also after an exception.
-
-def first_nonfinite(value: Any) -> str | None:
-    """Name of the first tensor in nested dicts and lists that is not finite, such as 'G.mapping.fc0.weight'; None: all
-    are finite.
-
-    One reduction per tensor, on the device where it is; one read per device.
-    """
-    extremes: dict[torch.device, dict[str, torch.Tensor]] = {}
-    names: list[str] = []
-    pending: list[tuple[str, Any]] = [("", value)]
-    while pending:
-        place, part = pending.pop()
-        if isinstance(part, torch.Tensor):
-            if part.is_floating_point() and part.numel():
-                # One of both is NaN or infinite if any element is, and they need no memory. (Sums may overflow.)
-                low, high = torch.aminmax(part.detach())
-                extremes.setdefault(part.device, {})[place] = torch.stack([low, high]).float()
-                names.append(place)
-        elif isinstance(part, Mapping | list | tuple):
-            items = part.items() if isinstance(part, Mapping) else enumerate(part)
-            pending += reversed([(f"{place}.{name}" if place else str(name), item) for name, item in items])
-    bad = set()
-    for found in extremes.values():
-        finite = torch.stack(list(found.values())).isfinite().all(dim=1).tolist()
-        bad |= {name for name, is_finite in zip(found, finite, strict=True) if not is_finite}
-    return next((name for name in names if name in bad), None)
-
 
 @contextlib.contextmanager
 def evaluating(*modules: torch.nn.Module) -> Iterator[None]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from torch_utils import checkpoint, misc
+from torch_utils import checkpoint
+from torch_utils.nested import first_nonfinite
 from torch_utils.schema import (
     COUNTERS,
     FLOATS,
@@ -211,7 +212,7 @@ def _check_optimizer(content: dict[str, Any], place: str, groups: list[list[torc
         raise Unfit(f"{place}.param_groups does not number the parameters in order")
     if unknown := sorted(content["state"].keys() - set(numbers)):
         raise Unfit(f"{place}.state has an entry for parameter {unknown[0]}, of {len(numbers)}")
-    if (bad := misc.first_nonfinite(content["state"])) is not None:
+    if (bad := first_nonfinite(content["state"])) is not None:
         raise Unfit(f"{place}.state.{bad} is not finite")
     for i, moments in content["state"].items():
         if moments["exp_avg"].shape != moments["exp_avg_sq"].shape or moments["step"].numel() != 1:

@@ -12,12 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dnnlib import UserError
 from dnnlib.util import format_bytes, link_or_copy
-from torch_utils import checkpoint, distributed, misc
+from torch_utils import checkpoint, distributed
 from torch_utils.memory import free_memory
+from torch_utils.nested import copy_to_cpu, first_nonfinite, tensor_bytes
 from training.config import TrainConfig
 from training.run import formats
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
@@ -29,27 +28,6 @@ from training.run.snapshots import (
     training_state,
 )
 from training.trainer import Progress, Trainer
-
-#----------------------------------------------------------------------------
-# Memory.
-
-def copy_to_cpu(value: Any) -> Any:
-    """The same nested dicts and lists, with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copy_to_cpu(item) for item in value)
-    return value
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(tensor_bytes(item) for item in items)
 
 #----------------------------------------------------------------------------
 
@@ -98,20 +76,19 @@ class Score:
 
     metric: str
     value: float
+    lower_is_better: bool = True
 
     def is_better_than(self, other: "Score | None") -> bool:
-        """Whether this one wins: distances want to be low, everything else high; NaN never wins."""
+        """Whether this one wins, in its own direction, which a snapshot does not say; NaN never wins."""
         if not math.isfinite(self.value):
             return False
         if other is None or other.metric != self.metric:
             return True
-        lower = any(word in self.metric for word in ("fid", "kid", "ppl", "fd_"))
-        return self.value < other.value if lower else self.value > other.value
-
+        return self.value < other.value if self.lower_is_better else self.value > other.value
 
     def replaces(self, other: "Score") -> bool:
         """Whether it takes the place of `other`: better, or the same evaluation once more."""
-        return self.is_better_than(other) or self == other
+        return self.is_better_than(other) or (self.metric, self.value) == (other.metric, other.value)
 
 
 def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
@@ -120,7 +97,7 @@ def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
     A result's name says after an '@' where it departs from the metric of that name.
     """
     found = [r for r in results if r["metric"].partition("@")[0] == metric] or results
-    return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))))
+    return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))), found[0]["lower_is_better"])
 
 
 def read_score(path: Path) -> Score | None:
@@ -216,7 +193,7 @@ class Saver:
         """
         self.writer.wait()          # The copy before this one is gone then.
         content = training_state(trainer.state_dict())
-        if (bad := misc.first_nonfinite(content)) is not None:
+        if (bad := first_nonfinite(content)) is not None:
             raise NonFiniteState(f"{bad} is not finite, so nothing is saved: start a new run from the last snapshot, "
                                  "with --fp32=1 or half --glr and --dlr")
         if not self.config.saving.background:
@@ -239,8 +216,8 @@ class Saver:
             score: Of this snapshot; None without metrics: then the newest model counts as the best.
         """
         content = captured[0] | {"counters": dataclasses.asdict(progress)}
-        snapshot = network_snapshot(content, self.config, self.class_names, None if score is None else
-                                    dataclasses.asdict(score))
+        kept = None if score is None else {"metric": score.metric, "value": score.value}
+        snapshot = network_snapshot(content, self.config, self.class_names, kept)
         name, saving = snapshot_name(progress.cur_nimg), self.config.saving
         protected = {progress.cur_nimg, progress.cur_nimg if progress.best_nimg is None else progress.best_nimg}
 

@@ -10,6 +10,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import atomic_write_text
 from torch_utils import distributed, misc
+from torch_utils.nested import first_nonfinite
 from training.run.formats import read_snapshot
 from training.run.snapshots import kimg_digits, snapshots_by_age
 from training.step.guard import GradientGuard
@@ -23,7 +24,7 @@ MAX_NAMES = 10      # Names of tensors in a list of the dump.
 
 def is_finite(value: Any) -> bool:
     """Whether all floating-point tensors in nested lists, tuples and dicts are finite."""
-    return misc.first_nonfinite(value) is None
+    return first_nonfinite(value) is None
 
 
 def broken_weights(trainer: Trainer) -> str | None:
@@ -31,7 +32,7 @@ def broken_weights(trainer: Trainer) -> str | None:
 
     To be asked before something is saved: such a run is over. Every process must call it, and all get the same answer.
     """
-    bad = misc.first_nonfinite(trainer.state_dict()) if distributed.rank() == 0 else None
+    bad = first_nonfinite(trainer.state_dict()) if distributed.rank() == 0 else None
     found: str | None = distributed.broadcast_object(bad)
     return found
 

@@ -16,14 +16,16 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError, cli
+from metrics.protocols import METRICS
 from torch_utils import checkpoint
+from torch_utils.nested import copy_to_cpu, tensor_bytes
 from training.config import DiscriminatorConfig, SavingConfig, to_dict
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.resume import load_state
-from training.run.saving import Saver, Score, Writer, copy_to_cpu, pick_score, read_score, superfluous, update_best
+from training.run.saving import Saver, Score, Writer, pick_score, read_score, superfluous, update_best
 from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
 from training.trainer import Progress
 
@@ -111,7 +113,7 @@ def test_a_copy_does_not_change_with_training():
     assert copied["a"].tolist() == [1, 1, 1]
     assert copied["b"][0].tolist() == [0, 0]
     assert copied["b"][1] == (1, "x", None)
-    assert saving.tensor_bytes(state) == 20
+    assert tensor_bytes(state) == 20
 
 
 def test_training_may_go_on_while_a_state_is_written(saver, tmp_path, monkeypatch):
@@ -241,6 +243,7 @@ SLOW_SAVE = """
 import sys, time, torch
 from pathlib import Path
 from torch_utils import checkpoint
+from torch_utils.nested import copy_to_cpu, tensor_bytes
 
 class Slow(checkpoint._ErrorKeeper):
     def write(self, data):
@@ -281,18 +284,20 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 
 def test_scores():
     assert Score("fid", 2.0).is_better_than(Score("fid", 3.0))
-    assert Score("accuracy", 3.0).is_better_than(Score("accuracy", 2.0))
+    assert Score("accuracy", 3.0, False).is_better_than(Score("accuracy", 2.0))
     assert not Score("fid", float("nan")).is_better_than(None)
     assert Score("kid", 9.0).is_better_than(Score("fid", 3.0))      # Another metric decides now.
     assert Score("fid", 2.0).replaces(Score("fid", 2.0))
-    results = [{"metric": "fid", "results": {"fid": 2.0}}, {"metric": "pr", "results": {"pr_precision": 0.5}}]
+    results = [{"metric": "fid", "results": {"fid": 2.0}, "lower_is_better": True},
+               {"metric": "pr", "results": {"pr_precision": 0.5}, "lower_is_better": False}]
     assert pick_score(results, None) == Score("fid", 2.0)
-    assert pick_score(results, "pr") == Score("pr", 0.5)
-    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}})
-    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0)
+    assert pick_score(results, "pr") == Score("pr", 0.5, False)
+    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}, "lower_is_better": False})
+    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0, False)
     for name, lower in (("fd_dinov2_50k", True), ("adm_sfid50k", True), ("ppl2_wend", True), ("rfid_random", True),
                         ("eqr50k", False), ("adm_is50k", False), ("adm_pr50k", False)):
-        assert Score(name, 1.0).is_better_than(Score(name, 2.0)) == lower
+        assert METRICS[name].kind.lower_is_better == lower
+        assert Score(name, 1.0, lower).is_better_than(Score(name, 2.0, lower)) == lower
 
 
 def test_best_and_patience_count(saver, tmp_path):
