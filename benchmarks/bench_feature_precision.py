@@ -38,7 +38,7 @@ from training.discriminators.projected import ProjectedDiscriminator  # noqa: E4
 from training.feature_networks import fast  # noqa: E402
 from training.feature_networks.backbones import is_isotropic  # noqa: E402
 from training.feature_networks.classifier import Classifier, load_classifier  # noqa: E402
-from training.feature_networks.fast import make_fast  # noqa: E402
+from training.feature_networks.fast import optimize_frozen  # noqa: E402
 from training.feature_networks.registry import find_weights  # noqa: E402
 from training.generator.layer_schedule import stem_config  # noqa: E402
 from training.loss import StyleSanLoss  # noqa: E402
@@ -138,7 +138,7 @@ class Step:
                 network.double()
         kind, everywhere = precision.removesuffix(EVERYWHERE), precision.endswith(EVERYWHERE)
         for network in self.D.feature_networks.values():
-            make_fast(network.backbone, kind if kind in fast.PRECISIONS else "fp32")
+            optimize_frozen(network.backbone, kind if kind in fast.PRECISIONS else "fp32")
             if kind == "bf16" and everywhere:
                 fast.reduce_(network.backbone, torch.bfloat16)
         frozen = [(network, network.backbone.net) for network in self.D.feature_networks.values()]

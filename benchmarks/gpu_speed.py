@@ -317,8 +317,8 @@ def measure_parts(prefix: str, step: Any, for_G: Any, for_D: Any, context: Conte
 def measure_tf32(prefix: str, step: Any, for_G: Any, for_D: Any, context: Context) -> None:
     """The iteration with --feature-precision=tf32. The step has it from then on."""
     import bench_training as bench
-    step.D.make_fast_("tf32")
-    step.loss.classifier.make_fast_("tf32")
+    step.D.optimize_frozen_("tf32")
+    step.loss.classifier.optimize_frozen_("tf32")
     call = lambda: step.iteration(for_G, for_D, bench.CUR_NIMG)
     context.results.put(**{f"{prefix}/tf32": median_seconds(call, 3, context)})
 

@@ -14,6 +14,11 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
+def to_uint8_nearest(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] float -> uint8, rounded to the nearest, so that what `from_uint8` made comes back. Shape is kept."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def to_uint8_sample(images: torch.Tensor) -> torch.Tensor:
     """[-1, 1] float -> uint8 as the official sample files: `(x + 1) * 127.5`, truncated. Shape is kept."""
     return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
