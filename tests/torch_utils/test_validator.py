@@ -34,7 +34,7 @@ from tests.torch_utils.crafted import (
 from torch_utils import checkpoint, pickle_values
 from torch_utils.arrays import open_npz, read_npy
 from torch_utils.local_network import HEADER_KEY, LocalNet, load_local_network, local_config, save_local_network
-from torch_utils.misc import first_nonfinite
+from torch_utils.nested import first_nonfinite
 from torch_utils.schema import Unfit, record, shown, whole
 from torch_utils.weights import read_weights
 from training.config import GeneratorConfig, from_dict

@@ -110,11 +110,11 @@ def to_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, list[str]]:
         image = PIL.ImageOps.exif_transpose(image)
         notes.append("turned upright by its EXIF orientation")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range")
+        raise ValueError("floating-point pixels have no defined range: save them with 8 or 16 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit pixels have no defined range")
+            raise ValueError("32-bit pixels have no defined range: save them with 8 or 16 bits")
         image = PIL.Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
         has_16_bits = True
     if has_16_bits:
