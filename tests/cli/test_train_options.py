@@ -5,11 +5,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dnnlib import UserError
+from legacy import open_snapshot
 from tests.cli.full_size import pretend_snapshot
 from tests.conftest import write_dataset
 from train import main
 from training.config import TrainConfig, from_dict, to_dict
+from training.dataset import ImageDataset
 from training.generator.layer_schedule import stem_config, superres_config
+from training.run.networks import Stem
+from training.run.options import TrainOptions
+from training.run.plan import follow_stem, plan_run, with_local_data
 
 
 def dry_run(command: str, **places):
@@ -211,3 +217,18 @@ def test_every_option_has_help():
         assert parameter.help, parameter.name
     result = CliRunner().invoke(main, ["--help"])
     assert "Examples" in result.output
+
+
+def test_a_stage_numbers_classes_as_its_stem(tmp_path):
+    """So does its copy on a local disk."""
+    path = write_dataset(tmp_path / "a.zip", 16, 6, 3, classes=["cat", "dog", "owl"])
+    options = TrainOptions(str(tmp_path / "runs"), str(path), cfg="stylegan3-t", preset="demo", cond=True,
+                           superres=True, path_stem="stem.pkl", stage_to=str(tmp_path / "local"))
+    config = stem_config(8, 4, 64, 8, 2, c_dim=3)
+    plan = plan_run(options, 1, open_snapshot, Stem(config, ("owl", "cat", "dog")))
+    for found in (plan.dataset, with_local_data(plan).dataset):
+        assert found.labels.tolist() == [1, 2, 0, 1, 2, 0]
+        assert found.class_names == ["owl", "cat", "dog"]
+    with pytest.raises(UserError, match=r"a\.zip: has the classes cat, dog, owl, but the stem of --path_stem has cat, "
+                                        "dog, yak, and none called owl"):
+        follow_stem(ImageDataset(path, use_labels=True), Stem(config, ("cat", "dog", "yak")))
