@@ -160,3 +160,10 @@ def test_what_was_understood_is_said(tmp_path):
     assert source.understood == ("split val of train (4 images), val (4 images); 2 classes: ant (2), bee (2); "
                                  "not read: x.zip")
     assert json.dumps(source.description["split"]) == '"val"'
+
+
+def test_advice_is_of_options_that_there_are(tmp_path):
+    path = write_folder(tmp_path / "s", {**CLASSES, "loose.png": encoded(pixels(0))})
+    with pytest.raises(UserError, match="1 of 5 images are in none: loose.png: move them into one$"):
+        open_images(path, labels=True)
+    assert content(open_images(path))[1] is None
