@@ -54,7 +54,6 @@ SOURCES = {
     "parquet": (lambda p: parquet_file(p / "a.parquet"), None),
     "parquet splits": (lambda p: a_folder(p, lambda s: [parquet_file(s / f"{n}-0.parquet") for n in ("train", "dev")]),
                        "val"),
-    "digits": (lambda p: "sklearn:digits", None),
     "npz": (lambda p: npz_file(p / "a.npz", ARRAY, np.arange(6)), None),
     "npz splits": (lambda p: npz_file(p / "a.npz", x_train=ARRAY[..., 0], y_train=np.arange(6),
                                       x_test=ARRAY[:2, ..., 0], y_test=np.eye(2)), "all"),
@@ -111,6 +110,12 @@ def test_every_kind_of_file_is_the_same_everywhere(tmp_path, name, data, want, t
     assert np.abs(images[0].transpose(1, 2, 0) - np.asarray(want, dtype=np.float64)).max() <= tolerance
     said = "" if note in (None, "mode L converted") else f"of 1 files looked at 1: {note}"
     assert dataset.changes == source.description["changes"] == said
+
+
+def test_digits():
+    source = open_images("sklearn:digits", labels=True)
+    assert (source.num_images, source.description["resolution"]) == (1797, 8)
+    assert next(iter(source.batches(3)))[1].tolist() == [0, 1, 2]
 
 
 def test_colours_and_grayscale_in_one_set(tmp_path):
