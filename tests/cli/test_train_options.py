@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import train
+from dnnlib import EasyDict, UserError
 from tests.conftest import write_dataset
+from tests.data_prep.samples import files, metadata, write_zip
 from torch_utils import checkpoint
 from train import main
 from training.config import TrainConfig, from_dict, to_dict
+from training.dataset import ImageDataset
 from training.generator.layer_schedule import stem_config, superres_config
 from training.run.snapshots import NETWORK_FORMAT
 
@@ -214,3 +218,17 @@ def test_every_option_has_help():
         assert parameter.help, parameter.name
     result = CliRunner().invoke(main, ["--help"])
     assert "Examples" in result.output
+
+
+def test_a_stage_numbers_classes_as_its_stem(tmp_path):
+    """So does its copy on a local disk."""
+    path = write_zip(tmp_path / "a.zip", files(), metadata(classes=["cat", "dog", "owl"]))
+    dataset = ImageDataset(path, use_labels=True)
+    train.follow_stem(dataset, {"class_names": ["owl", "cat", "dog"]})
+    options = EasyDict(data=path, stage_to=str(tmp_path / "local"), cond=True, mirror=False)
+    for found in (dataset, train.stage_dataset(options, dataset)):
+        assert found.labels.tolist() == [1, 2, 0, 1, 2, 0]
+        assert found.class_names == ["owl", "cat", "dog"]
+    with pytest.raises(UserError, match=r"a\.zip: has the classes cat, dog, owl, but the stem of --path_stem has cat, "
+                                        "dog, yak, and none called owl"):
+        train.follow_stem(ImageDataset(path, use_labels=True), {"class_names": ["cat", "dog", "yak"]})

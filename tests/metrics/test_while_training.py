@@ -8,6 +8,7 @@ import torch
 from dnnlib import UserError
 from inference.evaluation import network_evaluator
 from tests.metrics.helpers import random_images, write_folder
+from torch_utils.local_network import LocalNet, local_config, save_local_network
 from training.dataset import ImageDataset
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
@@ -32,6 +33,27 @@ def test_names_of_all_protocols(dataset, tiny_inception):
         "adm_is50k", "adm_fid50k", "adm_sfid50k", "adm_pr50k", "fid50k_full", "kid50k", "clean_fid50k", "eqt50k_int")]
     assert all(r["num_gen"] == 12 and r["label_policy"] == "dataset" for r in results)
     assert results[4]["num_real"] == 30
+
+
+def test_classes_of_the_judge(dataset, tmp_path):
+    """The same judge with its classes in another order gives the same score; one that knows others is refused."""
+    dataset.class_names = ["a", "b", "c"]
+    torch.manual_seed(0)
+    judge, G = LocalNet(local_config(3, 16, (8, 12), ["a", "b", "c"])), Generator(stem_config(16, 6, 256, 16, c_dim=3))
+
+    def score(names, order):
+        net = LocalNet(local_config(3, 16, (8, 12), names))
+        net.load_state_dict(judge.state_dict())
+        for name in ("classifier.weight", "classifier.bias"):
+            net.state_dict()[name].copy_(judge.state_dict()[name][order])
+        save_local_network(tmp_path / "judge.safetensors", net)
+        evaluate = network_evaluator(["accuracy"], dataset, f"{tmp_path}/judge.safetensors", 40, CPU, seed=0)
+        return evaluate(G)[0]["results"]
+
+    with torch.no_grad():
+        assert score(["a", "b", "c"], [0, 1, 2]) == score(["c", "a", "b"], [2, 0, 1])
+    with pytest.raises(UserError, match="has the classes a, b, c, but the judge .* has a, b, d, and none called c"):
+        score(["a", "b", "d"], [0, 1, 2])
 
 
 def test_weights_are_looked_for_before_training(dataset):

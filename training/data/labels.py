@@ -148,11 +148,14 @@ def labels_of(store: LabelledStore, table: dict[str, int]) -> np.ndarray:
     Raises:
         UserError: some images have no label, or a label has no name in "classes".
     """
-    missing = [name for name in store.names if name not in table]
+    names = store.names
+    if any(name not in table for name in names):        # File systems may have written names in another form.
+        table, names = {same_form(name): label for name, label in table.items()}, [same_form(n) for n in names]
+    missing = [name for name in names if name not in table]
     if missing:
         raise UserError(f"{store.path}: {METADATA_NAME} gives no label for {len(missing)} of {len(store.names)} "
                         f"images: {list_some(missing)}: add them to \"labels\" or take the files away")
-    labels = np.array([table[name] for name in store.names], dtype=np.int64)
+    labels = np.array([table[name] for name in names], dtype=np.int64)
     classes = class_list(store)
     wrong = [] if classes is None else np.flatnonzero(labels >= len(classes))
     if len(wrong):
