@@ -77,9 +77,9 @@ def open_images(path: str | os.PathLike[str], labels: bool = False, workers: int
     options = SourceOptions(split=split, split_option=split_option, allow_gaps=True)
     try:
         found = open_source(name, options)
-    except UserError:
-        if labels:
-            raise
+    except UserError as err:
+        if labels:              # The option is one of dataset_tool.py.
+            raise UserError(str(err).replace(", or add --no-labels", "")) from err
         found = open_source(name, SourceOptions(False, split=split, split_option=split_option))
     served = np.array(found.labels, dtype=np.int64) if labels and found.labels is not None else None
     source = source_of_files(found, name, served, workers)

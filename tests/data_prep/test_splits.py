@@ -205,6 +205,27 @@ def test_shards(tmp_path, how):
         open_source(str(path))
 
 
+def test_shards_in_folders_of_splits(tmp_path):
+    web_shards(tmp_path / "train", shards=2, each=2)
+    web_shards(tmp_path / "val", shards=1, each=2)
+    check_splits(tmp_path, TRAIN, VAL)
+
+
+def test_many_shards_are_all_read(tmp_path):
+    """More than files without a telling name are looked at."""
+    data = tar_bytes({"a.png": encoded(pixels(0))})
+    for i in range(250):
+        (tmp_path / f"{i:03d}.tar").write_bytes(data)
+        (tmp_path / f"{i:03d}.txt").write_bytes(b"")
+    assert len(read(tmp_path)[1]) == 250
+
+
+def test_labels_from_a_file_of_one_split(tmp_path, dest):
+    path = write_folder(tmp_path / "s", {**images("train", 4), "test/1.png": encoded(pixels(0))})
+    (tmp_path / "l.csv").write_text("file,label\ntest/1.png,owl\n")
+    assert "1 classes: 0 = owl (1)" in made(source=path, dest=dest, split="test", labels=tmp_path / "l.csv")
+
+
 def test_archives_in_a_folder(tmp_path):
     (tmp_path / "s").mkdir()
     write_zip(tmp_path / "s" / "train.zip", {f"{c}/{i}.png": encoded(pixels(i)) for c in "ab" for i in range(2)})

@@ -54,7 +54,6 @@ SOURCES = {
     "parquet": (lambda p: parquet_file(p / "a.parquet"), None),
     "parquet splits": (lambda p: a_folder(p, lambda s: [parquet_file(s / f"{n}-0.parquet") for n in ("train", "dev")]),
                        "val"),
-    "digits": (lambda p: "sklearn:digits", None),
     "npz": (lambda p: npz_file(p / "a.npz", ARRAY, np.arange(6)), None),
     "npz splits": (lambda p: npz_file(p / "a.npz", x_train=ARRAY[..., 0], y_train=np.arange(6),
                                       x_test=ARRAY[:2, ..., 0], y_test=np.eye(2)), "all"),
@@ -113,6 +112,12 @@ def test_every_kind_of_file_is_the_same_everywhere(tmp_path, name, data, want, t
     assert dataset.changes == source.description["changes"] == said
 
 
+def test_digits():
+    source = open_images("sklearn:digits", labels=True)
+    assert (source.num_images, source.description["resolution"]) == (1797, 8)
+    assert next(iter(source.batches(3)))[1].tolist() == [0, 1, 2]
+
+
 def test_colours_and_grayscale_in_one_set(tmp_path):
     folder = write_folder(tmp_path / "s", {"a.png": encoded(pixels(0)), "b.png": encoded(pixels(1)[:, :, 0])})
     for images in (content(open_images(folder))[0].numpy(), [image for image, _ in ImageDataset(folder)]):
@@ -160,3 +165,10 @@ def test_what_was_understood_is_said(tmp_path):
     assert source.understood == ("split val of train (4 images), val (4 images); 2 classes: ant (2), bee (2); "
                                  "not read: x.zip")
     assert json.dumps(source.description["split"]) == '"val"'
+
+
+def test_advice_is_of_options_that_there_are(tmp_path):
+    path = write_folder(tmp_path / "s", {**CLASSES, "loose.png": encoded(pixels(0))})
+    with pytest.raises(UserError, match="1 of 5 images are in none: loose.png: move them into one$"):
+        open_images(path, labels=True)
+    assert content(open_images(path))[1] is None
