@@ -14,7 +14,8 @@ import tqdm
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
 from inference.sampling import find_class, generate, seed_label, seed_latent
-from torch_utils import misc
+from torch_utils import checkpoint, misc
+from torch_utils.arrays import read_npy
 from torch_utils.images import save_image, to_uint8_sample
 from torch_utils.ops import dispatch
 
@@ -40,9 +41,9 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
     """
     try:
         if path.endswith(".npy"):
-            centroids = torch.from_numpy(np.load(path, allow_pickle=False))
+            centroids = torch.from_numpy(read_npy(path))
         else:
-            centroids = torch.load(path, map_location="cpu", weights_only=True)
+            centroids = checkpoint.load_plain(path)
     except OSError:         # No such file, and the like: the command says which.
         raise
     except Exception as err:
@@ -50,6 +51,8 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
     if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
         shape = list(centroids.shape) if isinstance(centroids, torch.Tensor) else type(centroids).__name__
         raise UserError(f"--centroids-path={path}: expected a tensor [number of centroids, {w_dim}], found {shape}")
+    if centroids.is_complex() or not centroids.float().isfinite().all():
+        raise UserError(f"--centroids-path={path}: holds what are no finite numbers: compute the centroids again")
     return centroids.float()
 
 #----------------------------------------------------------------------------
@@ -153,6 +156,8 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
     loaded = load_network(network, target)
     G = loaded.G_ema
     class_idx = None if class_name is None else find_class(class_name, loaded.class_names, G.c_dim)
+    if class_idx is not None and loaded.class_names and loaded.class_names[class_idx] != class_name:
+        click.echo(f"--class={class_name}: the class {class_idx}, {loaded.class_names[class_idx]}", err=True)
     transform = G.synthesis.input.get_buffer("transform")
     transform.copy_(make_transform(translate, rotate))
     centroids = None

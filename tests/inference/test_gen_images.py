@@ -98,6 +98,7 @@ def test_class_by_name_or_index(network, tmp_path):
     for kind in ("owl", "2"):
         result = invoke(f"--network={network}", "--seeds=0", f"--class={kind}", f"--outdir={tmp_path / kind}")
         assert result.exit_code == 0
+        assert ("--class=2: the class 2, owl" in result.output) == (kind == "2")
     assert np.array_equal(images(tmp_path / "owl")["seed0000.png"], images(tmp_path / "2")["seed0000.png"])
 
 
@@ -251,8 +252,9 @@ def test_find_class():
 # Mistakes: one line, exit code 2.
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--class=12"], "--class=12: the network has 3 classes, 0 to 2"),
-    (["--class=cow"], "--class=cow: no class of this name: names are cat, dog, owl"),
+    (["--class=12"], "--class=12: no class of this name: the network has 3 classes, cat, dog, owl: give"),
+    (["--class=\u00b2"], "no class of this name"), (["--class=-1"], "no class of this name"),
+    (["--class=cow"], "classes, cat, dog, owl: give one of these names or a number from 0 to 2"),
     (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: No such file or directory"),
     (["--seeds=5-2"], "runs backwards"), (["--seeds=x"], "is not a list"), (["--translate=1"], "is not a pair"),
 ])
@@ -306,7 +308,7 @@ def test_diverged_network_is_an_error(network, tmp_path):
     checkpoint.save(bad, content)
     result = invoke(f"--network={bad}", "--seeds=0", f"--outdir={tmp_path}")
     assert result.exit_code == 2
-    assert "non-finite" in result.output
+    assert "is not finite" in result.output
 
 
 class Evil:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib import UserError
+from dnnlib.classes import Classes
 from dnnlib.util import append_text, atomic_write_text, normalized_name
 from torch_utils import distributed
 from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
@@ -159,7 +161,11 @@ def find_run(outdir: Path, desc: str, config: TrainConfig, info: dict[str, Any] 
 
 
 def _other_data(options: dict[str, Any], config: TrainConfig, info: dict[str, Any]) -> list[Change]:
-    """Data may move, but not become other data. Folders have no fingerprint: there the path counts."""
+    """Data may move, but not become other data. Folders have no fingerprint: there the path and the classes count."""
+    before, after = options.get(RUN_INFO, {}).get("class_names"), info.get("class_names")
+    if before and after and not (len(before) == len(after)
+                                 and Classes(before).find_all(after) == list(range(len(after)))):
+        return [Change("class_names", before, after)]
     old, new = options.get(RUN_INFO, {}).get("data_fingerprint"), info.get("data_fingerprint")
     if old is not None and new is not None:
         return [] if old == new else [Change("data_fingerprint", old[:12], new[:12])]
@@ -195,13 +201,14 @@ def code_version() -> str:
 
 
 def run_info(dataset: ImageDataset, device: str = "") -> dict[str, Any]:
-    """Code version, torch, processes, device and content of the data (None for a folder: it would be read whole)."""
+    """Code version, torch, processes, device, content of the data (None for a folder: it would be read whole), classes.
+    """
     fingerprint = dataset.fingerprint if os.path.isfile(dataset.path) else None
     return {"code": code_version(), "torch": torch.__version__, "world_size": distributed.world_size(),
-            "device": device, "data_fingerprint": fingerprint}
+            "device": device, "data_fingerprint": fingerprint, "class_names": dataset.class_names}
 
 
-def create_run(choice: RunChoice, config: TrainConfig, info: dict[str, Any]) -> None:
+def create_run(choice: RunChoice, config: TrainConfig, info: Mapping[str, Any]) -> None:
     """Make the folder and write the settings into it; count the start; the notes go into log.txt.
 
     Raises:
@@ -212,7 +219,7 @@ def create_run(choice: RunChoice, config: TrainConfig, info: dict[str, Any]) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        content = to_dict(config) | {RUN_INFO: info | {"starts": starts}}
+        content = to_dict(config) | {RUN_INFO: {**info, "starts": starts}}
         atomic_write_text(folder / OPTIONS_FILE, json.dumps(content, indent=2) + "\n")
         append_text(folder / "log.txt", "".join(f"{note}\n" for note in choice.notes))
     except OSError as err:

@@ -6,45 +6,28 @@ model, what `--keep` lets go, the state. A kill at any moment leaves files that 
 """
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dnnlib import UserError
 from dnnlib.util import format_bytes, link_or_copy
 from torch_utils import checkpoint, distributed
 from torch_utils.memory import free_memory
+from torch_utils.nested import copy_to_cpu, first_nonfinite, tensor_bytes
 from training.config import TrainConfig
+from training.run import formats
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
-from training.run.snapshots import NETWORK_FORMAT, TrainingState, network_snapshot, snapshot_name
-
-SNAPSHOT_NAME = re.compile(r"network-snapshot-(\d{6,})(?:\.(\d{3}))?\.pkl")
-
-#----------------------------------------------------------------------------
-# Memory.
-
-def copy_to_cpu(value: Any) -> Any:
-    """The same nested dicts and lists, with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copy_to_cpu(item) for item in value)
-    return value
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(tensor_bytes(item) for item in items)
+from training.run.snapshots import (
+    images_shown,
+    network_snapshot,
+    snapshot_name,
+    snapshots_by_age,
+    training_state,
+)
+from training.trainer import Progress, Trainer
 
 #----------------------------------------------------------------------------
 
@@ -56,7 +39,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
-        self._job: Future | None = None
+        self._job: Future[None] | None = None
 
     def submit(self, job: Callable[[], None], background: bool) -> None:
         """Run `job` after the one before. Waits for that one, so that at most one copy of a state is in memory."""
@@ -121,29 +104,23 @@ def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
 def read_score(path: Path) -> Score | None:
     """The score in a snapshot; None where there is none or where the file is missing or damaged."""
     try:
-        score = checkpoint.load(path, NETWORK_FORMAT, mmap=True).get("score")
+        score = formats.read_score(path)
         return Score(score["metric"], float(score["value"])) if score else None
     except UserError:
         return None
 
 
-def update_best(state: TrainingState, score: Score) -> None:
+def update_best(progress: Progress, score: Score) -> None:
     """Count an evaluation: a new best one, or one more without improvement."""
-    before = None if state.best_value is None else Score(state.best_metric or score.metric, state.best_value)
+    before = None if progress.best_value is None else Score(progress.best_metric or score.metric, progress.best_value)
     if score.is_better_than(before):
-        state.best_metric, state.best_value = score.metric, score.value
-        state.best_nimg, state.bad_evals = state.cur_nimg, 0
+        progress.best_metric, progress.best_value = score.metric, score.value
+        progress.best_nimg, progress.bad_evals = progress.cur_nimg, 0
     else:
-        state.bad_evals += 1
+        progress.bad_evals += 1
 
 #----------------------------------------------------------------------------
 # Retention.
-
-def snapshot_nimg(name: str) -> int | None:
-    """Images shown before the snapshot of this name; None for other files."""
-    match = SNAPSHOT_NAME.fullmatch(name)
-    return None if match is None else int(match[1]) * 1000 + int(match[2] or 0)
-
 
 def superfluous(positions: list[int], keep: int, keep_every: float) -> list[int]:
     """Snapshots that may go.
@@ -165,12 +142,16 @@ def superfluous(positions: list[int], keep: int, keep_every: float) -> list[int]
 
 def prune(folder: Path, keep: int, keep_every: float, protected: set[int]) -> None:
     """Delete network snapshots that `--keep` and `--keep-every` let go, never those in `protected`."""
-    files = {nimg: p for p in folder.iterdir() if (nimg := snapshot_nimg(p.name)) is not None}
+    files = {nimg: path for path in snapshots_by_age(folder) if (nimg := images_shown(path.name)) is not None}
     for nimg in superfluous(list(files), keep, keep_every):
         if nimg not in protected:
             files[nimg].unlink(missing_ok=True)
 
 #----------------------------------------------------------------------------
+
+class NonFiniteState(UserError):
+    """Weights or moments are NaN or infinite, so nothing is written; the message names one of them."""
+
 
 class Saver:
     """Writes the files of a run. Only the first process has anything to write."""
@@ -181,10 +162,17 @@ class Saver:
         self._last_state = time.monotonic()
         self._told = False
 
-    def save_state(self, state: TrainingState) -> None:
-        """Write the training state; the one before it stays as training-state-prev.pt."""
+    def save_state(self, trainer: Trainer) -> None:
+        """Write the training state; the one before it stays as training-state-prev.pt.
+
+        A state that is not finite is not written: `training.watch.nonfinite.broken_weights` ends the run at its tick.
+        """
         if distributed.rank() == 0:
-            self.write_state(self.capture(state))
+            try:
+                self.write_state(self.capture(trainer))
+            except NonFiniteState as err:
+                self._last_state = time.monotonic()
+                self.say(f"NOTE: no state is saved now: {err}")
 
     def write_state(self, captured: tuple[dict[str, Any], bool]) -> None:
         """Write what `capture` returned."""
@@ -196,13 +184,19 @@ class Saver:
         minutes = self.config.saving.state_minutes
         return distributed.rank() == 0 and 0 < minutes * 60 <= time.monotonic() - self._last_state
 
-    def capture(self, state: TrainingState) -> tuple[dict[str, Any], bool]:
+    def capture(self, trainer: Trainer) -> tuple[dict[str, Any], bool]:
         """What a state file holds, and whether it is a copy that may be written while training goes on.
 
         Copied only if the copy takes at most half of the memory that is left; else tensors are those in use.
+
+        Raises:
+            NonFiniteState: it must not be written.
         """
         self.writer.wait()          # The copy before this one is gone then.
-        content = state.content()
+        content = training_state(trainer.state_dict())
+        if (bad := first_nonfinite(content)) is not None:
+            raise NonFiniteState(f"{bad} is not finite, so nothing is saved: start a new run from the last snapshot, "
+                                 "with --fp32=1 or half --glr and --dlr")
         if not self.config.saving.background:
             return content, False
         size, left = tensor_bytes(content), free_memory()
@@ -214,19 +208,19 @@ class Saver:
             return content, False
         return copy_to_cpu(content), True
 
-    def save_snapshot(self, state: TrainingState, captured: tuple[dict[str, Any], bool], score: Score | None) -> None:
+    def save_snapshot(self, progress: Progress, captured: tuple[dict[str, Any], bool], score: Score | None) -> None:
         """Write a network snapshot, make it the best model if it is, let go of old ones, write the state.
 
         Args:
-            state: Its counters are those after the evaluation.
+            progress: As it is after the evaluation.
             captured: What `capture` returned for the same networks.
             score: Of this snapshot; None without metrics: then the newest model counts as the best.
         """
-        content = captured[0] | {"counters": state.counters()}
+        content = captured[0] | {"counters": dataclasses.asdict(progress)}
         snapshot = network_snapshot(content, self.config, self.class_names, None if score is None else
                                     dataclasses.asdict(score))
-        name, saving = snapshot_name(state.cur_nimg), self.config.saving
-        protected = {state.cur_nimg, state.best_nimg if state.best_nimg is not None else state.cur_nimg}
+        name, saving = snapshot_name(progress.cur_nimg), self.config.saving
+        protected = {progress.cur_nimg, progress.cur_nimg if progress.best_nimg is None else progress.best_nimg}
 
         def write() -> None:
             checkpoint.save(self.folder / name, snapshot)

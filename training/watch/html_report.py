@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -20,12 +20,15 @@ import PIL.Image
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write_text, format_time
 from training.run.folder import OPTIONS_FILE, read_options
+from training.run.snapshots import images_shown
 
 REPORT_FILE = "report.html"
 MAX_SHEETS = 6          # Sample sheets over time that are shown.
 SHEET_PIXELS = 512      # Side of a shown sheet, at most.
 MAX_POINTS = 400        # Of a curve; more are averaged.
 LOG_SPREAD = 30         # Metrics that move by this factor get a logarithmic axis.
+
+Item = TypeVar("Item")
 
 REAL, FAKE, OTHER = "#1f6fb4", "#d1602a", "#3c8d5a"     # Colours: what belongs to real images, to G, to neither.
 
@@ -80,20 +83,16 @@ class Run:
         return np.array([kimg for kimg, _ in pairs]), np.array(values, dtype=float)
 
 
-def kimg_in(name: str) -> float:
-    """200.0 of 'network-snapshot-000200.pkl' or 'fakes000200.png'."""
-    return float(name.rpartition(".")[0].removeprefix("network-snapshot-").removeprefix("fakes"))
-
-
 def read_metrics(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Numbers of metric-*.jsonl; of two lines for one snapshot the later counts."""
     curves: dict[str, dict[float, float]] = {}
     for path in sorted(folder.glob("metric-*.jsonl")):
         for line in read_lines(path):
             results, snapshot = line.get("results"), line.get("snapshot_pkl")
-            if isinstance(results, dict) and isinstance(snapshot, str):     # Not of a line cut and joined by hand.
+            nimg = images_shown(snapshot) if isinstance(snapshot, str) else None
+            if isinstance(results, dict) and nimg is not None:      # Not of a line cut and joined by hand.
                 for name, value in results.items():
-                    curves.setdefault(name, {})[kimg_in(snapshot)] = value
+                    curves.setdefault(name, {})[nimg / 1e3] = value
     return {name: (np.array(sorted(points)), np.array([points[k] for k in sorted(points)], dtype=float))
             for name, points in curves.items()}
 
@@ -258,7 +257,7 @@ def figures(run: Run) -> list[tuple[Panel, bytes]]:
 #----------------------------------------------------------------------------
 # Sample sheets.
 
-def pick(items: list[Path], count: int) -> list[Path]:
+def pick(items: list[Item], count: int) -> list[Item]:
     """`count` of the items: the first, the last, and evenly between."""
     if len(items) <= count:
         return items
@@ -282,8 +281,8 @@ def shown_sheet(path: Path) -> bytes:
 
 def sheets(folder: Path) -> list[tuple[str, bytes]]:
     """Titles and pictures: samples over time, and real images of the same classes."""
-    fakes = sorted(folder.glob("fakes*.png"), key=lambda path: kimg_in(path.name))
-    shown = [(f"generated, {kimg_in(path.name):g} kimg", shown_sheet(path)) for path in pick(fakes, MAX_SHEETS)]
+    fakes = sorted((nimg, path) for path in folder.glob("fakes*.png") if (nimg := images_shown(path.name)) is not None)
+    shown = [(f"generated, {nimg / 1e3:g} kimg", shown_sheet(path)) for nimg, path in pick(fakes, MAX_SHEETS)]
     reals = folder / "reals.png"
     return shown + ([("real", shown_sheet(reals))] if reals.is_file() else [])
 
