@@ -46,6 +46,7 @@ class MetricKind:
     compute: Formula
     is_ordered: bool = False            # The order of the images moves the value.
     min_images: int = 1                 # Of either side.
+    lower_is_better: bool = False       # Distances want to be low.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class GeneratorKind:
     compute: Callable[[LatentSource, MetricOptions], Answer]
     require: Callable[[MetricOptions], Any] | None = None   # Finds or fetches the files it needs, or raises UserError.
     assets: tuple[Asset, ...] = ()                          # These files, for `metrics.prefetch`.
+    lower_is_better: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Metric:
 def _fid(free_name: str, output: str, ddof: int, default_detector: str | None = INCEPTION) -> MetricKind:
     wants = Wants(moments=frozenset({output}))
     return MetricKind(free_name, wants, RealWants(wants), default_detector, formulas.frechet(output, ddof),
-                      min_images=1 + ddof)
+                      min_images=1 + ddof, lower_is_better=True)
 
 
 def _pr(limit: int, dtype: torch.dtype) -> MetricKind:
@@ -95,13 +97,15 @@ NOTHING = RealWants()
 
 FID, FID_DDOF1 = _fid("fid", "pool", ddof=0), _fid("fid", "pool", ddof=1)
 SFID, SFID_DDOF1 = _fid("sfid", "spatial", ddof=0), _fid("sfid", "spatial", ddof=1)
-KID = MetricKind("kid", POOL, RealWants(POOL, MAX_FEATURES), INCEPTION, formulas.kernel(MAX_FEATURES), min_images=2)
+KID = MetricKind("kid", POOL, RealWants(POOL, MAX_FEATURES), INCEPTION, formulas.kernel(MAX_FEATURES), min_images=2,
+                 lower_is_better=True)
 PR, ADM_PR = _pr(MAX_FEATURES, torch.float16), _pr(ADM_REAL_FEATURES, torch.float32)
 IS = MetricKind("is", Wants(probs=True), NOTHING, INCEPTION, formulas.shuffled_score)
 ADM_IS = MetricKind("is", Wants(probs=True), NOTHING, INCEPTION, formulas.score_in_order, is_ordered=True)
 ACCURACY = MetricKind("accuracy", Wants(correct=True), NOTHING, None, formulas.accuracy)
 
-PPL = GeneratorKind(generator_formulas.ppl2_wend, generator_formulas.require_lpips, (VGG16_FILE, LPIPS_FILE))
+PPL = GeneratorKind(generator_formulas.ppl2_wend, generator_formulas.require_lpips, (VGG16_FILE, LPIPS_FILE),
+                    lower_is_better=True)
 EQT_INT = GeneratorKind(generator_formulas.equivariance_in("eqt_int"))
 EQT_FRAC = GeneratorKind(generator_formulas.equivariance_in("eqt_frac"))
 EQR = GeneratorKind(generator_formulas.equivariance_in("eqr"))

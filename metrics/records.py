@@ -66,6 +66,7 @@ def result(job: Job, values: dict[str, float], settings: dict[str, Any], detecto
         "results": {job.metric.name + suffix + job.mark: value for suffix, value in values.items()},
         "metric": job.name,
         "protocol": job.metric.protocol,
+        "lower_is_better": job.metric.kind.lower_is_better,
         "total_time": seconds,
         "total_time_str": format_time(seconds),
         "num_gpus": distributed.world_size(),

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 
 from dnnlib import UserError
 from dnnlib.util import atomic_file, file_sha256, list_some
+from torch_utils.images import from_uint8
 from torch_utils.schema import (
     MAX_ITEMS,
     StoredShape,
     Unfit,
+    check_finite,
     check_tensors,
     compare_shapes,
     exactly,
@@ -105,7 +107,7 @@ class LocalNet(torch.nn.Module):
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] -> float in [-1, 1], resized to the input resolution."""
-        return self.prepare_float(images.to(torch.float32) / 127.5 - 1)
+        return self.prepare_float(from_uint8(images))
 
     def prepare_float(self, images: torch.Tensor) -> torch.Tensor:
         """float [N, 3, H, W] in [-1, 1] -> resized to the input resolution.
@@ -189,6 +191,7 @@ def load_local_network(path: str | os.PathLike[str]) -> LocalNet:
                            net.state_dict())
             state = {name: file.get_tensor(name) for name in stored}
             check_tensors(state, "its content", net.state_dict())
+            check_finite(state)
         except (UserError, Unfit) as err:
             raise UserError(f"{path}: not a usable local network, because its configuration and its tensors do not "
                             f"agree: {err}: train it again") from err

@@ -76,20 +76,19 @@ class Score:
 
     metric: str
     value: float
+    lower_is_better: bool = True
 
     def is_better_than(self, other: "Score | None") -> bool:
-        """Whether this one wins: distances want to be low, everything else high; NaN never wins."""
+        """Whether this one wins, in its own direction, which a snapshot does not say; NaN never wins."""
         if not math.isfinite(self.value):
             return False
         if other is None or other.metric != self.metric:
             return True
-        lower = any(word in self.metric for word in ("fid", "kid", "ppl", "fd_"))
-        return self.value < other.value if lower else self.value > other.value
-
+        return self.value < other.value if self.lower_is_better else self.value > other.value
 
     def replaces(self, other: "Score") -> bool:
         """Whether it takes the place of `other`: better, or the same evaluation once more."""
-        return self.is_better_than(other) or self == other
+        return self.is_better_than(other) or (self.metric, self.value) == (other.metric, other.value)
 
 
 def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
@@ -98,7 +97,7 @@ def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
     A result's name says after an '@' where it departs from the metric of that name.
     """
     found = [r for r in results if r["metric"].partition("@")[0] == metric] or results
-    return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))))
+    return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))), found[0]["lower_is_better"])
 
 
 def read_score(path: Path) -> Score | None:
@@ -217,8 +216,8 @@ class Saver:
             score: Of this snapshot; None without metrics: then the newest model counts as the best.
         """
         content = captured[0] | {"counters": dataclasses.asdict(progress)}
-        snapshot = network_snapshot(content, self.config, self.class_names, None if score is None else
-                                    dataclasses.asdict(score))
+        kept = None if score is None else {"metric": score.metric, "value": score.value}
+        snapshot = network_snapshot(content, self.config, self.class_names, kept)
         name, saving = snapshot_name(progress.cur_nimg), self.config.saving
         protected = {progress.cur_nimg, progress.cur_nimg if progress.best_nimg is None else progress.best_nimg}
 

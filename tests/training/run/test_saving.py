@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError, cli
+from metrics.protocols import METRICS
 from torch_utils import checkpoint
 from torch_utils.nested import copy_to_cpu, tensor_bytes
 from training.config import DiscriminatorConfig, SavingConfig, to_dict
@@ -24,7 +25,16 @@ from training.networks_stylegan3 import Generator
 from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.resume import load_state
-from training.run.saving import Saver, Score, Writer, pick_score, read_score, superfluous, update_best
+from training.run.saving import (
+    NonFiniteState,
+    Saver,
+    Score,
+    Writer,
+    pick_score,
+    read_score,
+    superfluous,
+    update_best,
+)
 from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
 from training.trainer import Progress
 
@@ -164,7 +174,19 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["cut", "byte", "gone"])
+def spoiled(path: Path, how: str) -> None:
+    """A whole file with content that cannot be continued."""
+    content = checkpoint.load(path, STATE_FORMAT)
+    if how == "no optimisers":
+        del content["optimizers"]
+    elif how == "not finite":
+        content["D"]["w"][3] = float("nan")
+    elif how == "other settings":
+        content["generator_config"]["w_dim"] = 9
+    checkpoint.save(path, content)
+
+
+@pytest.mark.parametrize("how", ["cut", "byte", "gone", "no optimisers", "not finite", "other settings"])
 def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
     s = saver()
     for nimg in (8, 16):
@@ -177,14 +199,31 @@ def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
         newest.unlink()
     elif how == "cut":
         newest.write_bytes(newest.read_bytes()[:-500])
-    else:
+    elif how == "byte":
         damage(newest)
+    else:
+        spoiled(newest, how)
     assert load_state(tmp_path, said.append)["counters"]["cur_nimg"] == 8
     assert PREVIOUS_STATE_FILE in said[0]
     (tmp_path / PREVIOUS_STATE_FILE).write_bytes(b"")
     with pytest.raises(UserError, match=PREVIOUS_STATE_FILE):
         load_state(tmp_path, said.append)
     assert load_state(tmp_path / "elsewhere", said.append) is None
+
+
+def test_what_is_not_finite_is_not_written(saver, tmp_path):
+    s, state = saver(), SmallTrainer(8)
+    s.save_state(state)
+    state = SmallTrainer(16)
+    state.weight[5] = float("inf")
+    s.say = (said := []).append
+    s.save_state(state)
+    assert "D.w is not finite" in said[0]
+    with pytest.raises(NonFiniteState, match=r"D\.w is not finite"):
+        s.capture(state)
+    s.close()
+    assert load_state(tmp_path, said.append)["counters"]["cur_nimg"] == 8
+    assert not (tmp_path / PREVIOUS_STATE_FILE).exists()
 
 
 @pytest.mark.parametrize("room", [0, 100, 2000])
@@ -283,18 +322,20 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 
 def test_scores():
     assert Score("fid", 2.0).is_better_than(Score("fid", 3.0))
-    assert Score("accuracy", 3.0).is_better_than(Score("accuracy", 2.0))
+    assert Score("accuracy", 3.0, False).is_better_than(Score("accuracy", 2.0))
     assert not Score("fid", float("nan")).is_better_than(None)
     assert Score("kid", 9.0).is_better_than(Score("fid", 3.0))      # Another metric decides now.
     assert Score("fid", 2.0).replaces(Score("fid", 2.0))
-    results = [{"metric": "fid", "results": {"fid": 2.0}}, {"metric": "pr", "results": {"pr_precision": 0.5}}]
+    results = [{"metric": "fid", "results": {"fid": 2.0}, "lower_is_better": True},
+               {"metric": "pr", "results": {"pr_precision": 0.5}, "lower_is_better": False}]
     assert pick_score(results, None) == Score("fid", 2.0)
-    assert pick_score(results, "pr") == Score("pr", 0.5)
-    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}})
-    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0)
+    assert pick_score(results, "pr") == Score("pr", 0.5, False)
+    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}, "lower_is_better": False})
+    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0, False)
     for name, lower in (("fd_dinov2_50k", True), ("adm_sfid50k", True), ("ppl2_wend", True), ("rfid_random", True),
                         ("eqr50k", False), ("adm_is50k", False), ("adm_pr50k", False)):
-        assert Score(name, 1.0).is_better_than(Score(name, 2.0)) == lower
+        assert METRICS[name].kind.lower_is_better == lower
+        assert Score(name, 1.0, lower).is_better_than(Score(name, 2.0, lower)) == lower
 
 
 def test_best_and_patience_count(saver, tmp_path):
