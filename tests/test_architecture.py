@@ -290,7 +290,6 @@ SYSTEM_NAMES = {
         "SIGCONT", "pthread_sigmask", "pthread_kill", "setitimer", "alarm", "sigwait", "sigtimedwait", "pause"
     },
 }
-STILL_LINUX = {"training/run/batch_size.py", "training/run/bench.py"}       # Until they take torch_utils.memory.
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -302,8 +301,6 @@ def test_what_some_systems_lack_is_asked_for(path):
              if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("hasattr", "getattr")
              and isinstance(call.args[0], ast.Name) and isinstance(call.args[1], ast.Constant)}
     for node in ast.walk(tree):
-        if relative(path) in STILL_LINUX:
-            continue
         if isinstance(node, ast.Import | ast.ImportFrom) and imports(node) & SYSTEM_MODULES:
             assert node in tried, f"line {node.lineno}: {sorted(imports(node))}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
