@@ -18,7 +18,6 @@ from dnnlib import UserError
 from dnnlib.download import local_file
 from dnnlib.util import file_sha256, list_some
 from torch_utils import checkpoint, safe_pickle
-from torch_utils.nested import first_nonfinite
 from torch_utils.pickle_modules import (
     ModuleRecord,
     as_module,
@@ -31,7 +30,7 @@ from torch_utils.pickle_modules import (
     walk,
 )
 from torch_utils.pickle_values import TensorRecord
-from torch_utils.schema import Unfit, compare_shapes
+from torch_utils.schema import Unfit, check_finite, compare_shapes
 from training.config import DiscriminatorConfig, GeneratorConfig, InputSpec, LayerSpec, from_dict, to_dict
 from training.generator.fitting import LAYER_NAME, generator_from
 from training.networks_stylegan3 import Generator
@@ -126,8 +125,7 @@ def read_official_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     root = safe_pickle.read(path)
     try:
         content = _convert(root)
-        if (bad := first_nonfinite({name: content[name] for name in ("G_ema", "G", "D")})) is not None:
-            raise Unfit(f"its {bad} is not finite: take an earlier snapshot of the run")
+        check_finite(content)
         return content
     except Unfit as err:
         raise UserError(f"{path}: {err}") from err

@@ -147,7 +147,9 @@ def run(options: TrainOptions) -> int:
 
 def parse(values: dict[str, Any], typed: set[str]) -> TrainOptions:
     """The options as click gives them, of which `typed` were typed."""
-    from metrics.protocols import expand
+    from metrics.protocols import METRICS, expand
+    if values["best_metric"] is not None and values["best_metric"] not in METRICS:
+        raise UserError(f"--best-metric={values['best_metric']}: no metric of this name: take one of --metrics")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return TrainOptions(**values | {"metrics": tuple(expand(list(values["metrics"])))}, given=frozenset(typed))
 

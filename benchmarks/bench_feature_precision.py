@@ -30,7 +30,8 @@ sys.path[:0] = [str(ROOT)]
 
 from dnnlib import UserError, cli  # noqa: E402
 from dnnlib.util import atomic_write_text  # noqa: E402
-from torch_utils.misc import from_uint8, one_hot, requires_grad  # noqa: E402
+from torch_utils.images import from_uint8  # noqa: E402
+from torch_utils.misc import one_hot, requires_grad  # noqa: E402
 from training.config import DiscriminatorConfig, LossConfig  # noqa: E402
 from training.diffaug import NUM_UNIFORMS  # noqa: E402
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402

@@ -10,7 +10,7 @@ from dnnlib import UserError
 from dnnlib.util import atomic_file
 from torch_utils import safe_pickle
 from torch_utils.pickle_values import TensorRecord
-from torch_utils.schema import MAX_DEPTH, Unfit, shown
+from torch_utils.schema import COUNTERS, FLOATS, MAX_DEPTH, Unfit, shown
 
 PLAIN = (type(None), bool, int, float, str)
 
@@ -37,7 +37,8 @@ def save(path: str | os.PathLike[str], content: dict[str, Any], previous: Path |
                 raise recorded.error
     except OSError as err:
         raise UserError(f"{path}: cannot be written ({os.strerror(err.errno or 0)}): files written before are whole: "
-                        "make room and run the same command again, it continues from them") from err
+                        "mend that (a full disk needs room) and run the same command again, it continues from them"
+                        ) from err
 
 
 class _ErrorKeeper:
@@ -81,7 +82,8 @@ def load(path: str | os.PathLike[str], expected_format: str, mmap: bool = False)
             are compared with their checksums.
 
     Raises:
-        UserError: no such file; damaged or cut off; holds anything but tensors and plain values; another format.
+        UserError: no such file; damaged or cut off; holds anything but dense tensors of numbers and plain values;
+            another format.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
@@ -129,6 +131,8 @@ def _convert(root: Any, mmap: bool) -> Any:
             raise Unfit("is nested beyond measure")
         made: Any
         if isinstance(value, TensorRecord):
+            if value.dtype not in FLOATS + COUNTERS:
+                raise Unfit(f"holds a tensor of type {value.dtype}, which no network has")
             made = value.load(mapped=mmap)
         elif isinstance(value, dict):
             if not all(type(key) in (str, int) for key in value):

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 
 from dnnlib import UserError
 from dnnlib.util import atomic_file, file_sha256, list_some
-from torch_utils.misc import from_uint8
+from torch_utils.images import from_uint8
 from torch_utils.schema import (
     MAX_ITEMS,
     StoredShape,
     Unfit,
+    check_finite,
     check_tensors,
     compare_shapes,
     exactly,
@@ -190,6 +191,7 @@ def load_local_network(path: str | os.PathLike[str]) -> LocalNet:
                            net.state_dict())
             state = {name: file.get_tensor(name) for name in stored}
             check_tensors(state, "its content", net.state_dict())
+            check_finite(state)
         except (UserError, Unfit) as err:
             raise UserError(f"{path}: not a usable local network, because its configuration and its tensors do not "
                             f"agree: {err}: train it again") from err

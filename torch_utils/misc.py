@@ -56,11 +56,6 @@ def random_state(seed: int) -> np.random.RandomState:
     return np.random.RandomState(seed if seed < 1 << 32 else [seed % (1 << 32), seed >> 32])
 
 
-def from_uint8(images: torch.Tensor) -> torch.Tensor:
-    """8-bit images as networks take them: uint8 -> float32 in [-1, 1]. Shape is kept."""
-    return images.to(torch.float32) / 127.5 - 1
-
-
 def count_parameters(module: torch.nn.Module, trainable_only: bool = False) -> int:
     """Number of parameters, shared ones once."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)

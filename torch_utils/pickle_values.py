@@ -176,7 +176,10 @@ def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
-def _rebuild_tensor(_limits: Limits, storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> TensorRecord:
+def _rebuild_tensor(_limits: Limits, storage: Any, offset: Any, shape: Any, stride: Any, _requires_grad: Any = None,
+                    _hooks: Any = None, metadata: Any = None) -> TensorRecord:
+    if metadata:
+        raise Refused("holds a tensor whose values are to be conjugated or negated, which no network file needs")
     if not isinstance(storage, Storage) or storage.dtype is None:
         raise TypeError("a tensor without a typed storage")
     return _tensor(storage, storage.dtype, offset, shape, stride)

@@ -73,7 +73,7 @@ def number(low: float = -math.inf, high: float = math.inf, above: float | None =
         if not is_number or not abs(value) <= MAX_WHOLE or not low <= value <= high or (
                 above is not None and not value > above):
             limits = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
-            limits += [f"above {above:g}"] * (above is not None)
+            limits += [] if above is None else [f"above {above:g}"]
             raise Unfit(f"{place} is {shown(value)}, but must be a finite number{''.join(', ' + x for x in limits)}")
     return check
 
@@ -88,6 +88,12 @@ def text(value: Any, place: str) -> None:
     """A string of no more than MAX_TEXT characters."""
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise Unfit(f"{place} is {shown(value)}, but must be a text of at most {MAX_TEXT} characters")
+
+
+def label(value: Any, place: str) -> None:
+    """A short text of one line, such as the name of an array."""
+    if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
+        raise Unfit(f"{place} is {shown(value)}, but must be a name of at most 200 characters that can be printed")
 
 
 def exactly(*values: str) -> Check:
@@ -219,7 +225,7 @@ def _of_type(hint: Any) -> Check:
 # Tensors.
 
 def check_tensors(state: Any, place: str, like: Mapping[str, torch.Tensor] | None = None, exact: bool = False) -> None:
-    """Refuse what is not a dict of finite dense tensors, or not one that a network takes.
+    """Refuse what is not a dict of dense tensors of numbers, or not one that a network takes.
 
     Args:
         state: By name.
@@ -239,8 +245,12 @@ def check_tensors(state: Any, place: str, like: Mapping[str, torch.Tensor] | Non
     if like is not None:
         compare_shapes(state, place, like)
         _compare_types(state, place, like, exact)
-    if (name := first_nonfinite(state)) is not None:
-        raise Unfit(f"{place}.{name} is not finite")
+
+
+def check_finite(content: Any) -> None:
+    """Refuse nested dicts and lists with a tensor that is not finite. Raises Unfit."""
+    if (name := first_nonfinite(content)) is not None:
+        raise Unfit(f"{ascii(name[:200])[1:-1]} is not finite")
 
 
 class HasShape(Protocol):

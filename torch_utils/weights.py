@@ -14,7 +14,7 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import checkpoint
-from torch_utils.schema import Unfit, check_tensors
+from torch_utils.schema import Unfit, check_finite, check_tensors
 
 #----------------------------------------------------------------------------
 
@@ -48,6 +48,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         state = checkpoint.load_plain(path)
     try:
         check_tensors(state, "its content")
+        check_finite(state)
     except Unfit as err:
         raise UserError(f"{path}: {err}: fetch it again") from err
     return dict(state)

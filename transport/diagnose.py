@@ -3,6 +3,7 @@
 
 training/watch/discriminator_diagnosis.py says what is measured. The table goes to stderr, one line of JSON to stdout.
 """
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from dnnlib import EasyDict, UserError, cli
 from dnnlib.classes import Classes
 from legacy import find_snapshot, open_snapshot
 from torch_utils import misc
+from torch_utils.schema import Unfit, check_tensors
 from training.config import DiscriminatorConfig, LossConfig, from_dict
 from training.dataset import ImageDataset, follow_classes
 from training.discriminators.projected import ProjectedDiscriminator, module_keys
@@ -66,6 +68,14 @@ def load_discriminator(snapshot: dict[str, Any], file: Path, names: Sequence[str
                             "--backbones")
         backbones[old] = load_backbone(new)
         _check_backbone(new, backbones[old].sha256, snapshot.get("backbones", {}).get(key))
+    # Without memory first: a file may state widths that its tensors do not have. The warm-up needs a real network.
+    with torch.device("meta"):
+        claimed = ProjectedDiscriminator(dataclasses.replace(config, bn_warmup=False), backbones).own_state_dict()
+    try:
+        check_tensors(snapshot["D"], "D", claimed)
+    except Unfit as err:
+        raise UserError(f"--network={file}: its discriminator does not fit its settings: {err}: take another snapshot "
+                        "of the run") from err
     D = ProjectedDiscriminator(config, backbones)
     D.load_own_state_dict(snapshot["D"])
     return D.eval().requires_grad_(False)

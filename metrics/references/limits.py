@@ -6,18 +6,18 @@ Arrays are bounded where they are read (`torch_utils.arrays`, `torch_utils.safe_
 from typing import Any
 
 from dnnlib import UserError
-from torch_utils.schema import Unfit, items, nothing_or, plain, record, shown, text, whole
+from torch_utils.schema import Unfit, items, label, nothing_or, plain, record, shown, whole
 
 MAX_ENTRIES = 100               # Detectors and outputs in a file.
 # D of features: a covariance has D^2 numbers, whatever the file has. VGG16's, the widest in use, have 4096.
 MAX_DIMENSIONS = 8192
 MAX_IMAGES = 10 ** 12
 
-_ENTRY = record({"keys": items(text, 2, 2), "detector": nothing_or(text), "detector_sha256": nothing_or(text),
-                 "output": text}, others=plain)
+_ENTRY = record({"keys": items(label, 2, 2), "detector": nothing_or(label), "detector_sha256": nothing_or(label),
+                 "output": label}, others=plain)
 _METADATA = record({"statistics": items(_ENTRY, 0, MAX_ENTRIES)},
-                   {"images_fingerprint": nothing_or(text), "resolution": nothing_or(whole(1, 1 << 20)),
-                    "crop": nothing_or(text)}, others=plain)
+                   {"images_fingerprint": nothing_or(label), "resolution": nothing_or(whole(1, 1 << 20)),
+                    "crop": nothing_or(label)}, others=plain)
 
 #----------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
 """Between tensors and 8-bit images."""
 import torch
 
-from torch_utils.images import to_uint8_metric, to_uint8_nearest, to_uint8_sample
-from torch_utils.misc import from_uint8
+from torch_utils.images import from_uint8, to_uint8_metric, to_uint8_nearest, to_uint8_sample
 
 
 def test_all_grey_values():

@@ -65,6 +65,8 @@ def test_what_cannot_be_diagnosed_gets_one_line(run, blobs, tmp_path):
     save_local_network(tmp_path / "other.safetensors", LocalNet(local_config(4, 16)))
     recorded = content["backbones"] | {"net": {"name": "net", "source": "", "sha256": "0" * 64}}
     checkpoint.save(tmp_path / "recorded.pkl", content | {"discriminator_config": config, "backbones": recorded})
+    wide = content["discriminator_config"] | {"proj_channels": 1 << 20}         # Terabytes.
+    checkpoint.save(tmp_path / "wide.pkl", content | {"discriminator_config": wide})
     unlabelled = write_dataset(tmp_path / "plain16.zip", 16, 8, 0)
     larger = write_dataset(tmp_path / "large32.zip", 32, 8)
     fewer = write_dataset(tmp_path / "two16.zip", 16, 8, 2)
@@ -73,6 +75,7 @@ def test_what_cannot_be_diagnosed_gets_one_line(run, blobs, tmp_path):
             ((f"--network={moved}", f"--data={blobs}"), "--backbones"),
             ((f"--network={tmp_path}/recorded.pkl", f"--data={blobs}", f"--backbones={tmp_path}/other.safetensors"),
              "SHA-256"),
+            ((f"--network={tmp_path}/wide.pkl", f"--data={blobs}"), "does not fit its settings: D has"),
             ((f"--network={snapshot}", f"--data={blobs}", "--backbones=a,b"), "2 given"),
             ((f"--network={snapshot}", f"--data={unlabelled}"), "no class labels"),
             ((f"--network={snapshot}", f"--data={larger}"), "32 pixels"),

@@ -25,7 +25,7 @@ from dnnlib.classes import Classes, is_unnamed
 from dnnlib.util import atomic_file, list_some
 from torch_utils import checkpoint, misc, safe_pickle
 from torch_utils.arrays import open_npz, read_npy
-from torch_utils.misc import from_uint8
+from torch_utils.images import from_uint8
 from torch_utils.pickle_values import Call, TensorRecord
 from torch_utils.schema import items, nothing_or, text
 from torch_utils.weights import open_safetensors, read_weights

@@ -4,6 +4,7 @@
 Nothing is allocated before both are known: the network is built without memory (on the meta device), and settings that
 no tensor bears out (sizes of maps, rates, widths of a next stage) must lie in ranges and agree with each other.
 """
+import functools
 import re
 from typing import Any
 
@@ -57,12 +58,18 @@ def generator_from(settings: Any, place: str = "generator_config") -> tuple[Gene
     config = from_dict(GeneratorConfig, settings)
     try:
         _check_table(config)
-        with torch.device("meta"):
-            return config, Generator(config)
+        return config, _without_memory(config)
     except Unfit as err:
         raise Unfit(f"{place}: {err}") from None
     except (ValueError, ArithmeticError, RuntimeError, AssertionError, TypeError) as err:
         raise Unfit(f"{place}: the attributes of its layers make no generator ({type(err).__name__})") from err
+
+
+@functools.lru_cache(maxsize=8)
+def _without_memory(config: GeneratorConfig) -> Generator:
+    """Only to be looked at: a file and its neighbours have the same settings, and building takes tens of ms."""
+    with torch.device("meta"):
+        return Generator(config)
 
 
 def check_generator_state(settings: Any, states: dict[str, Any]) -> GeneratorConfig:
@@ -73,7 +80,7 @@ def check_generator_state(settings: Any, states: dict[str, Any]) -> GeneratorCon
         states: Tensors of generators with these settings, by what the file calls them.
 
     Raises:
-        Unfit: the settings are none of a generator; tensors are missing, unknown, of other shapes, or not finite.
+        Unfit: the settings are none of a generator; tensors are missing, unknown, or of other shapes or types.
     """
     config, G = generator_from(settings)
     for name, state in states.items():

@@ -14,12 +14,12 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import checkpoint
-from torch_utils.nested import first_nonfinite
 from torch_utils.schema import (
     COUNTERS,
     FLOATS,
     Check,
     Unfit,
+    check_finite,
     check_tensors,
     entries,
     exactly,
@@ -54,10 +54,10 @@ def _anything(value: Any, place: str) -> None:
     """What a later version may write: the reader has refused everything but tensors and plain values."""
 
 
-def _finite_number(value: Any, place: str) -> None:
+def _one_number(value: Any, place: str) -> None:
     _tensor(value, place)
-    if value.ndim or not value.is_floating_point() or not bool(value.isfinite()):
-        raise Unfit(f"{place} is {shown(value)}, but must be one finite number")
+    if value.ndim or not value.is_floating_point():
+        raise Unfit(f"{place} is {shown(value)}, but must be a tensor of one number")
 
 
 _BACKBONES = entries(record({"name": text}, dict.fromkeys(("source", "sha256"), nothing_or(text)), others=plain))
@@ -105,7 +105,7 @@ STATE = record({
     "G_ema": _TENSORS,
     "D": _TENSORS,
     "optimizers": record({"G": _OPTIMIZER, "D": _OPTIMIZER}),
-    "pl_mean": _finite_number,
+    "pl_mean": _one_number,
     "counters": record(_COUNTS, _MORE_COUNTS, others=plain),
 }, {
     "version": whole(1, VERSION),
@@ -130,6 +130,7 @@ def check_snapshot(content: dict[str, Any]) -> None:
     names = content.get("class_names")
     if names and config.c_dim and len(names) != config.c_dim:
         raise Unfit(f"class_names has {len(names)} names for {config.c_dim} classes")
+    check_finite(content)
 
 
 def _with_present_names(content: dict[str, Any]) -> dict[str, Any]:
@@ -198,12 +199,12 @@ def check_state(content: dict[str, Any], shape: RunShape | None = None) -> None:
     check_tensors(content["D"], "D")
     for name, optimizer in content["optimizers"].items():
         _check_optimizer(optimizer, f"optimizers.{name}", None if shape is None else shape.parameters[name])
-    if shape is None:
-        return
-    for name, tensors in shape.networks.items():
-        check_tensors(content[name], name, tensors, exact=True)
-    if unknown := [name for name in content["counters"] if name not in shape.counters]:
-        raise Unfit(f"counters has unknown entries: {shown(unknown[0])}")
+    if shape is not None:
+        for name, tensors in shape.networks.items():
+            check_tensors(content[name], name, tensors, exact=True)
+        if unknown := [name for name in content["counters"] if name not in shape.counters]:
+            raise Unfit(f"counters has unknown entries: {shown(unknown[0])}")
+    check_finite(content)
 
 
 def _check_optimizer(content: dict[str, Any], place: str, groups: list[list[torch.Tensor]] | None) -> None:
@@ -212,8 +213,6 @@ def _check_optimizer(content: dict[str, Any], place: str, groups: list[list[torc
         raise Unfit(f"{place}.param_groups does not number the parameters in order")
     if unknown := sorted(content["state"].keys() - set(numbers)):
         raise Unfit(f"{place}.state has an entry for parameter {unknown[0]}, of {len(numbers)}")
-    if (bad := first_nonfinite(content["state"])) is not None:
-        raise Unfit(f"{place}.state.{bad} is not finite")
     for i, moments in content["state"].items():
         if moments["exp_avg"].shape != moments["exp_avg_sq"].shape or moments["step"].numel() != 1:
             raise Unfit(f"{place}.state.{i} is not that of one parameter")

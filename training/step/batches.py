@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from torch_utils.misc import from_uint8, one_hot, to_device
+from torch_utils.images import from_uint8
+from torch_utils.misc import one_hot, to_device
 from training.data.randomness import CounterRNG
 from training.diffaug import NUM_UNIFORMS
 from training.networks_stylegan3 import Generator

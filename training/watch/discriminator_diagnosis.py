@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from torch_utils.misc import evaluating, from_uint8
+from torch_utils.images import from_uint8
+from torch_utils.misc import evaluating
 from training.data.randomness import CounterRNG, permutation
 from training.dataset import ImageDataset, load_batches
 from training.diffaug import NUM_UNIFORMS
@@ -168,8 +169,8 @@ def choose(dataset: ImageDataset, settings: Settings) -> np.ndarray:
         order = order[np.isin(labels, kinds)]
     count = min(settings.num, len(order)) // settings.batch * settings.batch
     if count == 0:
-        raise UserError(f"{settings.num} of {len(order)} images do not make a batch of {settings.batch}: take more, or "
-                        "a smaller --batch")
+        raise UserError(f"{settings.num} of {len(order)} images do not make a batch of {settings.batch}: take at "
+                        f"least {settings.batch} per side")
     return order[:count]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import atomic_file, atomic_write_text, first_line
-from torch_utils.schema import Unfit, check_tensors
+from torch_utils.schema import Unfit, check_finite, check_tensors
 from transport.ttc.critic_sequence import FinishedCritic
 
 HEADER_KEY = "trust_the_critics"        # The header's only entry: the order of several would differ from file to file.
@@ -53,6 +53,7 @@ def load_critic(folder: Path, number: int, make: Callable[[], torch.nn.Module]) 
             header = json.loads((file.metadata() or {})[HEADER_KEY])
             state = {name: file.get_tensor(name) for name in file.keys()}   # noqa: SIM118
         check_tensors(state, "its content", critic.state_dict())
+        check_finite(state)
         critic.load_state_dict(state)
         if header["number"] != number:
             raise ValueError(f"it is critic {header['number']}")

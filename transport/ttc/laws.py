@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 
 from dnnlib import UserError
-from torch_utils.misc import from_uint8
+from torch_utils.images import from_uint8
 from transport.common.sklearn_images import PHOTOS, load_digits, load_photo
 from transport.ttc.image_critics import InfoGANGenerator, Shape, make_generator
 
@@ -227,6 +227,7 @@ def open_source(name: str, target: Law, half: str, sigma: float, num: int, seed:
     return source
 
 #----------------------------------------------------------------------------
+
 
 
 def _digits(resolution: int) -> torch.Tensor:

@@ -25,7 +25,16 @@ from training.networks_stylegan3 import Generator
 from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.resume import load_state
-from training.run.saving import Saver, Score, Writer, pick_score, read_score, superfluous, update_best
+from training.run.saving import (
+    NonFiniteState,
+    Saver,
+    Score,
+    Writer,
+    pick_score,
+    read_score,
+    superfluous,
+    update_best,
+)
 from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
 from training.trainer import Progress
 
@@ -165,7 +174,19 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["cut", "byte", "gone"])
+def spoiled(path: Path, how: str) -> None:
+    """A whole file with content that cannot be continued."""
+    content = checkpoint.load(path, STATE_FORMAT)
+    if how == "no optimisers":
+        del content["optimizers"]
+    elif how == "not finite":
+        content["D"]["w"][3] = float("nan")
+    elif how == "other settings":
+        content["generator_config"]["w_dim"] = 9
+    checkpoint.save(path, content)
+
+
+@pytest.mark.parametrize("how", ["cut", "byte", "gone", "no optimisers", "not finite", "other settings"])
 def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
     s = saver()
     for nimg in (8, 16):
@@ -178,14 +199,31 @@ def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
         newest.unlink()
     elif how == "cut":
         newest.write_bytes(newest.read_bytes()[:-500])
-    else:
+    elif how == "byte":
         damage(newest)
+    else:
+        spoiled(newest, how)
     assert load_state(tmp_path, said.append)["counters"]["cur_nimg"] == 8
     assert PREVIOUS_STATE_FILE in said[0]
     (tmp_path / PREVIOUS_STATE_FILE).write_bytes(b"")
     with pytest.raises(UserError, match=PREVIOUS_STATE_FILE):
         load_state(tmp_path, said.append)
     assert load_state(tmp_path / "elsewhere", said.append) is None
+
+
+def test_what_is_not_finite_is_not_written(saver, tmp_path):
+    s, state = saver(), SmallTrainer(8)
+    s.save_state(state)
+    state = SmallTrainer(16)
+    state.weight[5] = float("inf")
+    s.say = (said := []).append
+    s.save_state(state)
+    assert "D.w is not finite" in said[0]
+    with pytest.raises(NonFiniteState, match=r"D\.w is not finite"):
+        s.capture(state)
+    s.close()
+    assert load_state(tmp_path, said.append)["counters"]["cur_nimg"] == 8
+    assert not (tmp_path / PREVIOUS_STATE_FILE).exists()
 
 
 @pytest.mark.parametrize("room", [0, 100, 2000])
