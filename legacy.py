@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
+from dnnlib.download import local_file
 from dnnlib.util import file_sha256, list_some
 from torch_utils import checkpoint, safe_pickle
 from torch_utils.pickle_modules import (
@@ -34,6 +35,7 @@ from training.config import DiscriminatorConfig, GeneratorConfig, InputSpec, Lay
 from training.generator.fitting import LAYER_NAME, generator_from
 from training.networks_stylegan3 import Generator
 from training.run.formats import NETWORK_FORMAT, read_snapshot
+from training.run.snapshots import snapshots_by_age
 
 #----------------------------------------------------------------------------
 # Public.
@@ -53,12 +55,12 @@ class LoadedNetwork:
 def find_snapshot(path: str | os.PathLike[str]) -> Path:
     """The snapshot that `path` names: the file itself, or of a run's folder the best model, else the newest snapshot.
 
+    An https:// address is downloaded once, to the cache.
+
     Raises:
         UserError: nothing there.
     """
-    if str(path).startswith(("http://", "https://")):
-        raise UserError(f"{path}: give a file on this machine: download the snapshot first")
-    path = Path(path)
+    path = local_file(path)
     if path.is_file():
         return path
     if not path.is_dir():
@@ -66,12 +68,7 @@ def find_snapshot(path: str | os.PathLike[str]) -> Path:
     best = path / "best_model.pkl"
     if best.is_file():
         return best
-
-    def age(file: Path) -> tuple[float, str]:
-        number = re.fullmatch(r"network-snapshot-(\d+(?:\.\d+)?)\.pkl", file.name)
-        return float(number[1]) if number else -1.0, file.name
-
-    files = sorted((file for file in path.glob("network-snapshot*.pkl") if file.is_file()), key=age)
+    files = snapshots_by_age(path)
     if not files:
         raise UserError(f"{path}: no best_model.pkl and no network-snapshot-*.pkl in this folder: "
                         "give the folder of a run, or a snapshot file")

@@ -234,8 +234,9 @@ def markdown(tables: list[dict[str, dict[str, float]]], weights: dict[str, str],
 
 
 @click.command(cls=cli.Command)
-@click.option("--weights", metavar="DIR", help="Folder with published weights, such as tf_efficientnet_lite0.pth")
-@click.option("--seeds", metavar="INT", type=click.IntRange(min=1), default=3, show_default=True, help="Draws")
+@click.option("--weights", metavar="DIR", type=cli.PathType(),
+              help="Folder with published weights, such as tf_efficientnet_lite0.pth")
+@click.option("--seeds", metavar="INT", type=cli.IntRange(min=1), default=3, show_default=True, help="Draws")
 @click.option("--quick", is_flag=True, help="Small random networks, one draw, no file: does it run?")
 def main(weights: str | None, seeds: int, quick: bool) -> None:
     """Measure what the precision of the frozen networks does to features, logits and gradients."""

@@ -130,7 +130,7 @@ def main(device: str | None, quick: bool) -> None:
                f"filtered_lrelu takes {worst:.2f} of what is aimed at.\n\n{table(found)}\n")
     click.echo(section)
     if not quick:
-        content = RESULT.read_text() if RESULT.is_file() else ""
+        content = RESULT.read_text(encoding="utf-8") if RESULT.is_file() else ""
         atomic_write_text(RESULT, with_section(content, place, section))
     click.echo(json.dumps({"device": place, "microseconds": medians}))
 

@@ -11,25 +11,17 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.npy import npy_header
 from torch_utils.pickle_values import Limits, Refused
 
 PLAIN_KINDS = "biufcSU"         # Of a NumPy type: bools, numbers and texts.
 
 #----------------------------------------------------------------------------
-
-def npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, Fortran order, dtype) of a stream in .npy format; leaves it at the first value. Raises ValueError."""
-    version = np.lib.format.read_magic(f)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"unknown version {version} of the .npy format")
-    return readers[version](f)
-
 
 def _read_array(f: BinaryIO, size: int) -> np.ndarray:
     """The array of a stream of `size` bytes in .npy format. Raises ValueError."""

@@ -13,6 +13,7 @@ from torch_utils.pickle_values import TensorRecord
 from torch_utils.schema import COUNTERS, FLOATS, MAX_DEPTH, Unfit, shown
 
 PLAIN = (type(None), bool, int, float, str)
+MAX_VALUES = 5_000_000          # As many as the reader lets a file have, if none is repeated.
 
 #----------------------------------------------------------------------------
 
@@ -117,9 +118,11 @@ def _convert(root: Any, mmap: bool) -> Any:
     """Notes of `safe_pickle` as values. What was one object remains one.
 
     Raises:
-        Unfit: more than tensors and plain values, or containers in themselves.
+        Unfit: more than tensors and plain values; containers in themselves, or in others so often that whoever walks
+            through them would never end.
     """
     done: dict[int, Any] = {}       # By identity; `root` keeps the objects alive.
+    sizes: dict[int, int] = {}      # Values in a container, those counted again that are in it again.
 
     def convert(value: Any, depth: int) -> Any:
         if type(value) in PLAIN:
@@ -142,6 +145,11 @@ def _convert(root: Any, mmap: bool) -> Any:
             made = tuple(made) if isinstance(value, tuple) else made
         else:
             raise Unfit("holds more than tensors and plain values and was not read")
+        if isinstance(value, dict | list | tuple):
+            parts = value.values() if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
+            if sizes[id(value)] > MAX_VALUES:
+                raise Unfit("is nested or repeated beyond measure")
         done[id(value)] = made
         return made
 

@@ -91,7 +91,7 @@ def leave_exit_code(code: int) -> int:
     if code == 0 or not path or launch is None or launch.launcher != "torchrun":
         return code
     if launch.rank == 0:
-        Path(path).write_text(f"{code}\n")
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
     return 0
 
 
@@ -115,7 +115,7 @@ def run_local_processes(num_processes: int, argv: list[str], max_restarts: int =
         # After "--" torchrun takes nothing for its own: it would read our --num as short for --numa-binding.
         process = subprocess.Popen([*command, "--", *argv], env=os.environ | {EXIT_FILE: str(exit_file)})
         handlers = {getattr(signal, name): signal.signal(getattr(signal, name), _forward_to(process))
-                    for name in FORWARDED}
+                    for name in FORWARDED if hasattr(signal, name)}
         try:
             code = process.wait()
         except KeyboardInterrupt:
@@ -123,7 +123,7 @@ def run_local_processes(num_processes: int, argv: list[str], max_restarts: int =
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return int(exit_file.read_text()) if code == 0 and exit_file.is_file() else code
+        return int(exit_file.read_text(encoding="utf-8")) if code == 0 and exit_file.is_file() else code
 
 
 def _forward_to(process: subprocess.Popen[bytes]) -> Callable[[int, FrameType | None], None]:
@@ -145,7 +145,7 @@ def children_of(pid: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            parent = int(path.read_text(encoding="utf-8").rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             continue                        # It has ended meanwhile.
         if parent == pid:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices, shape checks, module summaries and scoped changes of global settings."""
+"""Devices, shape checks, seeds, module summaries and scoped changes of global settings."""
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from dnnlib import UserError
@@ -51,39 +51,17 @@ def one_hot(labels: torch.Tensor, c_dim: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(labels.to(torch.int64), c_dim).to(torch.float32)
 
 
+def random_state(seed: int) -> np.random.RandomState:
+    """NumPy's legacy generator, which the official scripts use, for all seeds of 64 bits; it takes 32 by itself."""
+    return np.random.RandomState(seed if seed < 1 << 32 else [seed % (1 << 32), seed >> 32])
+
+
 def count_parameters(module: torch.nn.Module, trainable_only: bool = False) -> int:
     """Number of parameters, shared ones once."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
 
 #----------------------------------------------------------------------------
 # Scoped changes. Every one restores what it found, also after an exception.
-
-def first_nonfinite(value: Any) -> str | None:
-    """Name of the first tensor in nested dicts and lists that is not finite, such as 'G.mapping.fc0.weight'; None: all
-    are finite.
-
-    One reduction per tensor, on the device where it is; one read per device.
-    """
-    extremes: dict[torch.device, dict[str, torch.Tensor]] = {}
-    names: list[str] = []
-    pending: list[tuple[str, Any]] = [("", value)]
-    while pending:
-        place, part = pending.pop()
-        if isinstance(part, torch.Tensor):
-            if part.is_floating_point() and part.numel():
-                # One of both is NaN or infinite if any element is, and they need no memory. (Sums may overflow.)
-                low, high = torch.aminmax(part.detach())
-                extremes.setdefault(part.device, {})[place] = torch.stack([low, high]).float()
-                names.append(place)
-        elif isinstance(part, Mapping | list | tuple):
-            items = part.items() if isinstance(part, Mapping) else enumerate(part)
-            pending += reversed([(f"{place}.{name}" if place else str(name), item) for name, item in items])
-    bad = set()
-    for found in extremes.values():
-        finite = torch.stack(list(found.values())).isfinite().all(dim=1).tolist()
-        bad |= {name for name, is_finite in zip(found, finite, strict=True) if not is_finite}
-    return next((name for name in names if name in bad), None)
-
 
 @contextlib.contextmanager
 def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
@@ -138,11 +116,15 @@ def _single_precision_on_gpus(value: str) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision = old
 
 
-def full_precision() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
     """No TF32 in matrix products and convolutions for the block (the default for convolutions is TF32)."""
-    return _single_precision_on_gpus("ieee")
+    with _single_precision_on_gpus("ieee"):
+        yield
 
 
-def tf32() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
     """Matrix products and convolutions of float32 may round their arguments to TF32 (10 bits) for the block."""
-    return _single_precision_on_gpus("tf32")
+    with _single_precision_on_gpus("tf32"):
+        yield

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from dnnlib.util import list_some
-from torch_utils.misc import first_nonfinite
+from torch_utils.nested import first_nonfinite
 
 MAX_WHOLE = 10 ** 15            # Above every count; numbers with thousands of digits cannot even be printed.
 MAX_TEXT = 10_000               # Characters of a name or path.

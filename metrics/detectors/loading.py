@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.download import Asset, Found, find_asset
-from dnnlib.util import file_sha256, list_some
+from dnnlib.download import Asset, Found, find_asset, local_file
+from dnnlib.util import file_sha256, is_address, list_some
 from metrics.detectors.base import DETECTORS, Detector, DetectorKind, State
 from metrics.detectors.judges import load_judge
 from torch_utils import distributed
@@ -22,7 +22,12 @@ RANDOM_SEED = 0
 # Names and files.
 
 def local_path(spec: str) -> Path | None:
-    """Path of a judge named as 'local:PATH' or 'PATH.safetensors'; None for the name of a registered detector."""
+    """Path of a judge named as 'local:PATH', 'PATH.safetensors' or an address, which is downloaded once.
+
+    None for the name of a registered detector.
+    """
+    if is_address(spec):
+        return local_file(spec)
     if spec.startswith("local:"):
         return Path(spec.removeprefix("local:"))
     return Path(spec) if spec.endswith(".safetensors") else None

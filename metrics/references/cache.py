@@ -21,7 +21,7 @@ from dnnlib.util import atomic_file
 from metrics.detectors import Detector
 from torch_utils.arrays import open_npz
 
-CACHE_VERSION = 1                           # Raise it when the same inputs give other numbers.
+CACHE_VERSION = 2                           # Raise it when the same inputs give other numbers.
 READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
                NotImplementedError, UserError)
 

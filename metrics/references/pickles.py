@@ -19,7 +19,14 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from metrics.references.statistics import DINOV2, INCEPTION, Statistics, make_statistics, statistics_of_features
+from metrics.references.statistics import (
+    DINOV2,
+    INCEPTION,
+    Statistics,
+    find_pair,
+    make_statistics,
+    statistics_of_features,
+)
 from torch_utils import safe_pickle
 from torch_utils.pickle_values import TensorRecord
 from torch_utils.schema import names_shown, shown
@@ -48,12 +55,13 @@ def read_pickle(path: str) -> tuple[Statistics, ...]:
             return (_stylegan(path, root),)
         if root.keys() & EDM2_DETECTORS.keys():
             return _edm2(path, root)
-        if {"mu", "sigma"} <= root.keys():
-            more = {"format": "pickle with mu and sigma"}
+        if pair := find_pair(key for key in root if isinstance(key, str)):
+            names = " and ".join(pair)
+            more = {"format": f"pickle with {names}"}
             if (name := FIDELITY_NAME.fullmatch(Path(path).name)) and name[1] == "stat-fid":
                 more = {"format": "torch-fidelity cache", "detector": INCEPTION}
-            return (make_statistics(path, "mu and sigma", _array(path, root, "mu"), _array(path, root, "sigma"), None,
-                                    1, **more),)
+            return (make_statistics(path, names, _array(path, root, pair[0]), _array(path, root, pair[1]), None, 1,
+                                    **more),)
     keys = names_shown(root) if isinstance(root, Mapping) else type(root).__name__
     raise UserError(f"{path}: a pickle without statistics (it holds {keys}): name statistics of EDM2, StyleGAN's "
                     "cache or torch-fidelity's cache, or an .npz; a network goes to --network")
@@ -118,6 +126,8 @@ def _stored_features(path: str, root: Mapping[Any, Any], num: int) -> torch.Tens
     if not isinstance(blocks, list) or not blocks or not all(
             isinstance(x, np.ndarray) and x.ndim == 2 and x.shape[1] == blocks[0].shape[-1] for x in blocks):
         raise UserError(f"{path}: holds neither raw_mean nor a list of features: make the file again")
+    if len({id(block) for block in blocks}) < len(blocks):      # They would be copied as often as they are named.
+        raise UserError(f"{path}: its list of features repeats itself: make the file again")
     features = np.concatenate(blocks)
     if len(features) != num:
         raise UserError(f"{path}: num_items is {num}, but it holds features of {len(features)}: make the file again")

@@ -11,9 +11,10 @@ from training.run.formats import NETWORK_FORMAT
 SNAPSHOTS: dict[str, dict] = {}     # By path; see the fixture in conftest.py.
 
 
-def pretend_snapshot(place: Path, config: GeneratorConfig) -> Path:
+def pretend_snapshot(place: Path, config: GeneratorConfig, class_names: list[str] | None = None) -> Path:
     """From now on commands that are run in this process find such a snapshot there."""
     with torch.device("meta"):
         state = Generator(config).state_dict()
-    SNAPSHOTS[str(place)] = {"format": NETWORK_FORMAT, "generator_config": to_dict(config), "G_ema": state}
+    SNAPSHOTS[str(place)] = {"format": NETWORK_FORMAT, "generator_config": to_dict(config), "G_ema": state,
+                             "class_names": class_names}
     return place

@@ -34,7 +34,7 @@ from tests.torch_utils.crafted import (
 from torch_utils import checkpoint, pickle_values
 from torch_utils.arrays import open_npz, read_npy
 from torch_utils.local_network import HEADER_KEY, LocalNet, load_local_network, local_config, save_local_network
-from torch_utils.misc import first_nonfinite
+from torch_utils.nested import first_nonfinite
 from torch_utils.schema import Unfit, record, shown, whole
 from torch_utils.weights import read_weights
 from training.config import GeneratorConfig, from_dict
@@ -246,6 +246,18 @@ def test_hostile_pickles(tmp_path, monkeypatch, what):
             assert outcome(lambda read=read: read(path), str(path))
 
 
+def test_lists_in_lists(G, tmp_path):
+    """A few hundred bytes that are 100^10 values if one walks through them."""
+    many = [1]
+    for _ in range(10):
+        many = [many] * 100
+    deep = [[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]
+    for content, taken in ((many, False), ([[1] * 1000] * 1000, True), (deep, False)):
+        torch.save(snapshot_of(G) | {"more": content}, tmp_path / "x.pkl")
+        line = outcome(lambda: legacy.load_network(tmp_path / "x.pkl"), str(tmp_path))
+        assert line is None if taken else "beyond measure" in line
+
+
 def test_what_is_mapped_is_what_is_copied(files, tmp_path):
     path = tmp_path / "x.pkl"
     path.write_bytes(files["snapshot"])
@@ -399,10 +411,12 @@ def test_references_that_grow_without_end(tmp_path):
         np.savez(path, reps=wide)
         with little_memory():
             assert "no detector has more than" in outcome(lambda: load_statistics(path), str(path))
-    pkl = tmp_path / "x.pkl"
-    for content in ({"num_images": VALUES["endless"], "fid": {}}, {"num_items": VALUES["endless"], "raw_mean": 0,
-                    "raw_cov": 0}, {"mu": VALUES["endless"], "sigma": 0}, {"fid": VALUES["endless"], "num_images": 5},
-                    {"x" * 10_000: 1}, {"num_images": 10 ** 5000, "fid": {}}, VALUES["endless"]):
+    pkl, block = tmp_path / "x.pkl", np.zeros([1000, 100])
+    repeated = {"num_items": 10 ** 9, "raw_mean": None, "raw_cov": None, "all_features": [block] * 10 ** 6}
+    endless = VALUES["endless"]
+    for content in (repeated, endless, {"num_images": endless, "fid": {}}, {"num_images": 10 ** 5000, "fid": {}},
+                    {"num_items": endless, "raw_mean": 0, "raw_cov": 0}, {"mu": endless, "sigma": 0},
+                    {"fid": endless, "num_images": 5}, {"x" * 10_000: 1}):
         pkl.write_bytes(pickle.dumps(content, 4))
         with little_memory():
             assert outcome(lambda: load_statistics(pkl), str(pkl))

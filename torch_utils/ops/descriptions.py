@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import itertools
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -150,7 +150,7 @@ def _has_taps(f: ResamplingFilter, is_radial: bool) -> bool:
 #----------------------------------------------------------------------------
 # Plans.
 
-_plans: "weakref.WeakValueDictionary[int, Plan]" = weakref.WeakValueDictionary()
+_plans: "dict[int, weakref.ref[Plan]]" = {}      # By number; entries leave with their plans.
 _numbers = itertools.count(1)
 
 
@@ -168,14 +168,18 @@ class Plan:
     """
 
     def __init__(self) -> None:
-        self.number = next(_numbers)
-        self.packed: Packed | None = None       # `native` makes it at the first call.
-        _plans[self.number] = self
+        self.number = number = next(_numbers)
+        self.packed: Packed | None = None               # `native` makes it at the first call.
+        self.templates: dict[Hashable, Any] = {}        # So it does with these, for each layout of the images.
+        _plans[number] = weakref.ref(self, lambda _: _plans.pop(number, None))
 
 
 def plan_of(number: int) -> Plan:
     """The plan with this number."""
-    plan = _plans.get(number)
+    try:
+        plan = _plans[number]()
+    except KeyError:
+        plan = None
     if plan is None:
         raise RuntimeError(f"plan {number} of a native operation does not exist any more: hold the plan itself for as "
                            "long as its number is used")

@@ -124,7 +124,7 @@ def _main_loop(text: str) -> list[str]:
 def _run(command: list[str]) -> str:
     """What a program prints. Raises BuildError with its first line that looks like a message."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=COMPILE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{Path(command[0]).name}: {error}") from None
     if done.returncode:

@@ -5,6 +5,7 @@ They take the arguments of the definitions (`reference`), so that one can stand 
 """
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -15,6 +16,11 @@ from torch_utils.ops.resampler import make_filter, read_taps
 MAX_ELEMENTS = 2**31 - 1        # Positions inside a tensor are 32-bit numbers on GPUs.
 MAX_PLANS = 1024                # Of an operation: those used last stay in memory, some kilobytes each.
 FAST_KINDS = tuple(strips.KINDS.values())
+
+BiasActCall = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]       # Of x and b.
+ResamplingCall = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]    # Of x and f.
+LayerCall = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+                     torch.Tensor]                                              # Of x, fu, fd and b.
 
 
 def _check_size(op: str, *numels: int) -> None:
@@ -35,9 +41,14 @@ def bias_act_native(
     clamp: float | None,
 ) -> torch.Tensor:
     """One pass over the values."""
+    return bias_act_call(x, dim, act, alpha, gain, clamp)(x, b)
+
+
+def bias_act_call(x: torch.Tensor, dim: int, act: str, alpha: float, gain: float, clamp: float | None) -> BiasActCall:
+    """The same for tensors of the shape of x: a function of x and b."""
     _check_size("bias_act", x.numel())
-    b = None if b is None else b.to(x.dtype)
-    return operations.bias_act(x, b, _bias_act_plan(dim % max(x.ndim, 1), act, alpha, gain, clamp))
+    plan = _bias_act_plan(dim % max(x.ndim, 1), act, alpha, gain, clamp)
+    return lambda x, b: operations.bias_act(x, b if b is None or b.dtype == x.dtype else b.to(x.dtype), plan)
 
 
 @torch.compiler.disable
@@ -57,8 +68,21 @@ def upfirdn2d_native(
     gain: float,
 ) -> torch.Tensor:
     """Polyphase filters in one pass over the images."""
-    return operations.resample(x, _resampling_plan(x.shape, x.dtype, read_taps(f), up, down, padding, flip_filter,
-                                                   gain))
+    return upfirdn2d_call(x, f, up, down, padding, flip_filter, gain)(x, f)
+
+
+def upfirdn2d_call(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> ResamplingCall:
+    """The same for tensors of the shape and type of x: a function of x and of f with its present content."""
+    plan = _resampling_plan(x.shape, x.dtype, read_taps(f), up, down, padding, flip_filter, gain)
+    return lambda x, f: operations.resample(x, plan)
 
 
 @torch.compiler.disable
@@ -99,12 +123,37 @@ def filtered_lrelu_native(
     Args:
         general: Take the program for all rates also where a GPU has a fast one for those of the layer.
     """
+    return filtered_lrelu_call(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter, general)(x, fu, fd, b)
+
+
+filtered_lrelu_general = functools.partial(filtered_lrelu_native, general=True)
+
+
+def filtered_lrelu_call(
+    x: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    up: int,
+    down: int,
+    padding: tuple[int, int, int, int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool,
+    general: bool = False,
+) -> LayerCall:
+    """The same for tensors of the shape and type of x: a function of x, b and filters with their present contents."""
     plan = layer_plan(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter, general)
-    if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
-        b = b.to(x.dtype).contiguous()
-    if isinstance(plan, BiasActPlan):
-        return operations.bias_act(x, b, plan)
-    return operations.filtered_lrelu(x, b, plan)
+    run: Callable[..., torch.Tensor] = (operations.bias_act if isinstance(plan, BiasActPlan) else
+                                        operations.filtered_lrelu)
+
+    def call(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,
+             b: torch.Tensor | None) -> torch.Tensor:
+        if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
+            b = b.to(x.dtype).contiguous()
+        return run(x, b, plan)
+
+    return call
 
 
 def layer_plan(

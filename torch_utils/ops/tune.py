@@ -144,7 +144,7 @@ class Store:
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         try:
-            entries = json.loads(self.path.read_text())["choices"]
+            entries = json.loads(self.path.read_text(encoding="utf-8"))["choices"]
             if not all(isinstance(entry["form"], str) for entry in entries.values()):
                 raise ValueError("not a file of choices")
             return entries

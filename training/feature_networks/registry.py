@@ -23,8 +23,9 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import Asset, find_or_download
 from dnnlib.util import file_sha256
-from torch_utils import checkpoint, misc
+from torch_utils import checkpoint
 from torch_utils.local_network import LocalNet, load_local_network, local_config
+from torch_utils.nested import first_nonfinite
 from training.feature_networks.backbones import Backbone, LocalBackbone, TimmBackbone
 
 DEFAULT_HUB = "https://huggingface.co"
@@ -79,7 +80,7 @@ def load_network(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
     except Exception as err:
         raise UserError(f"{path}: does not hold the weights of {name} ({type(err).__name__}): delete it and fetch "
                         f"{url}") from err
-    if (bad := misc.first_nonfinite(net.state_dict())) is not None:
+    if (bad := first_nonfinite(net.state_dict())) is not None:
         raise UserError(f"{path}: its weights are not finite, e.g. {bad}: delete it and fetch {url}")
     return net.eval().requires_grad_(False), str(path), file_sha256(path)
 

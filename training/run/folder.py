@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import atomic_write_text
+from dnnlib.classes import Classes
+from dnnlib.util import append_text, atomic_write_text, normalized_name
 from torch_utils import distributed
 from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
 from training.dataset import ImageDataset
@@ -102,7 +104,7 @@ class RunChoice:
 
 def description(name: str) -> str:
     """A folder's or run's description without its number, processes and batch, which may differ."""
-    return re.sub(r"-gpus\d+-batch\d+", "", re.sub(r"^\d{5}-", "", name), count=1)
+    return re.sub(r"-gpus\d+-batch\d+", "", re.sub(r"^\d{5}-", "", normalized_name(name)), count=1)
 
 
 def has_state(folder: Path) -> bool:
@@ -113,7 +115,7 @@ def has_state(folder: Path) -> bool:
 def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
-        options = json.loads((folder / OPTIONS_FILE).read_text())
+        options = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
         return options if isinstance(options, dict) else None
     except (OSError, ValueError):
         return None
@@ -159,7 +161,11 @@ def find_run(outdir: Path, desc: str, config: TrainConfig, info: dict[str, Any] 
 
 
 def _other_data(options: dict[str, Any], config: TrainConfig, info: dict[str, Any]) -> list[Change]:
-    """Data may move, but not become other data. Folders have no fingerprint: there the path counts."""
+    """Data may move, but not become other data. Folders have no fingerprint: there the path and the classes count."""
+    before, after = options.get(RUN_INFO, {}).get("class_names"), info.get("class_names")
+    if before and after and not (len(before) == len(after)
+                                 and Classes(before).find_all(after) == list(range(len(after)))):
+        return [Change("class_names", before, after)]
     old, new = options.get(RUN_INFO, {}).get("data_fingerprint"), info.get("data_fingerprint")
     if old is not None and new is not None:
         return [] if old == new else [Change("data_fingerprint", old[:12], new[:12])]
@@ -195,13 +201,14 @@ def code_version() -> str:
 
 
 def run_info(dataset: ImageDataset, device: str = "") -> dict[str, Any]:
-    """Code version, torch, processes, device and content of the data (None for a folder: it would be read whole)."""
+    """Code version, torch, processes, device, content of the data (None for a folder: it would be read whole), classes.
+    """
     fingerprint = dataset.fingerprint if os.path.isfile(dataset.path) else None
     return {"code": code_version(), "torch": torch.__version__, "world_size": distributed.world_size(),
-            "device": device, "data_fingerprint": fingerprint}
+            "device": device, "data_fingerprint": fingerprint, "class_names": dataset.class_names}
 
 
-def create_run(choice: RunChoice, config: TrainConfig, info: dict[str, Any]) -> None:
+def create_run(choice: RunChoice, config: TrainConfig, info: Mapping[str, Any]) -> None:
     """Make the folder and write the settings into it; count the start; the notes go into log.txt.
 
     Raises:
@@ -212,10 +219,9 @@ def create_run(choice: RunChoice, config: TrainConfig, info: dict[str, Any]) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        content = to_dict(config) | {RUN_INFO: info | {"starts": starts}}
+        content = to_dict(config) | {RUN_INFO: {**info, "starts": starts}}
         atomic_write_text(folder / OPTIONS_FILE, json.dumps(content, indent=2) + "\n")
-        with open(folder / "log.txt", "a") as f:
-            f.writelines(f"{note}\n" for note in choice.notes)
+        append_text(folder / "log.txt", "".join(f"{note}\n" for note in choice.notes))
     except OSError as err:
         raise UserError(f"--outdir: cannot write to {folder} ({os.strerror(err.errno or 0)}): "
                         "name a folder that you may write to") from err

@@ -6,6 +6,7 @@ that weights are there, when the networks are made, on every node, before anythi
 """
 import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ STATES_ON_DISK = 3              # The last two and the one that is being written
 LOCAL_SETTINGS = ("data.path",) # May differ from node to node: the data itself is compared.
 
 
-def check_processes(config: TrainConfig, dataset: ImageDataset, info: dict[str, Any]) -> None:
+def check_processes(config: TrainConfig, dataset: ImageDataset, info: Mapping[str, Any]) -> None:
     """All processes call it: they must run the same code with the same settings on the same data.
 
     Args:
@@ -35,7 +36,7 @@ def check_processes(config: TrainConfig, dataset: ImageDataset, info: dict[str, 
         UserError: names the processes that differ, and in what.
     """
     dataset[distributed.rank() % len(dataset)]
-    mine = info | {"images": len(dataset)} | flatten(to_dict(config))
+    mine = {**info} | {"images": len(dataset)} | flatten(to_dict(config))
     everyones = distributed.all_gather_object((socket.gethostname(), mine))
     lines = differences([facts for _, facts in everyones], [host for host, _ in everyones])
     if lines:
@@ -59,10 +60,9 @@ def differences(facts: list[dict[str, Any]], hosts: list[str]) -> list[str]:
 
 def state_bytes(networks: list[torch.nn.Module], phases: list[Phase]) -> int:
     """Size of one training state: networks, and two moments of Adam per trained parameter."""
-    tensors = [t for net in networks for t in net.state_dict().values()]
     trained = {id(p): p for phase in phases for p in phase.parameters}
-    return (sum(t.numel() * t.element_size() for t in tensors)
-            + sum(2 * p.numel() * p.element_size() for p in trained.values()))
+    return (sum(int(tensor.nbytes) for net in networks for tensor in net.state_dict().values())
+            + 2 * sum(p.nbytes for p in trained.values()))
 
 
 def check_disk(folder: Path, needed: int) -> None:

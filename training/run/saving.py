@@ -6,59 +6,28 @@ model, what `--keep` lets go, the state. A kill at any moment leaves files that 
 """
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dnnlib import UserError
 from dnnlib.util import format_bytes, link_or_copy
-from torch_utils import checkpoint, distributed, misc
+from torch_utils import checkpoint, distributed
+from torch_utils.memory import free_memory
+from torch_utils.nested import copy_to_cpu, first_nonfinite, tensor_bytes
 from training.config import TrainConfig
 from training.run import formats
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
-from training.run.snapshots import TrainingState, network_snapshot, snapshot_name
-
-SNAPSHOT_NAME = re.compile(r"network-snapshot-(\d{6,})(?:\.(\d{3}))?\.pkl")
-
-#----------------------------------------------------------------------------
-# Memory.
-
-def copy_to_cpu(value: Any) -> Any:
-    """The same nested dicts and lists, with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copy_to_cpu(item) for item in value)
-    return value
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(tensor_bytes(item) for item in items)
-
-
-def available_memory() -> int | None:
-    """Bytes that this process may still take: what the system has left, or its control group; None where unknown."""
-    found = []
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if meminfo.is_file() and (match := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        found.append(int(match[1]) * 1024)
-    try:                    # Without the cache of files, which gives way.
-        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        found.append(int((group / "memory.max").read_text()) - int(used[1] if used else 0))
-    except (OSError, ValueError):
-        pass                # No such control group, or one without a limit ("max").
-    return min(found, default=None)
+from training.run.snapshots import (
+    images_shown,
+    network_snapshot,
+    snapshot_name,
+    snapshots_by_age,
+    training_state,
+)
+from training.trainer import Progress, Trainer
 
 #----------------------------------------------------------------------------
 
@@ -70,7 +39,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
-        self._job: Future | None = None
+        self._job: Future[None] | None = None
 
     def submit(self, job: Callable[[], None], background: bool) -> None:
         """Run `job` after the one before. Waits for that one, so that at most one copy of a state is in memory."""
@@ -107,20 +76,19 @@ class Score:
 
     metric: str
     value: float
+    lower_is_better: bool = True
 
     def is_better_than(self, other: "Score | None") -> bool:
-        """Whether this one wins: distances want to be low, everything else high; NaN never wins."""
+        """Whether this one wins, in its own direction, which a snapshot does not say; NaN never wins."""
         if not math.isfinite(self.value):
             return False
         if other is None or other.metric != self.metric:
             return True
-        lower = any(word in self.metric for word in ("fid", "kid", "ppl", "fd_"))
-        return self.value < other.value if lower else self.value > other.value
-
+        return self.value < other.value if self.lower_is_better else self.value > other.value
 
     def replaces(self, other: "Score") -> bool:
         """Whether it takes the place of `other`: better, or the same evaluation once more."""
-        return self.is_better_than(other) or self == other
+        return self.is_better_than(other) or (self.metric, self.value) == (other.metric, other.value)
 
 
 def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
@@ -129,7 +97,7 @@ def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
     A result's name says after an '@' where it departs from the metric of that name.
     """
     found = [r for r in results if r["metric"].partition("@")[0] == metric] or results
-    return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))))
+    return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))), found[0]["lower_is_better"])
 
 
 def read_score(path: Path) -> Score | None:
@@ -141,23 +109,17 @@ def read_score(path: Path) -> Score | None:
         return None
 
 
-def update_best(state: TrainingState, score: Score) -> None:
+def update_best(progress: Progress, score: Score) -> None:
     """Count an evaluation: a new best one, or one more without improvement."""
-    before = None if state.best_value is None else Score(state.best_metric or score.metric, state.best_value)
+    before = None if progress.best_value is None else Score(progress.best_metric or score.metric, progress.best_value)
     if score.is_better_than(before):
-        state.best_metric, state.best_value = score.metric, score.value
-        state.best_nimg, state.bad_evals = state.cur_nimg, 0
+        progress.best_metric, progress.best_value = score.metric, score.value
+        progress.best_nimg, progress.bad_evals = progress.cur_nimg, 0
     else:
-        state.bad_evals += 1
+        progress.bad_evals += 1
 
 #----------------------------------------------------------------------------
 # Retention.
-
-def snapshot_nimg(name: str) -> int | None:
-    """Images shown before the snapshot of this name; None for other files."""
-    match = SNAPSHOT_NAME.fullmatch(name)
-    return None if match is None else int(match[1]) * 1000 + int(match[2] or 0)
-
 
 def superfluous(positions: list[int], keep: int, keep_every: float) -> list[int]:
     """Snapshots that may go.
@@ -179,7 +141,7 @@ def superfluous(positions: list[int], keep: int, keep_every: float) -> list[int]
 
 def prune(folder: Path, keep: int, keep_every: float, protected: set[int]) -> None:
     """Delete network snapshots that `--keep` and `--keep-every` let go, never those in `protected`."""
-    files = {nimg: p for p in folder.iterdir() if (nimg := snapshot_nimg(p.name)) is not None}
+    files = {nimg: path for path in snapshots_by_age(folder) if (nimg := images_shown(path.name)) is not None}
     for nimg in superfluous(list(files), keep, keep_every):
         if nimg not in protected:
             files[nimg].unlink(missing_ok=True)
@@ -199,14 +161,14 @@ class Saver:
         self._last_state = time.monotonic()
         self._told = False
 
-    def save_state(self, state: TrainingState) -> None:
+    def save_state(self, trainer: Trainer) -> None:
         """Write the training state; the one before it stays as training-state-prev.pt.
 
         A state that is not finite is not written: `training.watch.nonfinite.broken_weights` ends the run at its tick.
         """
         if distributed.rank() == 0:
             try:
-                self.write_state(self.capture(state))
+                self.write_state(self.capture(trainer))
             except NonFiniteState as err:
                 self._last_state = time.monotonic()
                 self.say(f"NOTE: no state is saved now: {err}")
@@ -221,7 +183,7 @@ class Saver:
         minutes = self.config.saving.state_minutes
         return distributed.rank() == 0 and 0 < minutes * 60 <= time.monotonic() - self._last_state
 
-    def capture(self, state: TrainingState) -> tuple[dict[str, Any], bool]:
+    def capture(self, trainer: Trainer) -> tuple[dict[str, Any], bool]:
         """What a state file holds, and whether it is a copy that may be written while training goes on.
 
         Copied only if the copy takes at most half of the memory that is left; else tensors are those in use.
@@ -230,13 +192,13 @@ class Saver:
             NonFiniteState: it must not be written.
         """
         self.writer.wait()          # The copy before this one is gone then.
-        content = state.content()
-        if (bad := misc.first_nonfinite(content)) is not None:
+        content = training_state(trainer.state_dict())
+        if (bad := first_nonfinite(content)) is not None:
             raise NonFiniteState(f"{bad} is not finite, so nothing is saved: start a new run from the last snapshot, "
                                  "with --fp32=1 or half --glr and --dlr")
         if not self.config.saving.background:
             return content, False
-        size, left = tensor_bytes(content), available_memory()
+        size, left = tensor_bytes(content), free_memory()
         if left is not None and size > left / 2:
             if not self._told:
                 self.say(f"saving in the foreground: a copy of the state takes {format_bytes(size)}, more than half of "
@@ -245,19 +207,19 @@ class Saver:
             return content, False
         return copy_to_cpu(content), True
 
-    def save_snapshot(self, state: TrainingState, captured: tuple[dict[str, Any], bool], score: Score | None) -> None:
+    def save_snapshot(self, progress: Progress, captured: tuple[dict[str, Any], bool], score: Score | None) -> None:
         """Write a network snapshot, make it the best model if it is, let go of old ones, write the state.
 
         Args:
-            state: Its counters are those after the evaluation.
+            progress: As it is after the evaluation.
             captured: What `capture` returned for the same networks.
             score: Of this snapshot; None without metrics: then the newest model counts as the best.
         """
-        content = captured[0] | {"counters": state.counters()}
-        snapshot = network_snapshot(content, self.config, self.class_names, None if score is None else
-                                    dataclasses.asdict(score))
-        name, saving = snapshot_name(state.cur_nimg), self.config.saving
-        protected = {state.cur_nimg, state.best_nimg if state.best_nimg is not None else state.cur_nimg}
+        content = captured[0] | {"counters": dataclasses.asdict(progress)}
+        kept = None if score is None else {"metric": score.metric, "value": score.value}
+        snapshot = network_snapshot(content, self.config, self.class_names, kept)
+        name, saving = snapshot_name(progress.cur_nimg), self.config.saving
+        protected = {progress.cur_nimg, progress.cur_nimg if progress.best_nimg is None else progress.best_nimg}
 
         def write() -> None:
             checkpoint.save(self.folder / name, snapshot)

@@ -10,10 +10,13 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
 from torch_utils import distributed
+from training.config import TrainConfig
+from training.trainer import Progress
 
 EXIT_DONE, EXIT_RESTART = 0, 3      # What a launcher reads: finished; start me again.
 STOP_FILE = "STOP"
@@ -47,7 +50,7 @@ class StopRequests:
         self.folder: Path | None = None         # Where a STOP file is looked for, once it is known.
         self._started = time.monotonic()
         self._signal: int = 0
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Any] = {}        # What `signal.signal` gave back.
         self._until_poll, self._interval, self._last_poll = 1, 1, time.monotonic()
         self._last_look = 0.0
 
@@ -101,3 +104,14 @@ class StopRequests:
         """Remove the STOP file, so that the same command trains on."""
         if distributed.rank() == 0 and self.folder is not None:
             (self.folder / STOP_FILE).unlink(missing_ok=True)
+
+#----------------------------------------------------------------------------
+
+def stage_end(config: TrainConfig, progress: Progress) -> str | None:
+    """Why the stage is finished: by its length, or by patience; None while it is not."""
+    if progress.cur_nimg >= int(config.total_kimg * 1000):
+        return "done"
+    if 0 < config.saving.stop_patience <= progress.bad_evals:
+        return (f"done: {progress.bad_evals} evaluations without a better {progress.best_metric} than that at kimg "
+                f"{(progress.best_nimg or 0) / 1e3:g} (--stop-patience={config.saving.stop_patience})")
+    return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to know about a run whose gradients stopped being finite: where it began, and what to go back to."""
+"""Explains to the user of a run whose gradients stopped being finite where that began, and what to go back to."""
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import atomic_write_text
 from torch_utils import distributed, misc
+from torch_utils.nested import first_nonfinite
 from training.run.formats import read_snapshot
-from training.run.saving import snapshot_nimg
-from training.run.snapshots import TrainingState, snapshot_name
+from training.run.snapshots import kimg_digits, snapshots_by_age
 from training.step.guard import GradientGuard
 from training.step.micro_batch import MicroBatch
 from training.step.phases import Phase
+from training.trainer import Trainer
 
 MAX_NAMES = 10      # Names of tensors in a list of the dump.
 
@@ -23,15 +24,15 @@ MAX_NAMES = 10      # Names of tensors in a list of the dump.
 
 def is_finite(value: Any) -> bool:
     """Whether all floating-point tensors in nested lists, tuples and dicts are finite."""
-    return misc.first_nonfinite(value) is None
+    return first_nonfinite(value) is None
 
 
-def broken_weights(state: TrainingState) -> str | None:
+def broken_weights(trainer: Trainer) -> str | None:
     """Name of a weight, a moment of an optimiser or the like that is not finite any more; None while all are.
 
     To be asked before something is saved: such a run is over. Every process must call it, and all get the same answer.
     """
-    bad = misc.first_nonfinite(state.content()) if distributed.rank() == 0 else None
+    bad = first_nonfinite(trainer.state_dict()) if distributed.rank() == 0 else None
     found: str | None = distributed.broadcast_object(bad)
     return found
 
@@ -43,7 +44,7 @@ def phase_of(tensor: str, phases: Sequence[Phase]) -> Phase:
 
 
 class ForwardWatch:
-    """Within its block: the order in which modules run, and the first one whose output is not finite.
+    """Notes within its block in which order modules run, and the first one whose output is not finite.
 
     Modules inside others end before them, so the first one is as deep as possible.
     """
@@ -97,8 +98,8 @@ def rerun(phase: Phase, batch: MicroBatch, networks: Mapping[str, torch.nn.Modul
     """Run a phase once more without a step and look at every layer. Every process must call it.
 
     Returns:
-        first_bad_output: the first module whose output was not finite; bad_gradients: names of parameters in forward
-        order. Of the first process that saw something.
+        What the first process that saw something found. first_bad_output: the first module whose output was not
+        finite; bad_gradients: names of parameters in forward order.
     """
     own_name = next(name for name, network in networks.items() if network is phase.module)
     phase.before_step()
@@ -119,15 +120,9 @@ def bad_tensors(networks: Mapping[str, torch.nn.Module]) -> list[str]:
             if not is_finite(value)]
 
 
-def snapshots_by_age(folder: Path) -> Iterator[Path]:
-    """The folder's network snapshots, newest first."""
-    ages = {path: nimg for path in folder.iterdir() if (nimg := snapshot_nimg(path.name)) is not None}
-    yield from sorted(ages, key=lambda path: ages[path], reverse=True)
-
-
 def last_good_snapshot(folder: Path) -> str | None:
     """Name of the newest snapshot whose networks are readable and finite."""
-    for path in snapshots_by_age(folder):
+    for path in reversed(snapshots_by_age(folder)):
         try:
             read_snapshot(path)
         except UserError:
@@ -165,7 +160,7 @@ def explain_nonfinite(folder: Path, phase: Phase, batch: MicroBatch, guard: Grad
         "bad_weights": bad_tensors(networks)[:MAX_NAMES],
         "last_good_snapshot": None,
     }
-    name = snapshot_name(cur_nimg).replace("network-snapshot-", "nonfinite-").replace(".pkl", ".json")
+    name = f"nonfinite-{kimg_digits(cur_nimg)}.json"
     if distributed.rank() == 0:
         dump["last_good_snapshot"] = last_good_snapshot(folder)
         atomic_write_text(folder / name, json.dumps(dump, indent=2) + "\n")

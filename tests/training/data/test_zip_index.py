@@ -16,7 +16,8 @@ from hypothesis import strategies
 from dnnlib import UserError
 from tests.data_prep.samples import encoded, files, metadata, pixels, write_zip
 from training.data import zip_index
-from training.data.stores import ZipStore, open_image
+from training.data.images import open_image
+from training.data.stores import ZipStore
 from training.data.zip_directory import read_directory
 from training.data.zip_index import Names, index_files, load_index, make_index, open_index, prepare_index
 from training.dataset import ImageDataset

@@ -172,7 +172,7 @@ def test_tf32_holds_in_frozen_networks_only_forward_and_backward():
     expected = gradient_of_images(D, classifier, gain)
     frozen, trained = [], []
     for module in (*D.feature_networks.values(), classifier):
-        module.surroundings = misc.tf32                         # As on a GPU.
+        module.surroundings = misc.tf32                         # This is how it is on a GPU.
         for part in module.children():
             watch_switch(part, frozen)
     watch_switch(D.discriminators, trained)

@@ -1,7 +1,7 @@
 """--init-from and --resume: what of another network a new run begins with."""
-import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,11 +15,17 @@ from train import main
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig, to_dict
 from training.discriminators.projected import ProjectedDiscriminator
 from training.generator.layer_schedule import stem_config, superres_config
-from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
-from training.run.init_from import check_generator, loaded_share, match_classes, start_from, transfer
-from training.run.snapshots import TrainingState
-from training.step.phases import make_phases
+from training.run.init_from import (
+    check_generator,
+    loaded_share,
+    match_classes,
+    start_from,
+    transfer,
+)
+from training.run.networks import Stem
+from training.run.plan import follow_stem
+from training.trainer import Progress, Trainer
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -34,17 +40,15 @@ def settings(config, init_from: str | None = "file.pkl", resume: str | None = No
                        OptimConfig.official(8), 8, 8, 1, 1, 1, resume=resume, init_from=init_from)
 
 
-def make_state(config, seed: int) -> TrainingState:
+def make_trainer(config, seed: int, **options) -> Trainer:
     torch.manual_seed(seed)
     G, D = Generator(config), ProjectedDiscriminator(settings(config).discriminator)
     with torch.no_grad():
         G.mapping.w_avg.normal_()
-    G_ema = copy.deepcopy(G)
-    loss = StyleSanLoss(G, D, LossConfig(), torch.device("cpu"))
-    return TrainingState(G, G_ema, D, loss, make_phases(G, D, loss, OptimConfig.official(8)))
+    return Trainer(settings(config, **options), G, D, None, torch.device("cpu"))
 
 
-def snapshot_of(state: TrainingState, names: list[str] | None) -> dict:
+def snapshot_of(state: Trainer, names: list[str] | None) -> dict:
     with torch.no_grad():
         for p in state.G_ema.parameters():
             p.add_(1)                       # G and G_ema differ.
@@ -54,14 +58,14 @@ def snapshot_of(state: TrainingState, names: list[str] | None) -> dict:
 
 @pytest.fixture(scope="module")
 def snapshot():
-    return snapshot_of(make_state(generator(), 0), NAMES)
+    return snapshot_of(make_trainer(generator(), 0), NAMES)
 
 
-def begin(config, snapshot: dict, names: list[str], **options) -> tuple[TrainingState, dict, str]:
+def begin(config, snapshot: dict, names: list[str], **options) -> tuple[Trainer, dict, str]:
     """A new run from the snapshot: its state, a copy of what it drew, the table."""
-    state = make_state(config, 1)
+    state = make_trainer(config, 1, **options)
     drawn = {name: value.clone() for name, value in state.G.state_dict().items()}
-    return state, drawn, start_from(state, snapshot, names, settings(config, **options))
+    return state, drawn, start_from(state, snapshot, names)
 
 
 def cells(table: str, network: str, module: str) -> list[str]:
@@ -80,7 +84,7 @@ def test_the_same_network_on_other_data_takes_everything(snapshot):
     for name, value in state.D.own_state_dict().items():
         assert_close(value.float(), snapshot["D"][name].float(), atol=1e-6, rtol=1e-5)
     assert "(100.0 %)" in table
-    assert (state.cur_nimg, state.batch_idx, state.cur_tick, float(state.loss.pl_mean)) == (0, 0, 0, 0)
+    assert (state.progress, float(state.loss.pl_mean)) == (Progress(), 0)
     total = sum(p.numel() for p in state.G.mapping.fc0.parameters())
     assert cells(table, "G", "mapping.fc0") == [f"{total:,}", "0", "0"]
 
@@ -122,11 +126,14 @@ def test_which_classes_are_equal():
     assert match_classes(["0", "1", "2"], ["0", "1"], 3, 2).here == []      # Numbers are no names.
     assert match_classes(["a", "b"], None, 2, 2).there == [0, 1]            # Official files have no names.
     assert match_classes(["a", "b"], ["b", "a"], 2, 2).there == [1, 0]
+    assert match_classes(["3", "7"], None, 2, 10).there == [3, 7]           # Numbers are the same numbers elsewhere.
+    assert match_classes(["0", "1", "2"], ["0", "2", "1"], 3, 3).there == [0, 2, 1]
+    assert match_classes(["cafe\u0301"], ["x", "caf\u00e9"], 1, 2).there == [1]
 
 
 @pytest.mark.parametrize(("here", "there"), [(0, 3), (3, 0)])
 def test_conditional_and_unconditional(here, there):
-    source = snapshot_of(make_state(generator(there), 0), NAMES[:there] or None)
+    source = snapshot_of(make_trainer(generator(there), 0), NAMES[:there] or None)
     state, drawn, table = begin(generator(here), source, NAMES[:here])
     for name, value in state.G.state_dict().items():
         fresh = name.startswith(("mapping.embed", "mapping.w_avg", "mapping.fc0.weight"))
@@ -255,3 +262,41 @@ def test_options_exclude_each_other(data16, tmp_path):
                                        "--resume=b"])
     assert result.exit_code == 2
     assert "--init-from and --resume exclude each other" in result.output
+
+#----------------------------------------------------------------------------
+# Stages, which keep the classes of their stem.
+
+class Data:
+    """What `follow_stem` and `follow_classes` need of a data set with an image of each class."""
+
+    path = "data.zip"
+
+    def __init__(self, names):
+        self.class_names, self.c_dim, self.label_counts = names, len(names), np.ones(len(names))
+
+    def renumber(self, indices, names):
+        self.indices, self.class_names = list(indices), names
+
+
+def stem_of(c_dim, *names) -> Stem:
+    return Stem(generator(c_dim), names)
+
+
+@pytest.mark.parametrize(("stem", "here", "said"), [
+    (stem_of(3), ["a", "b"], "3 classes, --data has 2: moving a stage to other classes is not supported"),
+    (stem_of(3), ["a", "b"], "--init-from takes what fits"),
+    (stem_of(2, "a", "b"), ["a", "d"], "none called d: use the data set that it was trained on"),
+    (stem_of(2), [], "use --cond=1 and data with labels"), (stem_of(0), ["a", "b"], "use --cond=0, as for the stem"),
+])
+def test_a_stage_keeps_the_classes_of_its_stem(stem, here, said):
+    with pytest.raises(UserError, match=said):
+        follow_stem(Data(here), stem)
+
+
+def test_a_stage_numbers_classes_as_its_stem_does():
+    for stem, here, indices in ((stem_of(2), ["a", "b"], [0, 1]), (stem_of(2, "b", "a"), ["a", "b"], [1, 0]),
+                                (stem_of(2, "caf\u00e9", "x"), ["cafe\u0301", "x"], [0, 1])):
+        data = Data(here)
+        follow_stem(data, stem)
+        assert data.indices == indices
+    follow_stem(Data([]), stem_of(0))

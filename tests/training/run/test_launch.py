@@ -11,7 +11,7 @@ from tests.training.test_loop import SMALL
 from torch_utils import launch, watch
 from torch_utils.launch import Launch, first_host, read_launch
 from train import main
-from training.discriminators.blocks import DownBlock, begin_step, end_step, set_split_group
+from training.discriminators.blocks import DownBlock, begin_step, end_step, set_ghost_batch
 from training.run import preflight
 
 SLURM = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_ID": "2",
@@ -152,7 +152,7 @@ def test_options_are_checked(data16, tmp_path, options, message):
 def blocks(group: int) -> torch.nn.Module:
     torch.manual_seed(0)
     net = torch.nn.Sequential(DownBlock(3, 5), DownBlock(5, 4)).double()
-    set_split_group(net, group)
+    set_ghost_batch(net, group)
     return net
 
 

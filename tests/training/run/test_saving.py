@@ -1,4 +1,5 @@
 """Saving: whole or not at all, in the background, in order; the best model; what is kept; full disks; kills."""
+import dataclasses
 import errno
 import os
 import resource
@@ -15,42 +16,35 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError, cli
+from metrics.protocols import METRICS
 from torch_utils import checkpoint
+from torch_utils.nested import copy_to_cpu, tensor_bytes
 from training.config import DiscriminatorConfig, SavingConfig, to_dict
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.resume import load_state
-from training.run.saving import (
-    NonFiniteState,
-    Saver,
-    Score,
-    Writer,
-    copy_to_cpu,
-    pick_score,
-    read_score,
-    superfluous,
-    update_best,
-)
-from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, TrainingState, snapshot_name
+from training.run.saving import NonFiniteState, Saver, Score, Writer, pick_score, read_score, superfluous, update_best
+from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
+from training.trainer import Progress
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL_G = Generator(stem_config(8, 3, 64, 4, z_dim=8, w_dim=8))
 
 #----------------------------------------------------------------------------
 
-class SmallState(TrainingState):
-    """A training state of which one tensor moves: it holds the number of images."""
+class SmallTrainer:
+    """A trainer of which one tensor moves: it holds the number of images."""
 
     def __init__(self, cur_nimg: int = 0, **counters):
-        super().__init__(None, None, None, None, [], cur_nimg=cur_nimg, **counters)
+        self.progress = Progress(cur_nimg, **counters)
         self.weight = torch.full([1000], float(cur_nimg))
 
-    def content(self):
+    def state_dict(self):
         optimizer = {"state": {}, "param_groups": [{"params": []}]}
-        return {"format": STATE_FORMAT, "G": SMALL_G.state_dict(), "G_ema": SMALL_G.state_dict(),
-                "D": {"w": self.weight}, "counters": self.counters(), "pl_mean": torch.zeros([]),
+        return {"G": SMALL_G.state_dict(), "G_ema": SMALL_G.state_dict(), "D": {"w": self.weight},
+                "counters": dataclasses.asdict(self.progress), "pl_mean": torch.zeros([]),
                 "generator_config": to_dict(SMALL_G.config), "discriminator_config": to_dict(DiscriminatorConfig()),
                 "optimizers": {"G": optimizer, "D": optimizer}, "backbones": {}}
 
@@ -67,18 +61,18 @@ def saver(tmp_path, monkeypatch):
     return make
 
 
-def evaluated(saver: Saver, state: SmallState, value: float | None) -> None:
+def evaluated(saver: Saver, state: SmallTrainer, value: float | None) -> None:
     """What the loop does at a snapshot whose FID is `value`."""
     captured = saver.capture(state)
     score = None if value is None else Score("fid", value)
     if score is not None:
-        update_best(state, score)
-    state.snapshot_due = False
-    saver.save_snapshot(state, captured, score)
+        update_best(state.progress, score)
+    state.progress.snapshot_due = False
+    saver.save_snapshot(state.progress, captured, score)
 
 
 def snapshots(folder: Path) -> list[int]:
-    return sorted(n for p in folder.iterdir() if (n := saving.snapshot_nimg(p.name)) is not None)
+    return sorted(n for p in folder.iterdir() if (n := images_shown(p.name)) is not None)
 
 
 def best(folder: Path) -> tuple[float, int]:
@@ -119,17 +113,17 @@ def test_a_copy_does_not_change_with_training():
     assert copied["a"].tolist() == [1, 1, 1]
     assert copied["b"][0].tolist() == [0, 0]
     assert copied["b"][1] == (1, "x", None)
-    assert saving.tensor_bytes(state) == 20
+    assert tensor_bytes(state) == 20
 
 
 def test_training_may_go_on_while_a_state_is_written(saver, tmp_path, monkeypatch):
     """The file holds the moment of the save, not what the tensors became meanwhile."""
     go, save = threading.Event(), checkpoint.save
     monkeypatch.setattr(saving.checkpoint, "save", lambda *args, **more: (go.wait(10), save(*args, **more)))
-    state, s = SmallState(8), saver()
+    state, s = SmallTrainer(8), saver()
     s.save_state(state)
     state.weight += 1
-    state.cur_nimg = 9
+    state.progress.cur_nimg = 9
     go.set()
     s.close()
     content = checkpoint.load(tmp_path / STATE_FILE, STATE_FORMAT)
@@ -138,14 +132,14 @@ def test_training_may_go_on_while_a_state_is_written(saver, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("settings", [{"background": False}, {}])
 def test_without_memory_for_a_copy_files_are_written_at_once(saver, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(saving, "available_memory", lambda: 7000)       # The state has 8,004 bytes.
+    monkeypatch.setattr(saving, "free_memory", lambda: 7000)       # The state has 8,004 bytes.
     s, said = saver(**settings), []
     s.say = said.append
-    s.save_state(SmallState(8))
+    s.save_state(SmallTrainer(8))
     assert (tmp_path / STATE_FILE).is_file()                # Without waiting for a thread.
-    s.save_state(SmallState(16))
+    s.save_state(SmallTrainer(16))
     assert len(said) == (0 if settings else 1)              # Said once.
-    assert saving.available_memory() == 7000
+    assert saving.free_memory() == 7000
 
 
 def test_states_are_due_by_the_clock(saver, monkeypatch):
@@ -156,7 +150,7 @@ def test_states_are_due_by_the_clock(saver, monkeypatch):
     now[0] += 601
     assert often.state_is_due()
     assert not never.state_is_due()
-    often.save_state(SmallState(8))
+    often.save_state(SmallTrainer(8))
     assert not often.state_is_due()
     often.close()
 
@@ -187,7 +181,7 @@ def spoiled(path: Path, how: str) -> None:
 def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
     s = saver()
     for nimg in (8, 16):
-        s.save_state(SmallState(nimg))
+        s.save_state(SmallTrainer(nimg))
     s.close()
     newest, said = tmp_path / STATE_FILE, []
     assert load_state(tmp_path, said.append)["counters"]["cur_nimg"] == 16
@@ -209,9 +203,9 @@ def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
 
 
 def test_what_is_not_finite_is_not_written(saver, tmp_path):
-    s, state = saver(), SmallState(8)
-    s.save_state(state)
-    state = SmallState(16)
+    s = saver()
+    s.save_state(SmallTrainer(8))
+    state = SmallTrainer(16)
     state.weight[5] = float("inf")
     s.say = (said := []).append
     s.save_state(state)
@@ -226,7 +220,7 @@ def test_what_is_not_finite_is_not_written(saver, tmp_path):
 @pytest.mark.parametrize("room", [0, 100, 2000])
 def test_a_full_disk_keeps_the_last_good_files(saver, tmp_path, monkeypatch, room):
     s = saver()
-    s.save_state(SmallState(8))
+    s.save_state(SmallTrainer(8))
     s.close()
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
@@ -243,7 +237,7 @@ def test_a_full_disk_keeps_the_last_good_files(saver, tmp_path, monkeypatch, roo
 
     monkeypatch.setattr(checkpoint, "_ErrorKeeper", FullDisk)
     s = saver()
-    s.save_state(SmallState(16))
+    s.save_state(SmallTrainer(16))
     with pytest.raises(UserError, match=r"training-state\.pt: cannot be written \(No space left on device\)"):
         s.close()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -278,6 +272,7 @@ SLOW_SAVE = """
 import sys, time, torch
 from pathlib import Path
 from torch_utils import checkpoint
+from torch_utils.nested import copy_to_cpu, tensor_bytes
 
 class Slow(checkpoint._ErrorKeeper):
     def write(self, data):
@@ -318,28 +313,30 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 
 def test_scores():
     assert Score("fid", 2.0).is_better_than(Score("fid", 3.0))
-    assert Score("accuracy", 3.0).is_better_than(Score("accuracy", 2.0))
+    assert Score("accuracy", 3.0, False).is_better_than(Score("accuracy", 2.0))
     assert not Score("fid", float("nan")).is_better_than(None)
     assert Score("kid", 9.0).is_better_than(Score("fid", 3.0))      # Another metric decides now.
     assert Score("fid", 2.0).replaces(Score("fid", 2.0))
-    results = [{"metric": "fid", "results": {"fid": 2.0}}, {"metric": "pr", "results": {"pr_precision": 0.5}}]
+    results = [{"metric": "fid", "results": {"fid": 2.0}, "lower_is_better": True},
+               {"metric": "pr", "results": {"pr_precision": 0.5}, "lower_is_better": False}]
     assert pick_score(results, None) == Score("fid", 2.0)
-    assert pick_score(results, "pr") == Score("pr", 0.5)
-    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}})
-    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0)
+    assert pick_score(results, "pr") == Score("pr", 0.5, False)
+    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}, "lower_is_better": False})
+    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0, False)
     for name, lower in (("fd_dinov2_50k", True), ("adm_sfid50k", True), ("ppl2_wend", True), ("rfid_random", True),
                         ("eqr50k", False), ("adm_is50k", False), ("adm_pr50k", False)):
-        assert Score(name, 1.0).is_better_than(Score(name, 2.0)) == lower
+        assert METRICS[name].kind.lower_is_better == lower
+        assert Score(name, 1.0, lower).is_better_than(Score(name, 2.0, lower)) == lower
 
 
 def test_best_and_patience_count(saver, tmp_path):
-    s, state = saver(), SmallState()
+    s, state = saver(), SmallTrainer()
     for nimg, value, bad in ((0, 9.0, 0), (1000, 5.0, 0), (2000, 6.0, 1), (3000, float("nan"), 2), (4000, 4.0, 0)):
-        state.cur_nimg, state.weight = nimg, torch.full([1000], float(nimg))
+        state.progress.cur_nimg, state.weight = nimg, torch.full([1000], float(nimg))
         evaluated(s, state, value)
-        assert state.bad_evals == bad
+        assert state.progress.bad_evals == bad
     s.close()
-    assert (state.best_value, state.best_nimg, state.best_metric) == (4.0, 4000, "fid")
+    assert (state.progress.best_value, state.progress.best_nimg, state.progress.best_metric) == (4.0, 4000, "fid")
     assert best(tmp_path) == (4.0, 4000)
 
 
@@ -350,9 +347,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("where", ["before the link", "after the link", "before the state"])
 def test_killed_between_weights_and_state_never_leaves_a_worse_best(saver, tmp_path, monkeypatch, where):
     """The best model's score is in its own file; a later, worse one does not replace it, whatever the state says."""
-    s, state = saver(background=False), SmallState(1000)
+    s, state = saver(background=False), SmallTrainer(1000)
     evaluated(s, state, 7.0)
-    state = SmallState(2000, best_value=7.0, best_nimg=1000, best_metric="fid")
+    state = SmallTrainer(2000, best_value=7.0, best_nimg=1000, best_metric="fid")
 
     def killed(*args, **more):
         if where == "after the link":
@@ -371,26 +368,26 @@ def test_killed_between_weights_and_state_never_leaves_a_worse_best(saver, tmp_p
     # Started again from the state at 1000; with other settings the evaluation at 2000 comes out as 6.
     counters = load_state(tmp_path, print)["counters"]
     assert (counters["cur_nimg"], counters["best_value"]) == (1000, 7.0)
-    state = SmallState(2000, best_value=7.0, best_nimg=1000, best_metric="fid")
+    state = SmallTrainer(2000, best_value=7.0, best_nimg=1000, best_metric="fid")
     evaluated(saver(background=False), state, 6.0)
     value, nimg = best(tmp_path)
     assert value == min(6.0, reached[0])
     # With the same settings it comes out as 5 again.
-    evaluated(saver(background=False), SmallState(2000, best_value=7.0, best_nimg=1000, best_metric="fid"), 5.0)
+    evaluated(saver(background=False), SmallTrainer(2000, best_value=7.0, best_nimg=1000, best_metric="fid"), 5.0)
     assert best(tmp_path) == (5.0, 2000)
 
 
 def test_without_metrics_the_newest_is_the_best_but_no_measured_one_is_lost(saver, tmp_path):
     s = saver(background=False)
     for nimg in (1000, 2000):
-        evaluated(s, SmallState(nimg), None)
+        evaluated(s, SmallTrainer(nimg), None)
         assert checkpoint.load(tmp_path / BEST_FILE, NETWORK_FORMAT)["progress"]["cur_nimg"] == nimg
-    evaluated(s, SmallState(3000), 5.0)
-    evaluated(s, SmallState(4000), None)
+    evaluated(s, SmallTrainer(3000), 5.0)
+    evaluated(s, SmallTrainer(4000), None)
     assert best(tmp_path) == (5.0, 3000)
     assert read_score(tmp_path / BEST_FILE) == Score("fid", 5.0)
     (tmp_path / BEST_FILE).write_bytes(b"damaged")
-    evaluated(s, SmallState(5000), 9.0)
+    evaluated(s, SmallTrainer(5000), 9.0)
     assert best(tmp_path) == (9.0, 5000)
 
 #----------------------------------------------------------------------------
@@ -406,21 +403,21 @@ def test_which_snapshots_may_go():
 
 
 def test_what_is_kept(saver, tmp_path):
-    s, state = saver(keep=2, keep_every=3), SmallState()
+    s, state = saver(keep=2, keep_every=3), SmallTrainer()
     for nimg, value in ((0, 9.0), (1000, 1.0), (2000, 5.0), (3000, 5.0), (4000, 5.0), (5000, 6.0), (6008, 7.0)):
-        state.cur_nimg, state.weight = nimg, torch.full([1000], float(nimg))
+        state.progress.cur_nimg, state.weight = nimg, torch.full([1000], float(nimg))
         evaluated(s, state, value)
     s.close()
     assert snapshots(tmp_path) == [0, 1000, 3000, 5000, 6008]           # Grid, best, last two.
     assert best(tmp_path) == (1.0, 1000)
     assert os.stat(tmp_path / BEST_FILE).st_ino == os.stat(tmp_path / snapshot_name(1000)).st_ino   # No second copy.
-    assert saving.snapshot_nimg(snapshot_name(6008)) == 6008
+    assert images_shown(snapshot_name(6008)) == 6008
 
 
 def test_a_snapshot_is_not_let_go_by_older_files_of_later_moments(saver, tmp_path):
     """After a restart from an older state there are snapshots of what is still to come."""
     s = saver(keep=1, background=False)
     for nimg in (1000, 2000, 3000):
-        evaluated(s, SmallState(nimg), None)
-    evaluated(s, SmallState(2000), None)
+        evaluated(s, SmallTrainer(nimg), None)
+    evaluated(s, SmallTrainer(2000), None)
     assert snapshots(tmp_path) == [2000, 3000]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import train
 from tests.training.test_loop import SMALL, assert_equal_states, only_run
 from torch_utils import checkpoint, distributed
-from training import training_loop
+from training import trainer
 from training.dataset import start_loading
 from training.run import stopping
 from training.run.folder import STATE_FILE
@@ -36,14 +36,14 @@ def counters(folder) -> dict:
 
 def at_iteration(monkeypatch, number: int, action) -> None:
     """Call `action` once, in the given iteration, as if from outside."""
-    update, seen = training_loop.update_ema, []
+    update, seen = trainer.update_ema, []
 
     def update_and_act(*args):
         seen.append(1)
         if len(seen) == number:
             action()
         return update(*args)
-    monkeypatch.setattr(training_loop, "update_ema", update_and_act)
+    monkeypatch.setattr(trainer, "update_ema", update_and_act)
 
 #----------------------------------------------------------------------------
 # Noticing and agreeing.
@@ -149,8 +149,8 @@ SIGNAL_ALL = """
 import os, subprocess, sys, time
 import train
 from torch_utils.launch import children_of
-from training import training_loop
-update, seen = training_loop.update_ema, []
+from training import trainer
+update, seen = trainer.update_ema, []
 def update_and_signal(*args):
     seen.append(1)
     if len(seen) == 1:
@@ -159,7 +159,7 @@ def update_and_signal(*args):
         subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
         time.sleep(0.5)
     return update(*args)
-training_loop.update_ema = update_and_signal
+trainer.update_ema = update_and_signal
 train.main(sys.argv[1:])
 """
 
@@ -219,7 +219,7 @@ def evaluator(values: list[float], monkeypatch, seen: list | None = None) -> Non
     def evaluate(G_ema):
         if seen is not None:
             seen.append(1)
-        return [{"metric": "fid", "results": {"fid": next(rest)}}]
+        return [{"metric": "fid", "lower_is_better": True, "results": {"fid": next(rest)}}]
     monkeypatch.setattr(train, "make_evaluator", lambda *args: evaluate)
 
 
@@ -252,7 +252,7 @@ def test_killed_while_metrics_are_computed(data16, tmp_path, monkeypatch):
     def die(G_ema):
         if (counters(only_run(tmp_path))["cur_nimg"]) == 8:
             raise Killed
-        return [{"metric": "fid", "results": {"fid": 5.0}}]
+        return [{"metric": "fid", "lower_is_better": True, "results": {"fid": 5.0}}]
 
     options = ("--metrics=fid", "--tick=0.008", "--kimg=0.008", "--save-in-background=0")
     with monkeypatch.context() as patch:

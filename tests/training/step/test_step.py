@@ -117,14 +117,14 @@ def test_optimiser_of_an_older_state_goes_on():
     assert_close(p, new.param_groups[0]["params"][0], rtol=1e-6, atol=1e-8)
 
 #----------------------------------------------------------------------------
-# No waiting. What would have to read a number from the device cannot be done on the "meta" device, which has no data.
+# Nothing waits: what has to read a number from the device cannot be done on the "meta" device, which has no data.
 
 def iteration(G: Generator, D: ProjectedDiscriminator, batch: MicroBatch) -> None:
     """All phases and the average, with everything that the loop does in an iteration."""
     loss = StyleSanLoss(G, D, LossConfig(pl_start_kimg=0), batch.z.device, report=Collector().report)
     guard = GradientGuard(2, Collector().report)
     for phase in make_phases(G, D, loss, OptimConfig.official(2)):
-        loss.set_progress(0)        # Full blur.
+        loss.set_progress(0)        # Images are blurred fully.
         run_phase(phase, [batch], 2, guard)
     update_ema(G, G, 0, 2, OptimConfig.official(2))
 
@@ -150,7 +150,7 @@ def test_a_step_reads_nothing_from_the_device(group, monkeypatch):
     G, D = on_meta(monkeypatch, group)
     iteration(G, D, random_batch("meta"))
     with pytest.raises((RuntimeError, NotImplementedError)):
-        FlatGradients(D.trainable_parameters()).flat.sum().item()      # That is how it would show.
+        FlatGradients(D.trainable_parameters()).flat.sum().item()      # A wait would show like this.
 
 
 def test_the_watch_for_host_numbers_sees_them():
@@ -184,7 +184,7 @@ def test_a_step_does_not_wait_for_the_gpu():
     D.cuda()
     D.make_fast_()
     batch = random_batch("cuda")
-    iteration(G, D, batch)      # Reads filters, picks algorithms.
+    iteration(G, D, batch)      # It reads filters and picks algorithms.
     batch_mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
