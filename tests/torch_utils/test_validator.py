@@ -146,6 +146,13 @@ def test_settings_that_no_tensor_bears_out(G, change, match):
         check_snapshot(content | {"generator_config": content["generator_config"] | change})
 
 
+@pytest.mark.parametrize(("layer", "value"), [(0, True), (3, False)])
+def test_layers_that_no_stage_can_keep(G, layer, value):
+    place = ("generator_config", "layers", layer, "is_critically_sampled")
+    with pytest.raises(Unfit, match="critically sampled layers must be the last ones"):
+        check_snapshot(changed(snapshot_of(G), place, value))
+
+
 @pytest.mark.parametrize("size", [1 << 15, 1 << 20])
 def test_layers_that_ask_for_terabytes(G, size):
     """Maps are not in the file. Their sizes agree with each other here, and are as large as the settings want."""
