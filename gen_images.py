@@ -44,6 +44,8 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
             centroids = torch.from_numpy(read_npy(path))
         else:
             centroids = checkpoint.load_plain(path)
+    except OSError:         # No such file, and the like: the command says which.
+        raise
     except Exception as err:
         raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__})") from err
     if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
@@ -86,9 +88,10 @@ def make_sheet(network: Any, seeds: list[int], classes: list[int], batch_size: i
     zoom = max(round(SHEET_CELL / G.img_resolution), 1)
     cell = G.img_resolution * zoom
     if len(seeds) * len(classes) * cell ** 2 > SHEET_PIXELS:
+        most = SHEET_PIXELS // (len(classes) * cell ** 2)
         raise UserError(f"--sheet: {len(classes)} row(s) of {len(seeds)} samples of {cell} pixels are more than fit "
-                        f"into one picture: give at most {SHEET_PIXELS // (len(classes) * cell ** 2)} --seeds, or "
-                        "--outdir for single images")
+                        f"into one picture: give {f'at most {most} --seeds' if most else 'one --class'}, or --outdir "
+                        "for single images")
     z = torch.stack([seed_latent(s, G.z_dim) for _ in classes for s in seeds])
     labels = torch.tensor([k for k in classes for _ in seeds])
     images = torch.cat([to_uint8_sample(x).cpu() for x in generate(G, z, labels, batch_size, **settings)])

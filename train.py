@@ -147,13 +147,16 @@ def run(options: TrainOptions) -> int:
 
 def parse(values: dict[str, Any], typed: set[str]) -> TrainOptions:
     """The options as click gives them, of which `typed` were typed."""
-    from metrics.protocols import expand
+    from metrics.protocols import METRICS, expand
+    if values["best_metric"] is not None and values["best_metric"] not in METRICS:
+        raise UserError(f"--best-metric={values['best_metric']}: no metric of this name: take one of --metrics")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return TrainOptions(**values | {"metrics": tuple(expand(list(values["metrics"])))}, given=frozenset(typed))
 
 
 def option(names: str, help: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option with the default of `TrainOptions`. `names` may hold a short one: '-n --name'."""
+    """A click option with the default of `TrainOptions`. `names` may hold a short or a former one: '-n --name',
+    '--former-name --name name'."""
     default = DEFAULTS.get(names.split()[-1].lstrip("-").replace("-", "_"))
     if isinstance(default, tuple):
         default = ",".join(default)
@@ -202,8 +205,8 @@ def option(names: str, help: str, **settings: Any) -> Callable[[Command], Comman
 @option("--dlr", "D learning rate", metavar="FLOAT", type=cli.FloatRange(min=0, min_open=True))
 @option("--diversity", "Weight of the diversity term, for small data sets  [default: by preset]", metavar="FLOAT",
         type=cli.FloatRange(min=0))
-@option("--split-group", "Normalise in D over this many consecutive images, so that results do not depend on how a "
-        "batch is split  [default: over a micro-batch]", metavar="INT", type=cli.IntRange(min=0))
+@option("--split-group --ghost-batch ghost_batch", "Normalise in D over this many consecutive images, so that results "
+        "do not depend on how a batch is split  [default: over a micro-batch]", metavar="INT", type=cli.IntRange(min=0))
 @option("--map-depth", "Mapping network depth", metavar="INT", type=cli.IntRange(min=1))
 # Super-resolution.
 @option("--stem", "Train a stem (what happens without --superres)", is_flag=True)

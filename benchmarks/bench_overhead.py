@@ -34,7 +34,7 @@ from torch_utils.ops.filtered_lrelu import filtered_lrelu  # noqa: E402
 from torch_utils.ops.upfirdn2d import upfirdn2d  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "overhead.md"
-CALLS = 200                 # Of a round: few enough for a GPU's queue.
+CALLS = 200                 # A round has few enough for a GPU's queue.
 TARGETS = {"forward": 30.0, "forward and backward": 80.0}       # Microseconds of filtered_lrelu.
 
 Call = Callable[[], object]

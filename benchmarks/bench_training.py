@@ -136,7 +136,7 @@ class OurStep:
     def __init__(self, case: Case, G: Generator, D: ProjectedDiscriminator, precisions: tuple[str, str],
                  classifier: Classifier | None):
         self.G, self.D = copy.deepcopy((G, D))
-        self.D.make_fast_(precisions[0])
+        self.D.optimize_frozen_(precisions[0])
         self.trainer = Trainer(train_config(case, precisions), self.G, self.D, classifier, next(G.parameters()).device,
                                Collector().report)
         self.loss, self.guard = self.trainer.loss, self.trainer.guard

@@ -34,10 +34,11 @@ from gpu_results import Context, Results, Skip  # noqa: E402
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import format_bytes  # noqa: E402
 from torch_utils import misc  # noqa: E402
+from torch_utils.images import from_uint8  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "click", "requests", "ninja", "safetensors",
             "tqdm", "torch_fidelity", "matplotlib", "sklearn", "pytest")
-ITERATIONS, TICK_ITERATIONS = 20, 2
+ITERATIONS, QUICK_ITERATIONS, TICK_ITERATIONS = 20, 4, 2
 START_SECONDS = 60          # For two processes to find each other.
 
 #----------------------------------------------------------------------------
@@ -53,10 +54,11 @@ def start(arguments: list[str], env: dict[str, str] | None = None, output: Any =
 def follow(process: subprocess.Popen, on_line: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
     """Pass the output on until the program ends; its exit code and its last line."""
     last = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        last = line.strip() or last
-        on_line(line)
+    with process.stdout as lines:
+        for line in lines:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+            on_line(line)
     return process.wait(), last
 
 
@@ -180,7 +182,8 @@ def training(context: Context) -> None:
     results, outdir = context.results, context.folder / "training"
     batch = 8 if context.quick else 32
     backbone = "local:random" if context.quick else "tf_efficientnet_lite0:random"
-    arguments = small_run(context, outdir, ITERATIONS, TICK_ITERATIONS, backbone)
+    iterations = QUICK_ITERATIONS if context.quick else ITERATIONS
+    arguments = small_run(context, outdir, iterations, TICK_ITERATIONS, backbone)
     began, seen = time.perf_counter(), []
 
     def note_ticks(line: str) -> None:
@@ -247,7 +250,7 @@ def loading(context: Context) -> None:
     try:
         while images + batch <= len(dataset):
             x, _ = next(stream)
-            x = misc.to_device(x, context.device).to(torch.float32) / 127.5 - 1
+            x = from_uint8(misc.to_device(x, context.device))
             gpu_speed.synchronize(context.device)
             first = time.perf_counter() - began if first is None else first
             images += len(x)
@@ -284,11 +287,15 @@ def two_processes(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    """`pytest -m gpu`, in the files that have such tests: others may need packages that are not there."""
+    """`pytest -m gpu`, in the files that have such tests: others may need packages that are not there.
+
+    In quick mode it is the first of these files.
+    """
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
                    if "\n@pytest.mark.gpu\n" in path.read_text(encoding="utf-8"))
+    files = files[:1] if context.quick else files
     counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
 

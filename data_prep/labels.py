@@ -97,11 +97,11 @@ def unused(labels: Iterable[int]) -> list[int]:
 # Files of labels.
 
 def _clean_names(where: str, names: Sequence[str]) -> list[str]:
-    """Names in labels, with forward slashes. Raises UserError for those that are no relative paths."""
+    """Names in labels, with forward slashes and composed letters. Raises UserError for those that lead elsewhere."""
     clean, bad = [], []
     for name in names:
         try:
-            clean.append(clean_name(name))
+            clean.append(normalized_name(clean_name(name)))
         except ValueError:
             bad.append(name)
     if bad:
@@ -148,7 +148,7 @@ def from_metadata(where: str, metadata: dict[str, Any], names: Sequence[str],
     if not metadata.get("labels"):
         return None, None
     entries, classes = table(where, metadata["labels"]), class_names(where, metadata.get("classes"))
-    return encode(where, names, [entries.get(name) for name in names], classes, allow_gaps)
+    return encode(where, names, [entries.get(normalized_name(name)) for name in names], classes, allow_gaps)
 
 
 def _number_or_name(text: str) -> int | str:
@@ -239,6 +239,7 @@ def read_label_file(path: str) -> tuple[dict[str, Any], list[str] | None]:
 
 def _forms(name: str) -> list[str]:
     """How a label file may call an image, most exact first."""
+    name = normalized_name(name)
     base = name.rpartition("/")[2]
     return [name, name.rpartition(".")[0], base, base.rpartition(".")[0]]
 

@@ -11,7 +11,7 @@ import PIL.features
 
 from data_prep.journal import Level, Progress, last_link
 from data_prep.sinks import image_name
-from data_prep.sources.base import Source, class_counts, printable
+from data_prep.sources.base import Source, class_counts, printable, splits_in_words
 from dnnlib.util import list_some
 from training.data.report import REPORT_NAME
 
@@ -55,8 +55,7 @@ def understood(path: str, source: Source) -> list[str]:
     lines = [f"{printable(path)}: {source.kind}{', ' + labels if labels and source.labels is not None else ''}: "
              f"{len(source.indices)} images"]
     if source.splits:
-        told = ", ".join(f"{key} ({count})" for key, count in source.splits.items())
-        lines.append(f"  splits: {told}; taken: {', '.join(source.chosen)}")
+        lines.append(f"  {splits_in_words(source)}")
     counts = class_counts(source.labels, source.classes)
     lines.append(f"  {len(counts)} classes: {_in_words(counts)}" if counts else "  no labels")
     if source.not_read:

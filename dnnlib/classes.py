@@ -203,7 +203,7 @@ def match(what: str, given: Classes, whose: str, known: Classes, remedy: str,
         assert i is not None        # It would be missing.
         indices[place] = i
     note = None
-    if are_numbers(names) and not known.are_numbers:
+    if names and are_numbers(names) and not known.are_numbers:
         pairs = [f"{name} is {known.names[indices[place]]}" for name, place in zip(names, places, strict=True)]
         note = f"{what}: its numbers are taken as indices of the classes of {whose}: {list_some(pairs, SHOWN)}"
     return Match(indices, note)

@@ -33,7 +33,7 @@ REMEDIES = {
     errno.ENOENT: "name one that is there",
     errno.ENOTDIR: "a part of this path is a file: name a path that leads through folders",
     errno.EISDIR: "this is a folder: name a file",
-    errno.EEXIST: "a file has this name: name another place",
+    errno.EEXIST: "something else has this name: name another place",
     errno.EACCES: "name a place that you may read and write",
     errno.EPERM: "name a place that you may read and write",
     errno.EROFS: "name a place on a disk that can be written to",
@@ -94,15 +94,23 @@ def _explain(error: OSError, ctx: click.Context) -> str | None:
 
 
 def _with_option(path: str, ctx: click.Context) -> str:
-    """'--outdir=runs: runs/00000': the path, and the longest path among the options that it lies in."""
-    best: tuple[int, str] | None = None
+    """'--outdir=runs: runs/00000': the path, with the option that names it, a folder above it, or a place below it."""
+    above: list[tuple[int, str]] = []
+    below: list[str] = []
     for param in ctx.command.params:
         value = ctx.params.get(param.name or "")
         if not isinstance(param, click.Option) or not isinstance(param.type, PathType) or not isinstance(value, str):
             continue
-        if (value == path or Path(value) in Path(path).parents) and (best is None or len(value) > best[0]):
-            best = len(value), f"{max(param.opts, key=len)}={value}" + ("" if value == path else f": {path}")
-    return path if best is None else best[1]
+        flag = f"{max(param.opts, key=len)}={value}"
+        if value == path:
+            return flag
+        if Path(value) in Path(path).parents:
+            above.append((len(value), f"{flag}: {path}"))
+        elif Path(path) in Path(value).parents:
+            below.append(f"{flag}: {path}")
+    if above:
+        return max(above)[1]
+    return below[0] if len(below) == 1 else path
 
 #----------------------------------------------------------------------------
 # Numbers.

@@ -140,14 +140,15 @@ def _checked(path: Path, asset: Asset, allow_unverified: bool) -> Found:
         return Found(path, None, False)
     sha256 = file_sha256(path)
     if sha256 != asset.sha256 and not allow_unverified:
-        raise UserError(f"{path}: sha256 is {sha256}, expected {asset.sha256}: delete the file and fetch {asset.url}, "
-                        "or use it all the same with --allow-unverified-weights")
+        raise UserError(f"{path}: sha256 is {sha256}, expected {asset.sha256}: delete the file and fetch {asset.url} "
+                        "(calc_metrics.py uses it all the same with --allow-unverified-weights)")
     return Found(path, sha256, sha256 == asset.sha256)
 
 
 def _missing(asset: Asset, target: Path, why: str) -> str:
     return (f"{asset.filename}: {why}. Fetch {asset.url} (sha256 {asset.sha256 or 'not published'}) and put it at "
-            f"{target}, or name its folder with --weights or the environment variable STYLESAN_WEIGHTS")
+            f"{target}, or name its folder by the environment variable STYLESAN_WEIGHTS (for calc_metrics.py also by "
+            "--weights)")
 
 #----------------------------------------------------------------------------
 # Addresses that the user gives in place of a file.

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from dnnlib.util import first_line
+
 MAGIC = np.lib.format.MAGIC_PREFIX
 
 
@@ -13,4 +15,7 @@ def npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"unknown version {version} of the .npy format")
-    return readers[version](f)
+    try:
+        return readers[version](f)
+    except Exception as err:        # NumPy's parser of damaged headers raises anything.
+        raise ValueError(f"a damaged .npy header ({first_line(err)})") from err

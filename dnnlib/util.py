@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attribute dictionaries, formatting, names, hashing, atomic files and files that grow."""
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -80,7 +81,12 @@ def printable(text: str) -> str:
 # Names.
 
 def normalized_name(name: str) -> str:
-    """The one form (NFC) of names that look alike: an accent may be a part of its letter or a character after it."""
+    """The one form (NFC) of names that look alike: an accent may be a part of its letter or a character after it.
+
+    What a command line in an ASCII locale holds as bytes becomes the letters that it stands for.
+    """
+    with contextlib.suppress(UnicodeError):     # Bytes that are no UTF-8 stay.
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8")
     return unicodedata.normalize("NFC", name)
 
 
@@ -158,9 +164,15 @@ def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> I
     Args:
         path: The file.
         previous: Where the content that `path` had before stays.
+
+    Raises:
+        OSError: there is a folder, a device or a pipe of this name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():    # A rename would put a file in the place of a device like /dev/null.
+        number = errno.EISDIR if path.is_dir() else errno.EEXIST
+        raise OSError(number, f"{os.strerror(number)}, and it is no ordinary file", str(path))
     try:
         fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as err:

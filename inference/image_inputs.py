@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.sources import SourceOptions, open_source
-from data_prep.sources.base import Source, class_counts
+from data_prep.sources.base import Source, class_counts, splits_in_words
 from data_prep.sources.kinds import kind_of_file
 from data_prep.sources.shards import is_pattern
 from dnnlib import UserError
@@ -19,7 +19,6 @@ from dnnlib.util import list_some
 from inference.image_files import DatasetSource as DatasetSource
 from inference.image_files import source_of_files
 from metrics.references import is_statistics
-from training.data.splits import in_words
 
 #----------------------------------------------------------------------------
 
@@ -92,8 +91,7 @@ def _understood(source: Source) -> str:
     """Splits and classes, for people."""
     parts = []
     if source.splits:
-        unit = "images" if sum(source.splits.values()) >= len(source.indices) else "files"
-        parts.append(f"split {', '.join(source.chosen)} of {in_words(source.splits, unit)}")
+        parts.append(splits_in_words(source))
     counts = class_counts(source.labels, source.classes)
     if counts:
         parts.append(f"{len(counts)} classes: {list_some([f'{name} ({n})' for name, n in counts.items() if n], 5)}")

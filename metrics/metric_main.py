@@ -221,6 +221,17 @@ def _check_detector(job: Job, gen: Wants, detector: Detector, reference: Referen
                   f"{reference.source.num_images} images")
 
 
+def _same_size(ours: int, theirs: int) -> str:
+    """How generated and real images of different sizes can be compared: dataset_tool.py makes powers of two only."""
+    if theirs & (theirs - 1) != 0 and ours & (ours - 1) == 0:
+        return f"convert the images of the reference with dataset_tool.py --resolution={ours}"
+    if ours & (ours - 1) != 0 and theirs & (theirs - 1) == 0:
+        return f"convert the generated images with dataset_tool.py --resolution={theirs}"
+    if ours & (ours - 1) != 0:
+        return "resize one of them to the size of the other (dataset_tool.py makes powers of two only)"
+    return f"make both of one size, for example the reference with dataset_tool.py --resolution={ours}"
+
+
 def _check_numbers(job: Job, kind: MetricKind, detector: Detector, reference: Reference | None) -> None:
     """Both sides must have as many images as the formula takes."""
     sides = {"generated": [job.num]}
@@ -250,7 +261,7 @@ def _check_source(source: ImageSource, reference: Reference | None, jobs: list[J
     ours, theirs = source.description.get("resolution"), reference.resolution if reference else None
     if ours and theirs and ours != theirs:
         raise UserError(f"the generated images have {ours}x{ours} pixels, the reference {theirs}x{theirs}: "
-                        f"make both of one size, for example with dataset_tool.py --resolution={ours}")
+                        + _same_size(ours, theirs))
 
 
 def _columns_of_labels(source: ImageSource, jobs: list[Job], detectors: dict[str, Detector]) -> dict[str, np.ndarray]:

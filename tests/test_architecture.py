@@ -49,7 +49,7 @@ TRAINING = {
 }
 # All that a step may use besides those parts: nothing in it saves, reports or knows a folder.
 STEP_MAY_USE = {"collections.abc", "dataclasses", "functools", "math", "time", "typing", "numpy", "torch",
-                "torch_utils.distributed", "torch_utils.misc", "torch_utils.ops"}
+                "torch_utils.distributed", "torch_utils.images", "torch_utils.misc", "torch_utils.ops"}
 # Within transport a study knows what all studies share, and no other study. Modules beside the folders are commands:
 # they may import any folder, and nothing imports them.
 STUDIES = ("san", "ttc", "congested", "latent1d")
@@ -131,6 +131,13 @@ def imported_modules(path: Path) -> set[str]:
 def part_of(module: str) -> str:
     """Of the package: what stands directly below it."""
     return module.split(".")[1]
+
+
+def test_pixels_are_scaled_in_one_place():
+    """Of images to [-1, 1] and back: two ways of rounding, and one way in."""
+    for path in SOURCES:
+        if relative(path) != "torch_utils/images.py":
+            assert not re.search(r"/ ?127\.5 ?- ?1\b", path.read_text()), relative(path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "inference").rglob("*.py")), ids=relative)

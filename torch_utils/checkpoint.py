@@ -38,7 +38,8 @@ def save(path: str | os.PathLike[str], content: dict[str, Any], previous: Path |
                 raise recorded.error
     except OSError as err:
         raise UserError(f"{path}: cannot be written ({os.strerror(err.errno or 0)}): files written before are whole: "
-                        "make room and run the same command again, it continues from them") from err
+                        "mend that (a full disk needs room) and run the same command again, it continues from them"
+                        ) from err
 
 
 class _ErrorKeeper:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from dnnlib import UserError
 from dnnlib.util import atomic_file, file_sha256, list_some
+from torch_utils.images import from_uint8
 from torch_utils.schema import (
     MAX_ITEMS,
     StoredShape,
@@ -106,7 +107,7 @@ class LocalNet(torch.nn.Module):
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] -> float in [-1, 1], resized to the input resolution."""
-        return self.prepare_float(images.to(torch.float32) / 127.5 - 1)
+        return self.prepare_float(from_uint8(images))
 
     def prepare_float(self, images: torch.Tensor) -> torch.Tensor:
         """float [N, 3, H, W] in [-1, 1] -> resized to the input resolution.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 
+FORMER_NAMES = {"split_group": "ghost_batch"}   # Names of settings in files of earlier versions -> those of now.
+
 #----------------------------------------------------------------------------
 # Generator.
 
@@ -98,7 +100,7 @@ class DiscriminatorConfig:
     diffaug: tuple[str, ...] = ("color", "translation", "cutout")
     bn_warmup: bool = True          # See `training.feature_networks.backbones.warm_up_batch_norm`.
     seed: int = 0                   # Draws the frozen random projections.
-    split_group: int = 0            # Samples in a ghost batch, over which heads normalise; 0: over a micro-batch.
+    ghost_batch: int = 0            # Samples in a ghost batch, over which heads normalise; 0: over a micro-batch.
 
 #----------------------------------------------------------------------------
 # Loss, optimisation, data, run.
@@ -221,8 +223,17 @@ def to_dict(config: "DataclassInstance") -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def present_names(settings: Any) -> Any:
+    """A dict of settings with the names that they have now, which files of earlier versions may not have; anything else
+    comes back as it is."""
+    if not isinstance(settings, dict):
+        return settings
+    return {FORMER_NAMES.get(name, name): value for name, value in settings.items()}
+
+
 def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     """A dict of plain values as the dataclass `kind`. Unknown or missing names are an error that lists them."""
+    values = present_names(values)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(values) - set(fields)):

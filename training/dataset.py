@@ -90,7 +90,7 @@ class ImageDataset(torch.utils.data.Dataset):
                             f"convert with dataset_tool.py --transform=center-crop --resolution=N")
         if width < MIN_RESOLUTION or width & (width - 1):
             raise UserError(f"{first}: {width}x{width} pixels, but the size must be a power of two: "
-                            f"convert with dataset_tool.py --resolution={1 << max(width.bit_length() - 1, 2)}")
+                            f"convert with dataset_tool.py --resolution={1 << max(width.bit_length() - 1, 3)}")
         step, conversions = max(len(self._chosen) / CHECKED_AT_START, 1), collections.Counter[str]()
         places = np.arange(0, len(self._chosen), step).astype(np.int64)
         for k in places:

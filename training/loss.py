@@ -91,7 +91,7 @@ class StyleSanLoss:
         interval of the phase (StyleGAN3 does that; StyleGAN-XL does not). With ghost batches samples are chosen from
         each, and the mean is the one before the step and moves after it: neither depends on micro-batches.
         """
-        ghost = self.D.config.split_group
+        ghost = self.D.config.ghost_batch
         count = max((ghost or len(batch.z)) // self.config.pl_batch_shrink, 1)
         # These are slices, because a list of positions would be copied to the device, which waits for it.
         z, c, noise = (x.unflatten(0, (-1, ghost))[:, :count].flatten(0, 1) if ghost else x[:count]
@@ -166,7 +166,7 @@ class StyleSanLoss:
         self._drawn.clear()
         # [processes * micro-batches, N, ...] -> [micro-batches, processes * N, ...]: the order of positions.
         ws, cs = (x.unflatten(0, (distributed.world_size(), -1)).transpose(0, 1).flatten(1, 2) for x in (ws, cs))
-        if self.D.config.split_group:       # Without classes the mean moves once per call.
+        if self.D.config.ghost_batch:       # Without classes the mean moves once per call.
             ws, cs = ws.flatten(0, 1)[None], cs.flatten(0, 1)[None]
         for w, c in zip(ws, cs, strict=True):
             self.G.mapping.update_w_avg(w, c)

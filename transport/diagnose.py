@@ -106,9 +106,10 @@ def load_data(path: str, G: Generator, class_names: Sequence[str] | None) -> Ima
 def settings_of(snapshot: dict[str, Any], D: ProjectedDiscriminator, opts: EasyDict) -> Settings:
     """Settings that do to images what the run did at this snapshot, as far as the file says it."""
     options = snapshot.get("options") or {}
-    batch = opts.batch or options.get("batch_gpu") or D.config.split_group or DEFAULT_BATCH
-    if D.config.split_group and batch % D.config.split_group:
-        raise UserError(f"--batch={batch}: heads normalise over groups of {D.config.split_group}: take a multiple")
+    batch = opts.batch or options.get("batch_gpu") or D.config.ghost_batch or DEFAULT_BATCH
+    if D.config.ghost_batch and batch % D.config.ghost_batch:
+        raise UserError(f"--batch={batch}: heads normalise over ghost batches of {D.config.ghost_batch} images: take a "
+                        "multiple")
     sigma = 0.0
     if "loss" in options:
         loss, seen = from_dict(LossConfig, options["loss"]), snapshot.get("progress", {}).get("cur_nimg", 0)

@@ -13,12 +13,13 @@ from pathlib import Path
 from data_prep import labels
 from data_prep.sources import arrays, numpy_files, shards, tables
 from data_prep.sources.base import Source, chain, printable
-from data_prep.sources.kinds import KINDS, is_image_file, kind_of_file, may_be_data
+from data_prep.sources.kinds import KINDS, is_image_file, is_worth_a_word, kind_of_file, may_be_data
 from dnnlib import UserError
 from dnnlib.util import list_some
-from training.data.labels import IMAGE_SUFFIXES, METADATA_NAME
+from training.data.labels import IMAGE_SUFFIXES, METADATA_NAME, is_image_name
 from training.data.splits import Splits, choose, find_splits, in_order, split_of_file
 from training.data.stores import FolderStore, ZipStore
+from training.data.zip_directory import read_directory
 
 MAX_LOOKED_AT = 200             # Files without images in a folder whose first bytes are looked at.
 WNID_FOLDER = re.compile(r"n\d{8}/").match
@@ -130,7 +131,7 @@ def _open_folder(path: str, place: Path, options: SourceOptions) -> Source:
         batches = {name.removeprefix(folder): (place / name).read_bytes for name in others if name.startswith(folder)}
         return arrays.cifar(place / folder, batches, options.split, options.split_option)
     if store.names:
-        data = [name for name in others if may_be_data(name)]
+        data = [name for name in others if is_worth_a_word(name)]
         rows += [name for name in data if _kind_or_none(place / name) in ("parquet", "lmdb")]
         if rows:
             raise UserError(f"{path}: holds {len(store.names)} images ({store.names[0]}, ...) and "
@@ -188,7 +189,9 @@ def _open_files(path: str, kind: str, files: list[Path], options: SourceOptions)
         source = _open_kind(path, kind, [file for key in chosen for file in groups[key]], inside)
     else:
         source = chain(path, {key: _open_kind(path, kind, groups[key], inside) for key in chosen})
-    return source if source.splits else dataclasses.replace(source, splits=counts, chosen=tuple(chosen))
+    if source.splits:
+        return source
+    return dataclasses.replace(source, splits=counts, split_unit=unit, chosen=tuple(chosen))
 
 
 def _open_kind(path: str, kind: str, files: list[Path], options: SourceOptions) -> Source:
@@ -211,7 +214,11 @@ def _open_kind(path: str, kind: str, files: list[Path], options: SourceOptions) 
 
 
 def _open_zip(path: str, file: Path, options: SourceOptions) -> Source:
-    return _with_labels(ZipStore(file), path, "zip archive", options)
+    store = ZipStore(file)          # Says what is wrong with a damaged archive.
+    with open(file, "rb") as f:
+        others = [name for name in read_directory(f).names if not is_image_name(name) and is_worth_a_word(name)]
+    source = _with_labels(store, path, "zip archive", options)
+    return dataclasses.replace(source, not_read=tuple(sorted(others)))
 
 
 def _open_tars(path: str, files: list[Path], options: SourceOptions) -> Source:

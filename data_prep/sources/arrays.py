@@ -115,7 +115,8 @@ def cifar(path: Path, files: Files, split: str | None, option: str) -> Source:
         raise UserError(f"{path}: {kind}: its {len(names)} class names do not fit the labels "
                         f"({list_some(wrong) or 'there are none'}): download the archive again")
     store = ArrayStore(path, np.concatenate([images for images, _ in batches]))
-    return Source(store, range(len(labels)), labels, names, "cifar", f"CIFAR-{len(names)}", counts, tuple(keys))
+    return Source(store, range(len(labels)), labels, names, "cifar", f"CIFAR-{len(names)}", counts, "files",
+                  tuple(keys))
 
 #----------------------------------------------------------------------------
 # MNIST and others in its format (Fashion-MNIST, KMNIST, EMNIST).

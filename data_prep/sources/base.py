@@ -14,6 +14,7 @@ import numpy as np
 
 from dnnlib import UserError
 from training.data.png import encode_plain_png
+from training.data.splits import in_words
 from training.data.stores import printable as printable
 from training.data.stores import read_file
 
@@ -80,13 +81,21 @@ class Source:
     classes: list[str] | None = None
     layout: str = "images"                  # How the labels were found; goes to the report.
     kind: str = ""                          # What the images lie in: 'folder', 'zip archive', ...
-    splits: dict[str, int] = dataclasses.field(default_factory=dict)    # All that are there, with their sizes.
-    chosen: tuple[str, ...] = ()            # Which of them are taken.
+    splits: dict[str, int] = dataclasses.field(default_factory=dict)    # All that are there, with their sizes,
+    split_unit: str = "images"              # which are numbers of these.
+    chosen: tuple[str, ...] = ()            # Which splits are taken.
     not_read: tuple[str, ...] = ()          # What lies beside the images and is none, as far as it is worth a word.
 
     @property
     def is_imagenet(self) -> bool:
         return self.layout == "imagenet"
+
+
+def splits_in_words(source: Source) -> str:
+    """'split train of train (4 images), val (2 images)', '' if there are none."""
+    if not source.splits:
+        return ""
+    return f"split {', '.join(source.chosen)} of {in_words(source.splits, source.split_unit)}"
 
 
 def class_counts(labels: Sequence[int] | None, classes: Sequence[str] | None) -> dict[str, int]:

@@ -14,6 +14,7 @@ LMDB_AT = 16                    # Where a database has its magic number: behind 
 # What is not read, and what makes something of it that is.
 FOREIGN = {b"\x28\xb5\x2f\xfd": "unpack the compression with unzstd", b"7z\xbc\xaf\x27\x1c": "unpack it with 7z",
            b"Rar!": "unpack it with unrar", b"\x89HDF": "save its images as .npy, uint8 [N, H, W, 3]"}
+OTHER_IMAGES = (".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg")
 BY_NAME = {".zip": "zip", ".parquet": "parquet", ".npz": "npz", ".npy": "npy"}
 KINDS = {"zip": "zip archives", "tar": "tar archives", "parquet": "Parquet files", "idx": "idx files",
          "npy": ".npy arrays", "npz": ".npz files", "lmdb": "lmdb databases"}
@@ -66,8 +67,13 @@ def _kind_by_name(name: str) -> str | None:
 
 
 def may_be_data(name: str) -> bool:
-    """Whether a file's name speaks of one of KINDS: a file that is worth a word if it is not read."""
-    return _kind_by_name(name) is not None
+    """Whether a file's name speaks of one of KINDS."""
+    return _kind_by_name(name.rpartition("/")[2]) is not None
+
+
+def is_worth_a_word(name: str) -> bool:
+    """Whether somebody may think that a file is read, which is not."""
+    return may_be_data(name) or name.lower().endswith(OTHER_IMAGES)
 
 
 def is_image_file(path: Path) -> bool:

@@ -32,7 +32,7 @@ SKIP_BYTES = 1 << 22            # At a time, of images that nobody asked for.
 MAX_LABEL_BYTES = 1 << 30
 READ_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError)
 LABEL_WORDS = ("label", "labels", "y", "target", "targets", "class", "classes")
-IMAGES, LABELS = "arr_0", "arr_1"       # What numpy.savez(path, images, labels) calls them.
+IMAGES, LABELS = "arr_0", ("arr_1", "labels", "label", "y")     # What samples call them; the first that is there.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _image_arrays(path: Path, headers: Mapping[str, Header]) -> dict[str, str]:
 def _label_array(path: Path, headers: Mapping[str, Header], images: str) -> str | None:
     """The array of labels that belongs to one of images. Raises UserError if there are several."""
     if images == IMAGES:
-        found = [LABELS] if LABELS in headers else []
+        found = [name for name in LABELS if name in headers][:1]
     else:
         found = [name for name, header in headers.items() if name != images and set(_words(name)) & set(LABEL_WORDS)
                  and split_of_file(name) == split_of_file(images)]

@@ -31,8 +31,7 @@ def _need(package: str, source: str | os.PathLike[str]) -> Any:
         import pyarrow.parquet
         return pyarrow.parquet
     except ImportError as err:
-        raise UserError(f"{source}: needs the package {package}: pip install {package}, "
-                        f'or pip install "stylesan-xl[data]"') from err
+        raise UserError(f"{source}: needs the package {package}: pip install {package}") from err
 
 #----------------------------------------------------------------------------
 # LSUN.

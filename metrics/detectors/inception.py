@@ -22,8 +22,8 @@ RANDOM_INCEPTION_FILE = Asset(
     other_names=("inception_rand_full.safetensors",),
     obstacle="StyleGAN-XL publishes it as inception_rand_full.pkl, a dill pickle that runs code from the file when it "
              "is read, so it is not read here. Save its tensors as a plain state dict with torch-fidelity's names in a "
-             "folder named by --weights, or use --metrics=rfid_random, a random network that needs no file and whose "
-             "values are comparable among each other only")
+             "folder named by --weights or STYLESAN_WEIGHTS, or use --metrics=rfid_random, a random network that needs "
+             "no file and whose values are comparable among each other only")
 
 SIZE = 299
 POOL_DIM, NUM_LOGITS = 2048, 1008

@@ -124,6 +124,13 @@ def test_names_in_both_forms_of_unicode(tmp_path, typed, there):
     assert util.normalized_name(unicodedata.normalize("NFD", name)) == unicodedata.normalize("NFC", name)
 
 
+def test_names_from_a_command_line_in_ascii():
+    typed = "caf\u00e9".encode().decode("ascii", "surrogateescape")
+    assert typed != "caf\u00e9"
+    assert util.normalized_name(typed) == "caf\u00e9"
+    assert util.normalized_name("\udcff") == "\udcff"
+
+
 def test_a_new_name_stays_as_it_is_typed(tmp_path):
     name = unicodedata.normalize("NFD", "n\u00e9")
     assert convert(cli.PathType(), f"{tmp_path}/{name}") == f"{tmp_path}/{name}"
@@ -190,9 +197,10 @@ def test_every_error_of_a_path_is_one_line(tmp_path):
     assert "this is a folder: name a file" in one_line(f"-d{tmp_path}")
     assert "leads through folders" in one_line(f"--data={file}/a")
     assert f"--outdir={file}/a" in one_line(f"--outdir={file}/a")
-    assert "a file has this name" in one_line(f"--outdir={file}")
+    assert "something else has this name" in one_line(f"--outdir={file}")
     assert "name a shorter path" in one_line(f"--data={long}")
     assert "name a shorter path" in one_line(f"--outdir={long}")
+    assert one_line("--outdir=/proc/none/a/b").startswith("Error: --outdir=/proc/none/a/b: /proc/none: ")
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     assert "in a circle" in one_line(f"--data={tmp_path}/a")
@@ -213,6 +221,16 @@ def test_a_temporary_name_is_not_what_an_error_shows(tmp_path):
     with pytest.raises(OSError, match="name too long") as info:
         util.atomic_write_text(tmp_path / ("x" * 250), "text")
     assert info.value.filename == str(tmp_path / ("x" * 250))
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match="no ordinary file"):
+            util.atomic_write_text(tmp_path / name, "text")
+    assert not (tmp_path / "pipe").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
 
 
 def test_control_characters_do_not_reach_the_terminal():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -542,6 +543,23 @@ def test_a_semicolon_in_a_name(tmp_path, dest):
     (tmp_path / "l.csv").write_text("a;1.png,0\nb.png,1\n")
     made(source=source, dest=dest, labels=tmp_path / "l.csv")
     assert labels_of(dest)[0] == [0, 1]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_of_another_unicode_form(tmp_path, dest, forms):
+    """As a file that was copied from a Mac has them: files, folders and classes."""
+    here, there = (unicodedata.normalize(form, "caf\u00e9") for form in forms)
+    source = photos(tmp_path / "s", [f"{here}/1.png", f"{there}/2.png", f"x/{here}.png"])
+    assert "2 classes" in made(source=source, dest=dest)
+    assert labels_of(dest) == ([0, 0, 1], ["caf\u00e9", "x"])
+    names = [f"{there}/1.png", f"{here}/2.png", f"x/{there}.png"]
+    (tmp_path / "l.csv").write_text("".join(f"{name},{i}\n" for i, name in enumerate(names)), encoding="utf-8")
+    made("--overwrite", source=source, dest=dest, labels=tmp_path / "l.csv")
+    assert sorted(labels_of(dest)[0]) == [0, 1, 2]
+    (source / "dataset.json").write_text(json.dumps({"labels": [[name, i] for i, name in enumerate(names)]}))
+    made("--overwrite", source=source, dest=dest)
+    assert sorted(labels_of(dest)[0]) == [0, 1, 2]
+    assert sorted(ImageDataset(source, use_labels=True).labels.tolist()) == [0, 1, 2]
 
 
 def test_numbers_in_label_files_are_numbers(tmp_path, dest):

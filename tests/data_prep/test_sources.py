@@ -339,7 +339,7 @@ def test_optional_packages_are_named(tmp_path, dest, monkeypatch, package, name)
     if package == "pyarrow":
         monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refused(source=write_folder(tmp_path / "s", {name: b"x"}), dest=dest,
-            match=[f"needs the package {package}", f"pip install {package}", "stylesan-xl[data]"])
+            match=[f"needs the package {package}", f"pip install {package}"])
 
 #----------------------------------------------------------------------------
 # Untrusted archives.

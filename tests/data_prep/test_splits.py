@@ -154,8 +154,8 @@ def test_what_was_understood_is_said(tmp_path, dest):
     path = write_folder(tmp_path / "s", both())
     (path / "old.zip").write_bytes(write_zip(tmp_path / "old.zip", files(1)).read_bytes())
     output = made(source=path, dest=dest, split="train")
-    assert output.startswith(f"{path}: folder, one sub-folder per class: 4 images splits: train (4), val (2); taken: "
-                             "train 2 classes: 0 = cat (2), 1 = dog (2) not read: old.zip")
+    assert output.startswith(f"{path}: folder, one sub-folder per class: 4 images split train of train (4 images), "
+                             "val (2 images) 2 classes: 0 = cat (2), 1 = dog (2) not read: old.zip")
     refused(source=path, dest=dest.with_name("b.zip"), match=["has the splits train (4 images), val (2 images)"])
     assert not dest.with_name("b.zip").exists()
 
@@ -363,6 +363,14 @@ def test_names_that_lie(tmp_path):
     for name, kind in kinds.items():
         source, contents = read(tmp_path / name)
         assert (source.kind, len(contents)) == (kind, 2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_that_are_not_read_are_named(tmp_path, dest, packed):
+    content = {"a.png": encoded(pixels(0)), "b.heic": b"x", "c.txt": b"x", "d.jfif": encoded(pixels(0), "JPEG")}
+    path = write_zip(tmp_path / "s.zip", content) if packed else write_folder(tmp_path / "s", content)
+    output = made(source=path, dest=dest)
+    assert "2 images no labels not read: b.heic" in output
 
 
 def test_mixed_kinds_are_not_guessed(tmp_path):

@@ -89,6 +89,7 @@ def test_numbers_of_words_are_indices():
     assert made.indices == [0, 2]
     assert "taken as indices of the classes of the judge: 0 is cat, 2 is owl" in made.note
     assert match("--images=x", ANIMALS, "the judge", ANIMALS, "do so").note is None
+    assert match("--images=x", Classes(None, 0), "the judge", ANIMALS, "do so").note is None
 
 
 def test_a_side_without_names():

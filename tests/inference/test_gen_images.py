@@ -16,7 +16,7 @@ from inference.sampling import GeneratorSource, find_class, generate, seed_label
 from legacy import load_network
 from tests.parity import DATA, load_npz
 from torch_utils import checkpoint
-from torch_utils.images import to_uint8_metric, to_uint8_sample
+from torch_utils.images import from_uint8, to_uint8_metric, to_uint8_sample
 from training import networks_stylegan3
 from training.config import to_dict
 from training.generator import layer_schedule
@@ -136,6 +136,9 @@ def test_centroids(network, tmp_path):
 @pytest.mark.numeric
 def test_the_two_roundings():
     x = torch.tensor([-2.0, -1.0, -0.001, 0.0, 0.003, 0.999, 2.0])
+    everything = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(from_uint8(everything), everything.float() / 127.5 - 1)
+    assert torch.equal(to_uint8_metric(from_uint8(everything)), everything)
     assert to_uint8_sample(x).tolist() == [0, 0, 127, 127, 127, 254, 255]
     assert to_uint8_metric(x).tolist() == [0, 0, 127, 128, 128, 255, 255]
 
@@ -255,7 +258,7 @@ def test_find_class():
     (["--class=12"], "--class=12: no class of this name: the network has 3 classes, cat, dog, owl: give"),
     (["--class=\u00b2"], "no class of this name"), (["--class=-1"], "no class of this name"),
     (["--class=cow"], "classes, cat, dog, owl: give one of these names or a number from 0 to 2"),
-    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: not readable"),
+    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: No such file or directory"),
     (["--seeds=5-2"], "runs backwards"), (["--seeds=x"], "is not a list"), (["--translate=1"], "is not a pair"),
 ])
 def test_mistakes(network, tmp_path, args, message):

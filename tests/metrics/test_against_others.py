@@ -119,9 +119,9 @@ class TestMetrics:
         assert value > 0.1
         assert value == approx(others.frechet_distance(a, b, package), rel=1e-5)
 
-    def test_protocol_of_pytorch_fid(self, monkeypatch):
+    def test_protocol_of_pytorch_fid(self, replace):
         """Its number for all images of two sets, from images and from the statistics that it saves."""
-        monkeypatch.setitem(DETECTORS._items, PYTORCH_FID, tiny_kind())
+        replace(DETECTORS, PYTORCH_FID, tiny_kind())
         real, gen = (ArraySource(random_images(num, seed=num)) for num in (230, 170))
         net = load_detector(PYTORCH_FID, others.CPU)
         a, b = (net.features(x.images)["pool"].double().numpy() for x in (real, gen))

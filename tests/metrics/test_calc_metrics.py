@@ -164,6 +164,8 @@ class TestClasses:
                        np.eye(12, dtype=bool)[seen], seen.astype(str), seen.astype(bytes)):
             np.savez(tmp_path / "out.npz", pixels, labels)
             assert run(f"--images={tmp_path}/out.npz", *want)[0]["results"] == {"accuracy": 1}
+        np.savez(tmp_path / "out.npz", pixels, labels=seen)
+        assert run(f"--images={tmp_path}/out.npz", *want)[0]["results"] == {"accuracy": 1}
         for labels, match in ((seen + 0.5, "out.npz: arr_1 is float64 [40]: 40 labels are no class: "),
                               (np.full(NUM, np.nan), "40 labels are no class: nan"),
                               (seen[:-1], f"arr_1 is int64 [39], but labels of {NUM} images must be whole numbers"),

@@ -90,7 +90,7 @@ class TestNpz:
             np.testing.assert_array_equal(read.covariance, np.cov(x.T))
             assert f"with {mean} and {covariance}" in read.format
         np.savez(tmp_path / "x.npz", np.zeros([2, 8, 8, 3], np.uint8), mean=np.zeros(3), std=np.ones(3))
-        assert kind_of(tmp_path / "x.npz") == "samples"                 # Colours, as some tools keep beside images.
+        assert kind_of(tmp_path / "x.npz") == "images"                 # Colours, as some tools keep beside images.
 
     def test_dgm_eval(self, tmp_path, x):
         """Its settings are an array of objects, which is left alone."""

@@ -205,7 +205,7 @@ def test_non_square(write, shape):
     refused(write({"x.png": encoded(np.zeros((*shape, 3), np.uint8))}), r"x\.png: \d+x\d+ pixels.*center-crop")
 
 
-@pytest.mark.parametrize(("size", "remedy"), [(12, 8), (2, 4), (3, 4)])
+@pytest.mark.parametrize(("size", "remedy"), [(12, 8), (2, 8), (3, 8)])
 def test_not_a_power_of_two(write, size, remedy):
     refused(write({"x.png": encoded(pixels(0, size))}), rf"x\.png: .*power of two.*--resolution={remedy}")
 

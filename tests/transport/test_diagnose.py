@@ -44,6 +44,17 @@ def test_command(run, blobs, tmp_path):
     assert other["inner_product"] != line["inner_product"]
 
 
+def test_a_snapshot_with_the_former_name_of_a_setting(run, blobs, tmp_path):
+    """Ghost batches were called split_group."""
+    content = checkpoint.load(run / "best_model.pkl", NETWORK_FORMAT)
+    config = {name: value for name, value in content["discriminator_config"].items() if name != "ghost_batch"}
+    old = tmp_path / "old.pkl"
+    checkpoint.save(old, content | {"discriminator_config": config | {"split_group": 4}})
+    assert json.loads(call(f"--network={old}", f"--data={blobs}", "--batch=4").stdout)["batch"] == 4
+    done = call(f"--network={old}", f"--data={blobs}", "--batch=6")
+    assert "--batch=6: heads normalise over ghost batches of 4 images" in done.stderr
+
+
 def test_what_cannot_be_diagnosed_gets_one_line(run, blobs, tmp_path):
     snapshot = run / "best_model.pkl"
     content = checkpoint.load(snapshot, NETWORK_FORMAT)

@@ -14,7 +14,7 @@ import torch
 
 from torch_utils.ops import native, tune
 
-MAX_CALLS = 1024        # Of an operation. All are forgotten when there are more.
+MAX_CALLS = 1024        # When there are more calls of one operation all are forgotten.
 PLAIN = {int, float, bool, str, type(None)}     # Settings of these types are the same where they are equal.
 VARIABLE = b"STYLESAN_OPS"
 

@@ -52,7 +52,7 @@ class Source:
 
     file: str
     flags: tuple[str, ...] = ()
-    name: str = ""              # Of the object file, if not that of the source.
+    name: str = ""              # The object file has this name, or that of the source.
 
     @property
     def object(self) -> str:
@@ -212,7 +212,7 @@ def library(target: Target, retry: bool = False) -> Path:
 
 def _compile(target: Target, folder: Path, failure: Path) -> None:
     """Compile in a temporary folder and rename it to `folder`."""
-    for left_over in folder.parent.glob(f"tmp-{folder.name}-*"):    # Of processes that were killed.
+    for left_over in folder.parent.glob(f"tmp-{folder.name}-*"):    # Processes that were killed.
         # Where locks do not work another process may be at it.
         with contextlib.suppress(OSError):
             if time.time() - left_over.stat().st_mtime > COMPILE_SECONDS:
@@ -239,6 +239,7 @@ def _ninja_file(target: Target) -> str:
         return " ".join(f"'{word}'".replace("$", "$$") for word in words)
     def path(name: Path | str) -> str:
         return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    assert target.compiler is not None, "`library` has refused targets without a compiler"
     compiler = quoted((target.compiler,))
     edges = [f"build {source.object}: compile {path(SOURCES / source.file)}\n  more = {quoted(source.flags)}"
              for source in target.sources]

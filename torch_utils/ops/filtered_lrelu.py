@@ -22,7 +22,9 @@ from torch_utils.ops.native_forms import (
 from torch_utils.ops.reference import bias_act_ref, filtered_lrelu_ref
 from torch_utils.ops.resampler import Resampler, plan
 
-MAX_LAYOUTS = 64        # Of one kind of call whose form is remembered.
+# up, down, padding, gain, slope, clamp and flip_filter, parsed.
+Settings = tuple[int, int, tuple[int, int, int, int], float, float, float | None, bool]
+MAX_LAYOUTS = 64        # So many layouts of one kind of call have their forms remembered.
 
 #----------------------------------------------------------------------------
 
@@ -96,18 +98,18 @@ def _prepare(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None, 
     if b is not None and b.shape != x.shape[1:2]:
         raise ValueError(f"b of shape {list(b.shape)}: x of shape {list(x.shape)} takes [{x.shape[1]}]")
     function = dispatch.select("filtered_lrelu", impl, x.device)
-    settings = int(up), int(down), pad, float(gain), float(slope), clamp, flip_filter
+    settings: Settings = int(up), int(down), pad, float(gain), float(slope), clamp, flip_filter
     if function is not filtered_lrelu_native:
         return lambda x, fu, fd, b: function(x, fu, fd, b, *settings)
     if impl == "auto" and x.device.type in tune.KINDS:
-        return _Fastest(*settings)
+        return _Fastest(settings)
     return filtered_lrelu_call(x, fu, fd, *settings)
 
 
 class _Fastest:
     """The form that is fastest on the device of x, which is found out at the first call of a shape and layout."""
 
-    def __init__(self, *settings: Any):
+    def __init__(self, settings: Settings):
         self.settings = settings
         self._found: dict[Hashable, LayerCall] = {}
 
@@ -119,7 +121,7 @@ class _Fastest:
         if call is None:
             form = self._choose(x, fu, fd, b)
             if form in (filtered_lrelu_native, filtered_lrelu_general):
-                call = filtered_lrelu_call(x, fu, fd, *self.settings, general=form is filtered_lrelu_general)
+                call = filtered_lrelu_call(x, fu, fd, *self.settings, form is filtered_lrelu_general)
             else:
                 call = lambda x, fu, fd, b: form(x, fu, fd, b, *self.settings)
             if len(self._found) >= MAX_LAYOUTS:
@@ -183,7 +185,8 @@ def filtered_lrelu_matrix(
     upsample = plan((h, w), x.dtype, fu, (up, up), (1, 1), padding, flip_filter, up**2 * gain)
     downsample = plan(upsample.out_size, x.dtype, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
     layer = _Layer(upsample, downsample, slope, math.inf if clamp is None else float(clamp))
-    return _LayerForward.apply(x.reshape(n * c, h, w), layer).reshape(n, c, *downsample.out_size)
+    y: torch.Tensor = _LayerForward.apply(x.reshape(n * c, h, w), layer)
+    return y.reshape(n, c, *downsample.out_size)
 
 
 @dataclasses.dataclass(frozen=True)

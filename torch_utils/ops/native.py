@@ -30,7 +30,7 @@ from torch_utils.ops.descriptions import (
     Strips,
 )
 
-MAX_COLUMN_STRIDE = 2**28 - 1   # Of what fast programs read: from column to column they count bytes in 32 bits.
+MAX_COLUMN_STRIDE = 2**28 - 1   # From column to column fast programs count bytes in 32 bits.
 LANES, CODES_PER_WORD = 16, 16  # As in lanes.h and formulas.h.
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -75,17 +75,17 @@ def _load(functions: Callable[[], dict[str, Callable[..., int]]], told: str) -> 
         return Loaded(None, told + first_line(error))
 
 
-def bind(path: str | os.PathLike, with_stream: bool) -> dict[str, Callable[..., int]]:
+def bind(path: str | os.PathLike[str], with_stream: bool) -> dict[str, Callable[..., int]]:
     """The functions of a library by name. On GPUs the last argument is the stream."""
     return _bind(path, {name: (name, with_stream) for name in _SIGNATURES})
 
 
-def bind_strips(path: str | os.PathLike, names: Iterable[str]) -> dict[str, Callable[..., int]]:
+def bind_strips(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, Callable[..., int]]:
     """The functions of a library of strips by the kind of layer; they are called as `filtered_lrelu` of a GPU is."""
     return _bind(path, {f"strips_{name}": ("filtered_lrelu", True) for name in names})
 
 
-def _bind(path: str | os.PathLike, signatures: dict[str, tuple[str, bool]]) -> dict[str, Callable[..., int]]:
+def _bind(path: str | os.PathLike[str], signatures: dict[str, tuple[str, bool]]) -> dict[str, Callable[..., int]]:
     library, functions = ctypes.CDLL(str(path)), {}
     for name, (signature, with_stream) in signatures.items():
         functions[name] = getattr(library, f"stylesan_{name}")
@@ -110,7 +110,7 @@ _SIGNATURES = {     # After the type; structures are passed as addresses.
     "filtered_lrelu": (ctypes.c_int32, *[ctypes.c_void_p] * 4),     # x, b, y, layer.
     "bias_act": (ctypes.c_int32, ctypes.c_void_p),
 }
-_MAX_TEMPLATES = 64     # Of a plan, which mostly meets images of one layout.
+_MAX_TEMPLATES = 64     # So many are kept with a plan, which mostly meets images of one layout.
 _FAILURES = {-1: "the compiler that built the library has no such type", -2: "the filters have too many taps",
              -3: "no tile of these rates fits into shared memory", -4: "there is no program of this kind for the layer",
              209: "the library was compiled for another kind of GPU, the one that this process used first "
@@ -171,6 +171,8 @@ def _keep(plan: Plan, key: Hashable, value: object) -> None:
 
 
 def _function(loaded: Loaded, name: str, x: torch.Tensor) -> Callable[..., int]:
+    if loaded.functions is None:
+        raise RuntimeError(f"no native code for {x.device}: {loaded.reason}")
     return _on_device(loaded.functions[name], x)
 
 
@@ -199,25 +201,9 @@ def resample(x: torch.Tensor, plan: ResamplingPlan) -> torch.Tensor:
 
 
 def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
-                   codes: torch.Tensor | None) -> torch.Tensor:
+                   codes: torch.Tensor | None, template: Template | None = None) -> torch.Tensor:
     """y = down(activation(up(x + b))), or with mode READ_CODES y = down(derivative * up(x))."""
-    return _run_layer(_template(x, plan, "filtered_lrelu"), x, b, plan, mode, codes)
-
-
-def filtered_lrelu_and_codes(x: torch.Tensor, b: torch.Tensor | None,
-                             plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = down(activation(up(x + b))), and the codes of the slopes."""
-    template = _template(x, plan, "filtered_lrelu")
-    if template.codes is None:
-        codes = new_codes(x, plan)
-        template.codes = codes.shape, codes.stride()
-    else:
-        codes = x.new_empty_strided(*template.codes, dtype=torch.int32)
-    return _run_layer(template, x, b, plan, ACTIVATE_AND_KEEP, codes), codes
-
-
-def _run_layer(template: Template, x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
-               codes: torch.Tensor | None) -> torch.Tensor:
+    template = template or _template(x, plan, "filtered_lrelu")
     y = x.new_empty_strided(template.size, template.stride)
     if template.is_empty:
         return y
@@ -235,11 +221,23 @@ def _run_layer(template: Template, x: torch.Tensor, b: torch.Tensor | None, plan
     return y
 
 
+def filtered_lrelu_and_codes(x: torch.Tensor, b: torch.Tensor | None,
+                             plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = down(activation(up(x + b))), and the codes of the slopes."""
+    template = _template(x, plan, "filtered_lrelu")
+    if template.codes is None:
+        codes = new_codes(x, plan)
+        template.codes = codes.shape, codes.stride()
+    else:
+        codes = x.new_empty_strided(*template.codes, dtype=torch.int32)
+    return filtered_lrelu(x, b, plan, ACTIVATE_AND_KEEP, codes, template), codes
+
+
 def _fast_function(template: Template, x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
     """The fast program for a layer on a GPU, or the general one. It is asked for anew: it may fail its check."""
-    kind = plan.fast_kind(mode)
-    if kind is not None and x.stride(3) <= MAX_COLUMN_STRIDE:
-        function = template.loaded.fast(kind, x.dtype)
+    kind, find = plan.fast_kind(mode), template.loaded.fast
+    if kind is not None and find is not None and x.stride(3) <= MAX_COLUMN_STRIDE:
+        function = find(kind, x.dtype)
         if function is not None:
             return _on_device(function, x)
     return template.function
@@ -306,7 +304,8 @@ def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | No
 def _sizes(shape: torch.Size, stride: tuple[int, ...], dim: int | None) -> tuple[int, int, int]:
     """Elements of a dense tensor outside of a dimension, along it and inside, in memory; all are inside of None."""
     order = _memory_order(shape, stride)
-    if dim not in order:        # A dimension of size 1 is nowhere.
+    assert order is not None, "the tensor is dense"
+    if dim is None or dim not in order:     # A dimension of size 1 is nowhere.
         return 1, 1, math.prod(shape)
     at, sizes = order.index(dim), [shape[d] for d in order]
     return math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1:])

@@ -53,7 +53,7 @@ def setup_filter(
         f = f / f.sum()
     if flip_filter:
         f = f.flip(list(range(f.ndim)))
-    return (f * gain ** (f.ndim / 2)).to(device=device)
+    return (f * float(gain ** (f.ndim / 2))).to(device=device)
 
 #----------------------------------------------------------------------------
 

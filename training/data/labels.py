@@ -14,7 +14,8 @@ from dnnlib import UserError
 from dnnlib.classes import number_names, single, whole_number, with_several
 from dnnlib.util import list_some, normalized_name
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jif", ".jp2", ".jpe", ".jpeg", ".jpg",
+                  ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 METADATA_NAME = "dataset.json"
 MAX_CLASSES = 1_000_000
 # A name that needs no cleaning: its parts are not empty, do not begin with a dot and have no odd characters.
@@ -147,11 +148,15 @@ def labels_of(store: LabelledStore, table: dict[str, int]) -> np.ndarray:
     Raises:
         UserError: some images have no label, or a label has no name in "classes".
     """
-    missing = [name for name in store.names if name not in table]
+    names = store.names
+    if any(name not in table for name in names):        # File systems may have written names in another form.
+        table = {normalized_name(name): label for name, label in table.items()}
+        names = [normalized_name(name) for name in names]
+    missing = [name for name in names if name not in table]
     if missing:
         raise UserError(f"{store.path}: {METADATA_NAME} gives no label for {len(missing)} of {len(store.names)} "
                         f"images: {list_some(missing)}: add them to \"labels\" or take the files away")
-    labels = np.array([table[name] for name in store.names], dtype=np.int64)
+    labels = np.array([table[name] for name in names], dtype=np.int64)
     classes = class_list(store)
     wrong = [] if classes is None else np.flatnonzero(labels >= len(classes))
     if len(wrong):

@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -250,6 +251,9 @@ def open_store(path: str | os.PathLike) -> FolderStore | ZipStore:
         if os.path.isdir(path):
             store = FolderStore(path)
             store.other_files.clear()           # There may be as many, and nobody asks.
+        elif not _may_be_zip(path):
+            raise UserError(f"{path}: not a whole zip archive, nor a folder: make a data set of it with "
+                            f"dataset_tool.py --source={path}")
         else:
             store = ZipStore(path)
     except OSError as err:
@@ -257,6 +261,11 @@ def open_store(path: str | os.PathLike) -> FolderStore | ZipStore:
     if not store.names:
         raise UserError(f"{path}: no images in it: files must end in {', '.join(IMAGE_SUFFIXES)}")
     return store
+
+
+def _may_be_zip(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK" or zipfile.is_zipfile(file)
 
 
 def content_fingerprint(store: FolderStore | ZipStore, indices: Sequence[int] | np.ndarray, xflip: bool) -> str:

@@ -46,6 +46,7 @@ MIN_ENTRIES = 10_000            # Fewer are listed in no time: no file is made.
 MAX_MEMBER = 2 * 10 ** 9        # Bytes of one file: what an archive claims beyond that is not believed.
 LOCAL_HEADER, LOCAL_BYTES = b"PK\x03\x04", 30
 READ_AHEAD = 256                # Name and extra field in front of a file's content are rarely longer.
+REPACK = "unpack the archive and name the folder, or pack that again without compression (zip -0 -r)"
 
 # A member of the archive: place of its local header, bytes in the archive, bytes of the content, CRC-32, method.
 MEMBER_TYPE = np.dtype([("offset", "<i8"), ("compressed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u4")])
@@ -179,7 +180,7 @@ def read_metadata(path: str | os.PathLike, fd: int, member: Sequence[int], folde
     """dataset.json of an archive, which lies in `folder` there. Raises UserError."""
     where = f"{path}: {METADATA_NAME}"
     if member[4] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{where} is neither stored nor deflated (method {member[4]}): make the archive again")
+        raise UserError(f"{where} is neither stored nor deflated (method {member[4]}): {REPACK}")
     try:
         data = read_member(fd, member)
     except OSError as err:
@@ -238,8 +239,7 @@ def _check_methods(path: str | os.PathLike, directory: Directory, images: list[i
     odd = (methods != zipfile.ZIP_STORED) & (methods != zipfile.ZIP_DEFLATED)
     if odd.any():
         k = int(odd.argmax())
-        raise UserError(f"{path}: {names[k]} is neither stored nor deflated (method {methods[k]}): "
-                        "make the archive again, for example with dataset_tool.py")
+        raise UserError(f"{path}: {names[k]} is neither stored nor deflated (method {methods[k]}): {REPACK}")
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from training.discriminators.heads import MultiScaleD
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded
 from training.discriminators.san import SanOutput, project_directions
 from training.feature_networks.backbones import Backbone, warm_up_batch_norm
-from training.feature_networks.fast import make_fast, surroundings_of
+from training.feature_networks.fast import optimize_frozen, surroundings_of
 from training.feature_networks.registry import load_backbone
 from training.feature_networks.within import Surroundings, run_within
 
@@ -114,7 +114,7 @@ class ProjectedDiscriminator(torch.nn.Module):
             self.feature_networks[key] = network
             self.discriminators[key] = MultiScaleD(network.out_channels, network.out_sizes, config.c_dim,
                                                    config.cmap_dim, config.max_channels, config.san)
-        set_ghost_batch(self.discriminators, config.split_group)
+        set_ghost_batch(self.discriminators, config.ghost_batch)
 
     def _networks(self) -> dict[str, FeatureNetwork]:
         """The frozen part by the keys of the backbones."""
@@ -127,11 +127,11 @@ class ProjectedDiscriminator(torch.nn.Module):
     #------------------------------------------------------------------------
     # Frozen part.
 
-    def make_fast_(self, precision: str = "fp32") -> None:
+    def optimize_frozen_(self, precision: str = "fp32") -> None:
         """Prepare the backbones, on the device where they are, for a run: `training.feature_networks.fast`."""
         for network in self._networks().values():
             device = next(network.backbone.parameters()).device
-            make_fast(network.backbone, precision)
+            optimize_frozen(network.backbone, precision)
             network.surroundings = surroundings_of(network.backbone.net, precision, device)
 
     def features(self, img: torch.Tensor, augment: torch.Tensor | None = None) -> Features:

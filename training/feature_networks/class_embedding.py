@@ -25,6 +25,7 @@ from dnnlib.classes import Classes, is_unnamed
 from dnnlib.util import atomic_file, list_some
 from torch_utils import checkpoint, misc, safe_pickle
 from torch_utils.arrays import open_npz, read_npy
+from torch_utils.images import from_uint8
 from torch_utils.pickle_values import Call, TensorRecord
 from torch_utils.schema import items, nothing_or, text
 from torch_utils.weights import open_safetensors, read_weights
@@ -94,7 +95,7 @@ def _from_data(c_dim: int, dataset: ImageDataset | None, backbone: Backbone | st
     total, done, said = sum(map(len, batches)), 0, time.monotonic()
     say(f"    class vectors: features of {total} images")
     for images, theirs in load_batches(dataset, batches, workers):
-        pooled = net.pooled(net.preprocess(images.to(device).to(torch.float32) / 127.5 - 1))
+        pooled = net.pooled(net.preprocess(from_uint8(images.to(device))))
         sums.index_add_(0, theirs, pooled.cpu().double())
         done += len(images)
         if time.monotonic() - said > SAY_SECONDS:

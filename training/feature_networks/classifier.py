@@ -54,7 +54,7 @@ class Classifier(torch.nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
-    def make_fast_(self, precision: str) -> "Classifier":
+    def optimize_frozen_(self, precision: str) -> "Classifier":
         """Prepare it, on the device where it is, for a run with this --feature-precision. bf16 does not concern it."""
         self.surroundings = surroundings_of(self.net, precision, next(self.net.parameters()).device)
         return self

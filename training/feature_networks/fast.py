@@ -59,7 +59,7 @@ def reduce_(backbone: Backbone, dtype: torch.dtype | None) -> None:
     backbone.reduced_dtype = dtype
 
 
-def make_fast(backbone: Backbone, precision: str) -> None:
+def optimize_frozen(backbone: Backbone, precision: str) -> None:
     """Change a frozen backbone in place: BatchNorm folded, channels last, and with reduced precision the large weights
     in that type. Statistics must have their final values (`warm_up_batch_norm`); tensors get other names.
 

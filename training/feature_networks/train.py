@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import tqdm
 
 from dnnlib import UserError, cli
+from torch_utils.images import to_uint8_nearest
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from torch_utils.misc import select_device
 from training.data.randomness import permutation
@@ -117,7 +118,7 @@ def _pixels(dataset: Any, net: LocalNet, progress: bool) -> torch.Tensor:
     pixels = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     for i in tqdm.trange(len(dataset), desc="reading", unit="img", disable=not progress):
         x = net.prepare(torch.as_tensor(dataset[i][0])[None])
-        pixels[i] = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)[0]
+        pixels[i] = to_uint8_nearest(x)[0]
     return pixels
 
 

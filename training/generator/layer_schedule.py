@@ -102,7 +102,8 @@ def stem_config(img_resolution: int, num_layers: int, channel_base: int, channel
         settings: Further fields of GeneratorConfig (c_dim, w_dim, ...).
     """
     if img_resolution < 8 or img_resolution & (img_resolution - 1):
-        raise UserError(f"resolution {img_resolution}: must be a power of two of at least 8")
+        raise UserError(f"resolution {img_resolution}: must be a power of two of at least 8: convert "
+                        "the images with dataset_tool.py --resolution=8 or more")
     if num_layers <= NUM_CRITICAL:
         raise UserError(f"--syn_layers={num_layers}: at least {NUM_CRITICAL + 1} layers are needed")
     bands = _bands(FIRST_CUTOFF, FIRST_STOPBAND, num_layers, img_resolution, channel_base, channel_max, margin_size)

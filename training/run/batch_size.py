@@ -86,11 +86,11 @@ def check_index_range(config: TrainConfig, world_size: int) -> None:
 def usable_sizes(config: TrainConfig, world_size: int) -> list[int]:
     """Micro-batch sizes that a process's share can be cut into and 32-bit indices reach, ascending.
 
-    Multiples of --split-group, and even ones where pairs count.
+    Multiples of --ghost-batch, and even ones where pairs count.
     """
     elements, _ = largest_tensor(config.generator)
     sizes = micro_batch_sizes(config.batch, world_size, even=config.loss.diversity_weight > 0)
-    return [n for n in sizes if elements * n < MAX_ELEMENTS and n % max(config.discriminator.split_group, 1) == 0]
+    return [n for n in sizes if elements * n < MAX_ELEMENTS and n % max(config.discriminator.ghost_batch, 1) == 0]
 
 #----------------------------------------------------------------------------
 # --batch-gpu=auto.
@@ -114,10 +114,10 @@ def find_batch_gpu(config: TrainConfig, device: torch.device, say: Callable[[str
     """
     sizes = usable_sizes(config, distributed.world_size())
     if not sizes:
-        group = config.discriminator.split_group
+        ghost = config.discriminator.ghost_batch
         raise UserError(f"--batch-gpu=auto: no micro-batch of --batch={config.batch} on {distributed.world_size()} "
                         "process(es) stays within 32-bit indices"
-                        + (f" and is a multiple of --split-group={group}" if group else "") + ": take another --batch")
+                        + (f" and is a multiple of --ghost-batch={ghost}" if ghost else "") + ": take another --batch")
     if device.type == "cuda":
         found = _find_on_gpu(config, device, sizes, say, class_names, clock)
     else:
@@ -251,7 +251,7 @@ class Trial:
         self.config, self.device, self.memory, self.clock = config, device, memory, clock
         G = Generator(config.generator).train().requires_grad_(False).to(device)
         D = D.train().requires_grad_(False).to(device)
-        D.make_fast_(config.feature_precision)
+        D.optimize_frozen_(config.feature_precision)
         # At the first image the blur is widest; path lengths count, too, although they begin later.
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, pl_start_kimg=0))
         self.trainer = Trainer(config, G, D, classifier, device, real_distance=1.0)

@@ -16,7 +16,7 @@ from dnnlib import UserError
 from dnnlib.classes import Classes
 from dnnlib.util import append_text, atomic_write_text, normalized_name
 from torch_utils import distributed
-from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
+from training.config import GeneratorConfig, TrainConfig, from_dict, present_names, to_dict
 from training.dataset import ImageDataset
 
 OPTIONS_FILE = "training_options.json"
@@ -116,9 +116,13 @@ def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
         options = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-        return options if isinstance(options, dict) else None
     except (OSError, ValueError):
         return None
+    if not isinstance(options, dict):
+        return None
+    if "discriminator" in options:
+        options["discriminator"] = present_names(options["discriminator"])
+    return options
 
 
 def find_run(outdir: Path, desc: str, config: TrainConfig, info: dict[str, Any] | None = None,

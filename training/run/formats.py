@@ -34,7 +34,7 @@ from torch_utils.schema import (
     text,
     whole,
 )
-from training.config import DiscriminatorConfig
+from training.config import DiscriminatorConfig, present_names
 from training.generator.fitting import MAX_SIZE, check_generator_state
 
 NETWORK_FORMAT = "stylesan-xl-network"
@@ -65,7 +65,7 @@ _TENSORS = entries(_tensor)
 _DISCRIMINATOR = settings_of(DiscriminatorConfig, dict.fromkeys(
     ("img_resolution", "cmap_dim", "proj_channels", "max_channels"), whole(1, MAX_SIZE)) | {
     "backbones": items(text, 1, 100), "c_dim": whole(0, MAX_SIZE), "seed": whole(-2 ** 63, 2 ** 64),
-    "split_group": whole(0, MAX_SIZE)})
+    "ghost_batch": whole(0, MAX_SIZE)})
 
 SNAPSHOT = record({
     "format": exactly(NETWORK_FORMAT),
@@ -133,6 +133,13 @@ def check_snapshot(content: dict[str, Any]) -> None:
     check_finite(content)
 
 
+def _with_present_names(content: dict[str, Any]) -> dict[str, Any]:
+    """What was read, with the settings of D under the names of now."""
+    if "discriminator_config" in content:
+        content["discriminator_config"] = present_names(content["discriminator_config"])
+    return content
+
+
 def read_snapshot(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
     """A network snapshot of ours, on the CPU, checked.
 
@@ -143,7 +150,7 @@ def read_snapshot(path: str | os.PathLike[str], mmap: bool = False) -> dict[str,
     Raises:
         UserError: as `checkpoint.load`; it is not what a snapshot is.
     """
-    content = checkpoint.load(path, NETWORK_FORMAT, mmap)
+    content = _with_present_names(checkpoint.load(path, NETWORK_FORMAT, mmap))
     try:
         check_snapshot(content)
     except Unfit as err:
@@ -224,7 +231,7 @@ def read_state(path: Path, shape: RunShape | None = None) -> dict[str, Any]:
     Raises:
         UserError: as `checkpoint.load`; it cannot be continued.
     """
-    content = checkpoint.load(path, STATE_FORMAT)
+    content = _with_present_names(checkpoint.load(path, STATE_FORMAT))
     try:
         check_state(content, shape)
     except Unfit as err:

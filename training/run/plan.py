@@ -32,7 +32,7 @@ from training.run.init_from import check_generator
 from training.run.networks import Stem
 from training.run.options import Preset, TrainOptions, check_options, filled_preset
 from training.run.snapshots import Snapshot, generator_config
-from training.run.splitting import check_diversity, check_split_group, split_batch
+from training.run.splitting import check_diversity, check_ghost_batch, split_batch
 
 SMALL_DATA = 50_000         # Images below which --preset=small is worth a thought.
 
@@ -165,7 +165,7 @@ def _settings(options: TrainOptions, preset: Preset, dataset: ImageDataset, stem
         data=DataConfig(str(options.data), dataset.resolution, dataset.c_dim, options.mirror, options.workers),
         generator=_generator(options, preset, dataset, stem),
         discriminator=DiscriminatorConfig(tuple(options.backbones), dataset.resolution, dataset.c_dim, options.san,
-                                          split_group=options.split_group),
+                                          ghost_batch=options.ghost_batch),
         loss=LossConfig(cls_weight=options.cls_weight, cls_model=options.classifier,
                         diversity_weight=preset.diversity),
         optim=optim,
@@ -179,7 +179,7 @@ def _settings(options: TrainOptions, preset: Preset, dataset: ImageDataset, stem
         saving=SavingConfig(options.keep, options.keep_every, options.snap_state, options.save_in_background,
                             options.best_metric, options.stop_patience))
     check_diversity(preset.diversity, config.batch_gpu)
-    check_split_group(options.split_group, config.batch_gpu)
+    check_ghost_batch(options.ghost_batch, config.batch_gpu)
     config = _overridden(config, preset.overrides)
     if options.batch_gpu in (None, "auto"):
         config = dataclasses.replace(config, batch_gpu=default_batch_gpu(config, gpus))
@@ -210,11 +210,11 @@ def with_micro_batch(plan: RunPlan, gpus: int, device: torch.device) -> RunPlan:
         found = find_batch_gpu(config, device, distributed.print0, plan.dataset.class_names)
         distributed.print0(f"--batch-gpu=auto: {found}")
     official = config.loss.reference_micro_batch
-    if config.discriminator.split_group == 0 and found != official:
-        remedy = f": --split-group={official} keeps that" if config.batch // gpus % official == 0 else ""
+    if config.discriminator.ghost_batch == 0 and found != official:
+        remedy = f": --ghost-batch={official} keeps that" if config.batch // gpus % official == 0 else ""
         distributed.print0("NOTE: D's heads normalise over a micro-batch, and path lengths take their mean from it: "
                            f"here it has {found} image(s), in the published runs {official}{remedy}")
-    check_split_group(config.discriminator.split_group, found)
+    check_ghost_batch(config.discriminator.ghost_batch, found)
     return dataclasses.replace(plan, config=dataclasses.replace(config, batch_gpu=found))
 
 

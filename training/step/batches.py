@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from torch_utils.images import from_uint8
 from torch_utils.misc import one_hot, to_device
 from training.data.randomness import CounterRNG
 from training.diffaug import NUM_UNIFORMS
@@ -65,7 +66,7 @@ class BatchSource:
             started = time.perf_counter()
             images, labels = next(self.real_images)
             self._waited += time.perf_counter() - started
-            images = to_device(images, self.device).to(torch.float32) / 127.5 - 1
+            images = from_uint8(to_device(images, self.device))
             batch = dataclasses.replace(batch, real_img=images, real_c=self._one_hot(labels),
                                         augment_real=self._augmentation(f"augment/{name}/real", positions))
         if phase.uses_noise:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from torch_utils.images import from_uint8
 from torch_utils.misc import evaluating
 from training.data.randomness import CounterRNG, permutation
 from training.dataset import ImageDataset, load_batches
@@ -168,8 +169,8 @@ def choose(dataset: ImageDataset, settings: Settings) -> np.ndarray:
         order = order[np.isin(labels, kinds)]
     count = min(settings.num, len(order)) // settings.batch * settings.batch
     if count == 0:
-        raise UserError(f"{settings.num} of {len(order)} images do not make a batch of {settings.batch}: take more, or "
-                        "a smaller --batch")
+        raise UserError(f"{settings.num} of {len(order)} images do not make a batch of {settings.batch}: take at "
+                        f"least {settings.batch} per side")
     return order[:count]
 
 
@@ -191,7 +192,7 @@ def _image_batches(G: Generator, dataset: ImageDataset, settings: Settings, item
         z = torch.from_numpy(rng.normal("diagnose/z", positions, (G.z_dim,)))
         fake = synthesize(G, z, labels)
         require_finite(torch.isfinite(fake).all())
-        yield [pixels.to(device).to(torch.float32) / 127.5 - 1, fake.to(torch.float32)], positions
+        yield [from_uint8(pixels.to(device)), fake.to(torch.float32)], positions
 
 
 def _augmentation(D: ProjectedDiscriminator, seed: int, side: int, positions: np.ndarray,

@@ -92,7 +92,8 @@ class Ticks:
         self.snapshots = SnapshotTaker(plan, trainer, report, evaluate)
         self.saver = self.snapshots.saver
         self._tick_nimg = max(int(config.kimg_per_tick * 1000), config.batch)
-        self._collapsed, self._broken = False, None
+        self._collapsed = False
+        self._broken: str | None = None     # A tensor that is not finite any more.
         self._elapsed_before, self._started = trainer.progress.elapsed, time.time()
 
     #------------------------------------------------------------------------

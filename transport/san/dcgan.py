@@ -10,6 +10,7 @@ import torch
 
 from metrics.frechet import frechet_distance
 from metrics.precision_recall import precision_recall
+from torch_utils.images import to_uint8_nearest
 from training.discriminators.san import GAN_LOSSES
 from transport.common import plotting
 from transport.common.sklearn_images import load_digits
@@ -177,7 +178,7 @@ def run(config: Config) -> Result:
             fake = sample(train(config, images, model, seed), len(images), seed, images.device)
             scores[model].append(score(judge, images, fake))
             if seed == 0:
-                samples[model] = ((fake[:50, 0].cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+                samples[model] = to_uint8_nearest(fake[:50, 0]).cpu().numpy()
     return Result(config, scores, accuracy, score(judge, images[0::2], images[1::2]), samples)
 
 

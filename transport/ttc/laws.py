@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 
 from dnnlib import UserError
+from torch_utils.images import from_uint8
 from transport.common.sklearn_images import PHOTOS, load_digits, load_photo
 from transport.ttc.image_critics import InfoGANGenerator, Shape, make_generator
 
@@ -80,7 +81,7 @@ class Crops:
             photo = self.photos[int(number * len(self.photos))]
             top, left = int(down * (photo.shape[1] - side + 1)), int(right * (photo.shape[2] - side + 1))
             crops.append(photo[:, top:top + side, left:left + side])
-        return _scaled(torch.stack(crops))
+        return from_uint8(torch.stack(crops))
 
 
 class Untrained:
@@ -193,7 +194,7 @@ def open_generator(path: str, half: str, num: int, seed: int) -> Table:
 
     made = GeneratorSource(load_network(path).G_ema, 2 * num, seed, "uniform")
     start = HALVES.index(half) * num
-    return Table(torch.cat([_scaled(images) for images, _ in made.batches_at(64, range(start, start + num))]))
+    return Table(torch.cat([from_uint8(images) for images, _ in made.batches_at(64, range(start, start + num))]))
 
 
 def open_source(name: str, target: Law, half: str, sigma: float, num: int, seed: int, resolution: int) -> Law:
@@ -227,10 +228,6 @@ def open_source(name: str, target: Law, half: str, sigma: float, num: int, seed:
 
 #----------------------------------------------------------------------------
 
-def _scaled(images: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
 
 
 def _digits(resolution: int) -> torch.Tensor:
@@ -257,4 +254,4 @@ def _data_set(path: str) -> torch.Tensor:
     images = ImageDataset(path, max_size=MAX_IMAGES)
     table = torch.stack([torch.from_numpy(images[i][0]) for i in range(len(images))])
     images.close()
-    return _scaled(table)
+    return from_uint8(table)

@@ -8,7 +8,7 @@ import torch
 from dnnlib import UserError
 from tests.closeness import assert_close
 from tests.training.test_loop import SMALL
-from torch_utils import launch, watch
+from torch_utils import launch, peer_monitor
 from torch_utils.launch import Launch, first_host, read_launch
 from train import main
 from training.discriminators.blocks import DownBlock, begin_step, end_step, set_ghost_batch
@@ -65,7 +65,7 @@ def test_exit_code_that_torchrun_would_swallow(monkeypatch, tmp_path):
 #----------------------------------------------------------------------------
 
 class Store(dict):
-    """The part of a store that the watch uses."""
+    """The part of a store that monitors use."""
 
     def check(self, names):
         return all(name in self for name in names)
@@ -87,32 +87,32 @@ class Store(dict):
 
 def test_first_failure_is_the_one_that_is_told():
     store, said = Store(), []
-    watches = [watch.Watch(store, rank, 3, f"host{rank}", end=said.append) for rank in range(3)]
-    assert watches[2].report(ValueError("first"))
-    assert not watches[1].report(ValueError("second"))
+    monitors = [peer_monitor.PeerMonitor(store, rank, 3, f"host{rank}", end=said.append) for rank in range(3)]
+    assert monitors[2].report(ValueError("first"))
+    assert not monitors[1].report(ValueError("second"))
     assert json.loads(store["failure"])["rank"] == 2
-    watches[2]._look()
+    monitors[2]._look()
     assert said == []                                   # It ends by itself, with its own traceback.
-    watches[0]._look()
+    monitors[0]._look()
     assert "rank 0 on host0 ends, because rank 2 on host2 failed" in said[0]
     assert "ValueError: first" in said[0]
 
 
 def test_silent_neighbour_is_reported(monkeypatch):
     store, said, now = Store({"here/1": "host1"}), [], [0.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
-    w = watch.Watch(store, 0, 2, "host0", end=said.append)
-    w._look()                                           # Not begun yet.
+    monkeypatch.setattr(peer_monitor.time, "monotonic", lambda: now[0])
+    monitor = peer_monitor.PeerMonitor(store, 0, 2, "host0", end=said.append)
+    monitor._look()                                     # The other process has not begun yet.
     store["beat/1"] = "1"
     for now[0] in (1.0, 200.0):
-        w._look()
+        monitor._look()
     store["beat/1"] = "2"
     for now[0] in (400.0, 600.0):
-        w._look()
+        monitor._look()
     assert "failure" not in store
     now[0] = 800.0
-    w._look()
-    w._look()
+    monitor._look()
+    monitor._look()
     assert json.loads(store["failure"])["host"] == "host1"
     assert "rank 1 on host1 failed" in said[0]
 
@@ -137,8 +137,8 @@ def test_full_disk_is_refused_before_training(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--split-group=3"], "--split-group=3 must be at least 2 and divide the micro-batch of 8"),
-    (["--split-group=1"], "--split-group=1"),
+    (["--ghost-batch=3"], "--ghost-batch=3 must be at least 2 and divide the micro-batch of 8"),
+    (["--split-group=1"], "--ghost-batch=1"),           # Its former name.
     (["--max-restarts=2"], "--max-restarts=2 has an effect only with --gpus"),
 ])
 def test_options_are_checked(data16, tmp_path, options, message):

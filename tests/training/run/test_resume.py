@@ -24,6 +24,7 @@ from training.config import (
     OptimConfig,
     SavingConfig,
     TrainConfig,
+    from_dict,
     to_dict,
 )
 from training.data.randomness import CounterRNG
@@ -153,6 +154,16 @@ def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_pat
     assert not find_run(tmp_path, DESC, settings(loss=LossConfig(diversity_weight=8.0)), INFO).resumed
     (folder / OPTIONS_FILE).write_text("{")
     assert not find_run(tmp_path, DESC, settings(), INFO).resumed
+
+
+def test_settings_under_their_former_names(tmp_path):
+    folder = make_run(tmp_path, 0, settings(discriminator=DiscriminatorConfig(ghost_batch=2)))
+    options = json.loads((folder / OPTIONS_FILE).read_text())
+    options["discriminator"]["split_group"] = options["discriminator"].pop("ghost_batch")
+    (folder / OPTIONS_FILE).write_text(json.dumps(options))
+    assert find_run(tmp_path, DESC, settings(discriminator=DiscriminatorConfig(ghost_batch=2)), INFO).resumed
+    assert not find_run(tmp_path, DESC, settings(), INFO).resumed
+    assert from_dict(DiscriminatorConfig, {"split_group": 8}).ghost_batch == 8
 
 
 def test_what_the_options_file_records(tmp_path):

@@ -25,7 +25,16 @@ from training.networks_stylegan3 import Generator
 from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.resume import load_state
-from training.run.saving import NonFiniteState, Saver, Score, Writer, pick_score, read_score, superfluous, update_best
+from training.run.saving import (
+    NonFiniteState,
+    Saver,
+    Score,
+    Writer,
+    pick_score,
+    read_score,
+    superfluous,
+    update_best,
+)
 from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
 from training.trainer import Progress
 
@@ -203,8 +212,8 @@ def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
 
 
 def test_what_is_not_finite_is_not_written(saver, tmp_path):
-    s = saver()
-    s.save_state(SmallTrainer(8))
+    s, state = saver(), SmallTrainer(8)
+    s.save_state(state)
     state = SmallTrainer(16)
     state.weight[5] = float("inf")
     s.say = (said := []).append

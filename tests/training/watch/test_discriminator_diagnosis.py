@@ -183,7 +183,7 @@ def test_features_are_those_of_the_training_step():
         now = patches(D, img)
         other = patches(D, img[:4])
     assert not torch.allclose(now[0][:4], other[0], atol=1e-3)
-    _, grouped = networks(3, split_group=4)                 # Its training step moves singular vectors by itself.
+    _, grouped = networks(3, ghost_batch=4)                 # Its training step moves singular vectors by itself.
     grouped.load_own_state_dict({name: before[name] for name in grouped.own_state_dict()})
     grouped.discriminators.train()
     with torch.no_grad():

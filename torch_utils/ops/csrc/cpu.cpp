@@ -45,7 +45,7 @@ class Scratch {
 //----------------------------------------------------------------------------
 // Filters.
 
-constexpr int kGroup = 8;   // Outputs at a time: enough independent sums to keep the adders busy.
+constexpr int kGroup = 8;   // Outputs at a time, or 4 or 2: enough independent sums to keep the adders busy.
 
 // out[m * stride] = sum over rows r and taps j of taps[r * reach + j] * rows[r][from + m * step + j], for kCount
 // numbers m.
@@ -69,17 +69,17 @@ inline __attribute__((always_inline)) void sum_taps(Vec<T>* out, int64_t stride,
     for (int q = 0; q < kCount; q++) out[(m + q) * stride] = sums[q];
 }
 
-template <class T, int kStep, bool kOneTap>
+// kCount outputs at a time; fewer where there are not so many.
+template <class T, int kStep, bool kOneTap, int kCount = kGroup>
 void fir_steps(Vec<T>* out, int64_t stride, const Vec<T>* const* rows, int64_t num_rows, int64_t from, const T* taps,
                int64_t reach, int64_t step, int64_t count) {
-    if (count < kGroup) {
-        for (int64_t m = 0; m < count; m++)
-            sum_taps<T, kStep, kOneTap, 1>(out, stride, rows, num_rows, from, taps, reach, step, m);
-        return;
-    }
-    for (int64_t m = 0; m < count; m += kGroup)     // The last group does some again.
-        sum_taps<T, kStep, kOneTap, kGroup>(out, stride, rows, num_rows, from, taps, reach, step,
-                                            std::min(m, count - kGroup));
+    if constexpr (kCount > 1)
+        if (count < kCount)
+            return fir_steps<T, kStep, kOneTap, kCount / 2>(out, stride, rows, num_rows, from, taps, reach, step,
+                                                            count);
+    for (int64_t m = 0; m < count; m += kCount)     // The last group does some again.
+        sum_taps<T, kStep, kOneTap, kCount>(out, stride, rows, num_rows, from, taps, reach, step,
+                                            std::min(m, count - kCount));
 }
 
 template <class T>
