@@ -13,6 +13,7 @@ from torch_utils.pickle_values import TensorRecord
 from torch_utils.schema import COUNTERS, FLOATS, MAX_DEPTH, Unfit, shown
 
 PLAIN = (type(None), bool, int, float, str)
+MAX_VALUES = 5_000_000          # As many as the reader lets a file have, if none is repeated.
 
 #----------------------------------------------------------------------------
 
@@ -118,32 +119,52 @@ def _convert(root: Any, mmap: bool) -> Any:
     """Notes of `safe_pickle` as values. What was one object remains one.
 
     Raises:
-        Unfit: more than tensors and plain values, or containers in themselves.
+        Unfit: more than tensors and plain values; containers in themselves, or in others so often that whoever walks
+            through them would never end.
     """
-    done: dict[int, Any] = {}       # By identity; `root` keeps the objects alive.
+    return _Converter(mmap).convert(root, 0)
 
-    def convert(value: Any, depth: int) -> Any:
+
+class _Converter:
+    """What has been converted, by the identity of the notes, which the caller keeps alive.
+
+    A class and not a function in a function: that would keep all tensors until the garbage is collected.
+    """
+
+    def __init__(self, mmap: bool):
+        self.mmap = mmap
+        self.done: dict[int, Any] = {}
+        self.sizes: dict[int, int] = {}     # Values in a container, those counted again that are in it again.
+
+    def convert(self, value: Any, depth: int) -> Any:
         if type(value) in PLAIN:
             return value
-        if id(value) in done:
-            return done[id(value)]
+        if id(value) in self.done:
+            return self.done[id(value)]
         if depth > MAX_DEPTH:
             raise Unfit("is nested beyond measure")
+        made = self._tensor(value) if isinstance(value, TensorRecord) else self._container(value, depth)
+        self.done[id(value)] = made
+        return made
+
+    def _tensor(self, value: TensorRecord) -> torch.Tensor:
+        if value.dtype not in FLOATS + COUNTERS:
+            raise Unfit(f"holds a tensor of type {value.dtype}, which no network has")
+        return value.load(mapped=self.mmap)
+
+    def _container(self, value: Any, depth: int) -> Any:
         made: Any
-        if isinstance(value, TensorRecord):
-            if value.dtype not in FLOATS + COUNTERS:
-                raise Unfit(f"holds a tensor of type {value.dtype}, which no network has")
-            made = value.load(mapped=mmap)
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             if not all(type(key) in (str, int) for key in value):
                 raise Unfit("has keys that are neither names nor numbers")
-            made = {key: convert(item, depth + 1) for key, item in value.items()}
+            made = {key: self.convert(item, depth + 1) for key, item in value.items()}
         elif isinstance(value, list | tuple):
-            made = [convert(item, depth + 1) for item in value]
+            made = [self.convert(item, depth + 1) for item in value]
             made = tuple(made) if isinstance(value, tuple) else made
         else:
             raise Unfit("holds more than tensors and plain values and was not read")
-        done[id(value)] = made
+        parts = value.values() if isinstance(value, dict) else value
+        self.sizes[id(value)] = 1 + sum(self.sizes.get(id(part), 1) for part in parts)
+        if self.sizes[id(value)] > MAX_VALUES:
+            raise Unfit("is nested or repeated beyond measure")
         return made
-
-    return convert(root, 0)

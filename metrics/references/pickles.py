@@ -126,6 +126,8 @@ def _stored_features(path: str, root: Mapping[Any, Any], num: int) -> torch.Tens
     if not isinstance(blocks, list) or not blocks or not all(
             isinstance(x, np.ndarray) and x.ndim == 2 and x.shape[1] == blocks[0].shape[-1] for x in blocks):
         raise UserError(f"{path}: holds neither raw_mean nor a list of features: make the file again")
+    if len({id(block) for block in blocks}) < len(blocks):      # They would be copied as often as they are named.
+        raise UserError(f"{path}: its list of features repeats itself: make the file again")
     features = np.concatenate(blocks)
     if len(features) != num:
         raise UserError(f"{path}: num_items is {num}, but it holds features of {len(features)}: make the file again")

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of our own formats in which something was changed: one line or success, nothing else, and little memory."""
+import gc
 import json
 import math
 import pickle
 import random
 import struct
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -144,6 +146,13 @@ def test_settings_that_no_tensor_bears_out(G, change, match):
         check_snapshot(content | {"generator_config": content["generator_config"] | change})
 
 
+@pytest.mark.parametrize(("layer", "value"), [(0, True), (3, False)])
+def test_layers_that_no_stage_can_keep(G, layer, value):
+    place = ("generator_config", "layers", layer, "is_critically_sampled")
+    with pytest.raises(Unfit, match="critically sampled layers must be the last ones"):
+        check_snapshot(changed(snapshot_of(G), place, value))
+
+
 @pytest.mark.parametrize("size", [1 << 15, 1 << 20])
 def test_layers_that_ask_for_terabytes(G, size):
     """Maps are not in the file. Their sizes agree with each other here, and are as large as the settings want."""
@@ -246,6 +255,18 @@ def test_hostile_pickles(tmp_path, monkeypatch, what):
             assert outcome(lambda read=read: read(path), str(path))
 
 
+def test_lists_in_lists(G, tmp_path):
+    """A few hundred bytes that are 100^10 values if one walks through them."""
+    many = [1]
+    for _ in range(10):
+        many = [many] * 100
+    deep = [[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]
+    for content, taken in ((many, False), ([[1] * 1000] * 50, True), (deep, False)):
+        torch.save(snapshot_of(G) | {"more": content}, tmp_path / "x.pkl")
+        line = outcome(lambda: legacy.load_network(tmp_path / "x.pkl"), str(tmp_path))
+        assert line is None if taken else "beyond measure" in line
+
+
 def test_what_is_mapped_is_what_is_copied(files, tmp_path):
     path = tmp_path / "x.pkl"
     path.write_bytes(files["snapshot"])
@@ -256,6 +277,20 @@ def test_what_is_mapped_is_what_is_copied(files, tmp_path):
     assert copied["G"] is copied["G_ema"]                       # What was one object is one object.
     for name, value in torch.load(path, weights_only=True)["G_ema"].items():
         assert torch.equal(copied["G_ema"][name], value)
+
+def test_what_was_read_goes_at_once(files, tmp_path):
+    """A state is gigabytes: nothing may keep it until the garbage is collected."""
+    path = tmp_path / "x.pkl"
+    path.write_bytes(files["snapshot"])
+    gc.disable()
+    try:
+        content = legacy.open_snapshot(path)
+        there = weakref.ref(content["G_ema"]["mapping.fc0.weight"])
+        assert there() is not None
+        del content
+        assert there() is None
+    finally:
+        gc.enable()
 
 #----------------------------------------------------------------------------
 # Local networks: detectors, feature networks, classifiers.
@@ -399,10 +434,12 @@ def test_references_that_grow_without_end(tmp_path):
         np.savez(path, reps=wide)
         with little_memory():
             assert "no detector has more than" in outcome(lambda: load_statistics(path), str(path))
-    pkl = tmp_path / "x.pkl"
-    for content in ({"num_images": VALUES["endless"], "fid": {}}, {"num_items": VALUES["endless"], "raw_mean": 0,
-                    "raw_cov": 0}, {"mu": VALUES["endless"], "sigma": 0}, {"fid": VALUES["endless"], "num_images": 5},
-                    {"x" * 10_000: 1}, {"num_images": 10 ** 5000, "fid": {}}, VALUES["endless"]):
+    pkl, block = tmp_path / "x.pkl", np.zeros([1000, 100])
+    repeated = {"num_items": 10 ** 9, "raw_mean": None, "raw_cov": None, "all_features": [block] * 10 ** 6}
+    endless = VALUES["endless"]
+    for content in (repeated, endless, {"num_images": endless, "fid": {}}, {"num_images": 10 ** 5000, "fid": {}},
+                    {"num_items": endless, "raw_mean": 0, "raw_cov": 0}, {"mu": endless, "sigma": 0},
+                    {"fid": endless, "num_images": 5}, {"x" * 10_000: 1}):
         pkl.write_bytes(pickle.dumps(content, 4))
         with little_memory():
             assert outcome(lambda: load_statistics(pkl), str(pkl))

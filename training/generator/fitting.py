@@ -101,6 +101,9 @@ def _check_table(config: GeneratorConfig) -> None:
         raise Unfit("the names of its layers are not those of StyleGAN3")
     if [layer.is_torgb for layer in layers] != [False] * (len(layers) - 1) + [True]:
         raise Unfit("its last layer, and no other, must be ToRGB")
+    critical = [layer.is_critically_sampled for layer in layers]
+    if critical[0] or critical != sorted(critical):
+        raise Unfit("its critically sampled layers must be the last ones, and not all")
     ways = [(config.input.channels, config.input.size), *((layer.out_channels, layer.out_size) for layer in layers)]
     for (channels, size), layer in zip(ways, layers, strict=False):
         if (layer.in_channels, layer.in_size) != (channels, size):

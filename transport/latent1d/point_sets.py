@@ -8,6 +8,7 @@ from scipy.spatial.distance import pdist, squareform
 
 from dnnlib import UserError
 from dnnlib.util import first_line
+from torch_utils.arrays import read_npy
 
 _LEAVES = np.deg2rad([90.0, 210.0, 330.0])
 KNOWN = {
@@ -51,7 +52,7 @@ def load(path: str) -> np.ndarray:
     Raises:
         UserError: the file cannot be read, or see `checked`.
     """
-    readers: dict[str, Callable[[], np.ndarray]] = {".npy": lambda: np.load(path, allow_pickle=False),
+    readers: dict[str, Callable[[], np.ndarray]] = {".npy": lambda: read_npy(path),
                                                     ".csv": lambda: np.loadtxt(path, delimiter=",", ndmin=2)}
     reader = readers.get(Path(path).suffix.lower())
     if reader is None:
