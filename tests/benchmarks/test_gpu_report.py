@@ -205,8 +205,8 @@ def test_everything_in_miniature(report, tmp_path, monkeypatch):
 
 def test_a_step_runs_in_its_process(report, tmp_path):
     """As the report starts it."""
-    command = [sys.executable, str(SCRIPT), "--device=cpu", "--quick", "--only=build", f"--folder={tmp_path}/work",
-               f"--dest={tmp_path}/gpu.md"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "work/report.json").read_text())["outcomes"]["build"]["outcome"] == "ok", done.stdout
+    done = CliRunner().invoke(report.main, ["--device=cpu", "--quick", "--only=build", f"--folder={tmp_path}/work",
+                                            f"--dest={tmp_path}/gpu.md"])
+    assert done.exit_code == 0, done.output
+    assert "[1/1] compiling the operations: ok after " in done.output
+    assert json.loads((tmp_path / "work/build.json").read_text())["found"] == "cpu was there"

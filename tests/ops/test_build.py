@@ -68,6 +68,7 @@ def answer(path: str) -> int:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_killed_build_stops_nothing(folder):
     (folder / "slow").touch()
     first, second = start(folder), start(folder)
@@ -90,6 +91,7 @@ def test_a_killed_build_stops_nothing(folder):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_processes_build_once(folder):
     processes = [start(folder) for _ in range(3)]
     paths = {result(process) for process in processes}

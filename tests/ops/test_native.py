@@ -197,6 +197,7 @@ def test_the_compiler_sees_the_same(number, layout):
         assert a.stride() == want.stride()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")     # The compiler's own.
 @pytest.mark.parametrize("number", range(3), ids=["filtered_lrelu", "upfirdn2d", "bias_act"])
 def test_the_compiler_leaves_what_is_remembered_alone(number):
