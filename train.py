@@ -3,9 +3,11 @@
 
 Options -> training.config.TrainConfig -> training.training_loop. Under torchrun every process runs this file.
 """
+import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,33 @@ def apply_overrides(config: Any, overrides: dict[str, Any]) -> Any:
     return config
 
 
+def stem_snapshot(opts: EasyDict) -> dict[str, Any] | None:
+    """The snapshot of --path_stem; where that is gone, what a run that was begun with it knows of it."""
+    from legacy import open_snapshot
+    from training.run.folder import known_stem
+    if not opts.superres:
+        return None
+    try:
+        return open_snapshot(opts.path_stem, mmap=True)
+    except UserError:
+        known = known_stem(Path(opts.outdir), opts.desc, opts.path_stem)
+        if known is None:
+            raise
+        return known
+
+
+def start_snapshot(opts: EasyDict) -> tuple[dict[str, Any] | None, UserError | None]:
+    """The snapshot of --init-from or --resume, or why it cannot be had: a run that has a state does without it."""
+    from legacy import open_snapshot
+    path = opts.init_from or opts.resume
+    if not path:
+        return None, None
+    try:
+        return open_snapshot(path), None
+    except UserError as err:
+        return None, err
+
+
 def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any] | None = None) -> EasyDict:
     """Resolve the options.
 
@@ -155,9 +184,9 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
         config (TrainConfig), dataset, stem (snapshot or None), start (snapshot or None), transfer (what of `start`
         fits G_ema, as a table), desc.
     """
-    from legacy import open_snapshot
     from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, SavingConfig, TrainConfig
     from training.run.batch_size import check_index_range, default_batch_gpu
+    from training.run.folder import run_description
     from training.run.init_from import check_generator
     from training.watch.reporting import import_wandb
     check_options(opts, given)
@@ -173,8 +202,8 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
     if opts.wandb:
         import_wandb(opts.wandb)
     dataset = open_dataset(opts)
-    stem = stem or (open_snapshot(opts.path_stem, mmap=True) if opts.superres else None)
-    start = open_snapshot(opts.init_from or opts.resume) if opts.init_from or opts.resume else None
+    stem = stem or stem_snapshot(opts)
+    start, missing = start_snapshot(opts)
     generator = generator_settings(opts, dataset, stem)
     optim = OptimConfig.official(opts.batch, G_lr=opts.glr, D_lr=opts.dlr)
     if opts.resume:     # Officially the average of a resumed network has its full half-life at once.
@@ -201,9 +230,9 @@ def setup_config(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any
         config = dataclasses.replace(config, batch_gpu=default_batch_gpu(config, gpus))
     check_index_range(config, gpus)
     transfer = check_generator(config, start, dataset.class_names) if start is not None else ""
-    return EasyDict(config=config, dataset=dataset, stem=stem, start=start, transfer=transfer,
-                    desc="-".join([opts.cfg, dataset.name, f"gpus{gpus}", f"batch{opts.batch}"]
-                                  + ([opts.desc] if opts.desc else [])))
+    desc = run_description([opts.cfg, dataset.name, f"gpus{gpus}", f"batch{opts.batch}"], opts.desc)
+    return EasyDict(config=config, dataset=dataset, stem=stem, start=start, missing=missing, transfer=transfer,
+                    desc=desc)
 
 #----------------------------------------------------------------------------
 # Running.
@@ -240,12 +269,26 @@ def print_setup(setup: EasyDict, gpus: int) -> None:
 
 def resolve_run(opts: EasyDict, given: set[str], gpus: int, stem: dict[str, Any] | None = None) -> EasyDict:
     """What `setup_config` gives, and the run that it starts or continues. All processes call this."""
-    from training.run.folder import find_run, run_info
+    from legacy import find_snapshot, open_snapshot
+    from training.run.folder import FILES, RUN_INFO, STEM_KEY, Given, find_run, recorded_options, run_info
+    from training.run.sources import find_sources, with_kept_networks
     setup = setup_config(opts, given, gpus, stem)
-    setup.info = run_info(setup.dataset, opts.device)
-    setup.run = distributed.broadcast_object(
-        find_run(Path(opts.outdir), setup.desc, setup.config, setup.info, opts.continue_changed)
-        if distributed.rank() == 0 else None)
+    setup.info = run_info(setup.dataset, opts.device, opts.desc)
+    if setup.stem is not None:
+        setup.info[STEM_KEY] = setup.stem["generator_config"]
+    setup.given = Given(setup.info, find_sources(setup.config, find_snapshot), setup.dataset.inventory)
+    setup.find = lambda: find_run(Path(opts.outdir), setup.desc, setup.typed, setup.given, opts.continue_changed)
+    setup.typed = setup.config
+    setup.run = distributed.broadcast_object(setup.find() if distributed.rank() == 0 else None)
+    if setup.run.resumed:
+        records = distributed.broadcast_object(
+            ((recorded_options(setup.run.folder) or {}).get(RUN_INFO) or {}).get(FILES) or {}
+            if distributed.rank() == 0 else None)
+        setup.config = with_kept_networks(setup.config, setup.run.folder, records, setup.given.sources)
+    elif setup.missing is not None:
+        raise setup.missing
+    elif stem is None and setup.stem is not None and "G_ema" not in setup.stem:
+        open_snapshot(opts.path_stem)       # Says what is wrong with it.
     return setup
 
 
@@ -268,9 +311,24 @@ def choose_batch_gpu(setup: EasyDict, gpus: int, device: Any) -> None:
                            f"here it has {before} image(s), in the published runs {official}{remedy}")
 
 
+@contextlib.contextmanager
+def owned_run(setup: EasyDict) -> Iterator[None]:
+    """The block owns the run's folder, which is made, with the settings in it. All processes call this."""
+    from training.run.folder import claim_run, create_run
+    lock, choice = None, None
+    if distributed.rank() == 0:
+        choice, lock = claim_run(setup.find)
+        create_run(choice, setup.config, setup.given)
+    try:
+        setup.run = distributed.broadcast_object(choice)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: Any) -> int:
     """Train what `resolve_run` resolved, until `stop` (StopRequests) says so. Returns the exit code."""
-    from training.run.folder import create_run
     from training.run.preflight import check_processes
     from training.run.stages import mark_finished
     if opts.batch_gpu == "auto" and not opts.dry_run:
@@ -286,15 +344,13 @@ def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: A
                            "Dry run: nothing was written.")
         return 0
     setup.dataset = stage_dataset(opts, setup.dataset)
-    if distributed.rank() == 0:
-        create_run(setup.run, setup.config, setup.info)
-    distributed.barrier()
-    from training.training_loop import training_loop
-    evaluate = make_evaluator(opts, setup.dataset, device)
-    code = training_loop(setup.config, setup.run.folder, device, setup.dataset, setup.stem, setup.start, evaluate, stop,
-                         make_diagnosis(setup.config, setup.dataset))
-    if code == 0 and distributed.rank() == 0:
-        mark_finished(setup.run.folder, setup.config.total_kimg)
+    with owned_run(setup):
+        from training.training_loop import training_loop
+        evaluate = make_evaluator(opts, setup.dataset, device)
+        code = training_loop(setup.config, setup.run.folder, device, setup.dataset, setup.stem, setup.start, evaluate,
+                             stop, make_diagnosis(setup.config, setup.dataset))
+        if code == 0 and distributed.rank() == 0:
+            mark_finished(setup.run.folder, setup.config.total_kimg)
     return code
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.utils.data
 
 from dnnlib import UserError
+from training.data.inventory import Inventory, inventory, inventory_fingerprint
 from training.data.labels import read_labels
 from training.data.png import decode_plain_png
 from training.data.randomness import permutation
@@ -179,6 +180,15 @@ class ImageDataset(torch.utils.data.Dataset):
     def fingerprint(self) -> str:
         """SHA-256 of what is served: names, sizes and CRC-32 of the files, labels, mirroring. 64 hex digits."""
         return content_fingerprint(self._store, self._chosen, self.xflip)
+
+    def inventory(self) -> Inventory:
+        """What it consists of, file by file."""
+        return inventory(self._store, self.labels, self.class_names)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What it is known by when it moves: the fingerprint of an archive; a folder is not read whole for it."""
+        return self.fingerprint if os.path.isfile(self.path) else inventory_fingerprint(self.inventory(), self.xflip)
 
 #----------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from training.run.forms import settle_forms
 from training.run.init_from import start_from
 from training.run.networks import make_networks
 from training.run.preflight import check_disk, state_bytes
-from training.run.resume import load_state
+from training.run.resume import check_state, load_state
 from training.run.saving import Saver, pick_score, update_best
 from training.run.snapshots import TrainingState, generator_config, snapshot_name
 from training.run.stopping import EXIT_DONE, EXIT_RESTART, NOTHING, Request, StopRequests
@@ -75,7 +75,11 @@ def training_loop(
 
     # Networks.
     with beginning.step("making the networks"):
-        G, D = make_networks(config, dataset, stem, device, report.say)
+        saved = load_state(folder, report.say)
+        resumed = saved is not None
+        G, D = make_networks(config, dataset, stem, device, report.say, saved)
+        if saved is not None:
+            check_state(saved, folder, config, D.backbone_info())
         G_ema = copy.deepcopy(G).eval()
         classifier = None
         if config.loss.cls_weight > 0 and stem is not None and G.c_dim > 0:
@@ -101,9 +105,7 @@ def training_loop(
         check_disk(folder, state_bytes([G, G_ema, D], phases))
     guard = GradientGuard(config.batch, collector.report)
     health = HealthCheck(config, dataset, device, guard)
-    saved = load_state(folder, report.say)
-    resumed = saved is not None
-    if resumed:
+    if saved is not None:
         state.load_content(saved)
         saved = None        # Frees its memory.
         report.say(f"resuming at kimg {state.cur_nimg / 1e3:.1f}, after {format_time(state.elapsed)} of training")

@@ -18,12 +18,19 @@ from training.run.snapshots import generator_config
 
 
 def make_networks(config: TrainConfig, dataset: ImageDataset, stem: dict[str, Any] | None, device: torch.device,
-                  say: Callable[[str], None] = lambda text: None) -> tuple[Generator, ProjectedDiscriminator]:
-    """G and D on the device, equal on all processes."""
+                  say: Callable[[str], None] = lambda text: None,
+                  saved: dict[str, Any] | None = None) -> tuple[Generator, ProjectedDiscriminator]:
+    """G and D on the device, equal on all processes.
+
+    With a training state, `saved`, G is only built: it is filled from there, and neither the stem nor the class table
+    is needed any more.
+    """
     torch.manual_seed(config.seed)
     D = distributed.node_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
     torch.manual_seed(config.seed)      # G does not depend on what D drew.
-    if stem is not None:
+    if saved is not None:
+        G = Generator(dataclasses.replace(config.generator, embed_dim=generator_config(saved).embed_dim))
+    elif stem is not None:
         G = Generator(config.generator)
         load_stem_into(G, generator_config(stem), stem["G_ema"])
     else:

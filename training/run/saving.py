@@ -19,7 +19,7 @@ from dnnlib import UserError
 from dnnlib.util import format_bytes, link_or_copy
 from torch_utils import checkpoint, distributed
 from training.config import TrainConfig
-from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
+from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE, settings_of_state
 from training.run.snapshots import NETWORK_FORMAT, TrainingState, network_snapshot, snapshot_name
 
 SNAPSHOT_NAME = re.compile(r"network-snapshot-(\d{6,})(?:\.(\d{3}))?\.pkl")
@@ -191,6 +191,7 @@ class Saver:
     def __init__(self, folder: Path, config: TrainConfig, class_names: list[str], say: Callable[[str], None]):
         self.folder, self.config, self.class_names, self.say = folder, config, class_names, say
         self.writer = Writer()
+        self._options = settings_of_state(folder)
         self._last_state = time.monotonic()
         self._told = False
 
@@ -215,7 +216,7 @@ class Saver:
         Copied only if the copy takes at most half of the memory that is left; else tensors are those in use.
         """
         self.writer.wait()          # The copy before this one is gone then.
-        content = state.content()
+        content = state.content() | self._options
         if not self.config.saving.background:
             return content, False
         size, left = tensor_bytes(content), available_memory()
