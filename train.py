@@ -329,12 +329,13 @@ def owned_run(setup: EasyDict) -> Iterator[None]:
 
 def train_stage(opts: EasyDict, setup: EasyDict, gpus: int, device: Any, stop: Any) -> int:
     """Train what `resolve_run` resolved, until `stop` (StopRequests) says so. Returns the exit code."""
-    from training.run.preflight import check_processes
+    from training.run.preflight import check_processes, check_shared_memory
     from training.run.stages import mark_finished
     if opts.batch_gpu == "auto" and not opts.dry_run:
         choose_batch_gpu(setup, gpus, device)
     check_split_group(opts.split_group, setup.config.batch_gpu)
     check_processes(setup.config, setup.dataset, setup.info)
+    check_shared_memory(setup.config)
     print_setup(setup, gpus)
     if opts.dry_run:
         from training.generator.superres import stage_table

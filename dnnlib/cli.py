@@ -26,7 +26,9 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except UserError as err:
-            raise _Mistake(" ".join(str(err).split("\n"))) from err
+            mistake = _Mistake(" ".join(str(err).split("\n")))
+            mistake.exit_code = err.exit_code
+            raise mistake from err
         except OSError as err:
             if err.errno != errno.ENOSPC:
                 raise

@@ -4,9 +4,7 @@ the images of a class are apart."""
 import functools
 import itertools
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import PIL.Image
@@ -14,8 +12,9 @@ import torch
 import torch.utils.data
 
 from dnnlib import UserError
-from training.data.inventory import Inventory, inventory, inventory_fingerprint
+from training.data.inventory import Inventory, inventory
 from training.data.labels import read_labels
+from training.data.loading import Loading, obey_parent_only, shared, start_loading
 from training.data.png import decode_plain_png
 from training.data.randomness import permutation
 from training.data.stores import DECODE_ERRORS, METADATA_NAME, content_fingerprint, open_image, open_store
@@ -23,7 +22,6 @@ from training.data.stores import DECODE_ERRORS, METADATA_NAME, content_fingerpri
 CHECKED_AT_START = 256      # Files whose size and mode are looked at before training; the rest when they are read.
 MIN_RESOLUTION = 4
 NUM_PAIRS = 1024            # Pairs of images whose distance is measured, at most.
-STOPPING = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 #----------------------------------------------------------------------------
 
@@ -185,11 +183,6 @@ class ImageDataset(torch.utils.data.Dataset):
         """What it consists of, file by file."""
         return inventory(self._store, self.labels, self.class_names)
 
-    @functools.cached_property
-    def identity(self) -> str:
-        """What it is known by when it moves: the fingerprint of an archive; a folder is not read whole for it."""
-        return self.fingerprint if os.path.isfile(self.path) else inventory_fingerprint(self.inventory(), self.xflip)
-
 #----------------------------------------------------------------------------
 
 class EpochOrder:
@@ -235,11 +228,11 @@ class _MicroBatches(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | UserError:
-        labels = torch.empty([len(indices)], dtype=torch.int64)
-        their_labels = labels.numpy()
         try:
+            labels = shared(torch.empty([len(indices)], dtype=torch.int64))
+            their_labels = labels.numpy()
             first, their_labels[0] = self.dataset[indices[0]]
-            images = torch.empty([len(indices), *first.shape], dtype=torch.uint8)
+            images = shared(torch.empty([len(indices), *first.shape], dtype=torch.uint8))
             to_fill = images.numpy()
             to_fill[0] = first
             for k, i in enumerate(indices[1:], start=1):
@@ -279,46 +272,13 @@ class _MicroBatchIndices(torch.utils.data.Sampler):
             yield self.order.indices(np.arange(start, start + self.batch_gpu))
 
 
-def obey_parent_only(_worker: int) -> None:
-    """In a loader process: end by SIGTERM only if the training process sent it.
-
-    Clusters send SIGTERM to every process of a job; the training process then saves, for which its loaders must live.
-    """
-    if not hasattr(signal, "sigwaitinfo"):      # macOS
-        return
-    parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-
-    def listen() -> None:
-        while True:
-            info = signal.sigwaitinfo(STOPPING)
-            if info.si_pid == parent and info.si_signo == signal.SIGTERM:
-                os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-
-
-def start_loading(loader: torch.utils.data.DataLoader) -> Iterator:
-    """iter(loader), where a signal to the whole job cannot hit a loader process before it obeys its parent only.
-
-    A process starts with the signals blocked that its parent blocks; what arrives meanwhile waits, in both.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class TrainingStream:
     """Endless micro-batches of one process: (uint8 [batch_gpu, 3, H, W], int64 [batch_gpu]).
 
     Micro-batch k of process `rank` holds the batch_gpu positions from start_nimg + (k * world_size + rank) * batch_gpu.
 
     Raises (while iterating):
-        UserError: an image cannot be served; the message names the file.
+        UserError: an image cannot be served; the message names the file. Or none come (`training.data.loading`).
     """
 
     def __init__(
@@ -331,6 +291,7 @@ class TrainingStream:
         start_nimg: int = 0,            # Images seen before, by all processes.
         workers: int = 0,               # Loader processes; 0 loads in this one.
         pin_memory: bool = False,       # For training on a GPU: copies from there do not wait for it.
+        is_asked_to_stop: Callable[[], bool] = lambda: False,   # Then it is not waited long for images.
     ):
         if order.num_items != len(dataset):
             raise ValueError(f"the order is of {order.num_items} items, the data set of {len(dataset)}")
@@ -343,7 +304,8 @@ class TrainingStream:
             worker_init_fn=obey_parent_only,
             generator=torch.Generator(),        # The loader draws a seed for its workers: not from the global state.
         )
-        self._batches: Iterator | None = None
+        self._is_asked_to_stop = is_asked_to_stop
+        self._batches: Loading | None = None
 
     def __iter__(self) -> "TrainingStream":
         return self
@@ -352,7 +314,7 @@ class TrainingStream:
         if self._loader is None:
             raise StopIteration
         if self._batches is None:
-            self._batches = start_loading(self._loader)
+            self._batches = Loading(self._loader, self._is_asked_to_stop)
         batch = next(self._batches)
         if isinstance(batch, UserError):
             raise batch
@@ -361,6 +323,8 @@ class TrainingStream:
 
     def close(self) -> None:
         """End the loader processes and the stream."""
+        if self._batches is not None:
+            self._batches.close()
         self._batches = self._loader = None
 
 #----------------------------------------------------------------------------

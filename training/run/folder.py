@@ -18,7 +18,7 @@ from dnnlib import UserError
 from dnnlib.util import atomic_write_text
 from torch_utils import checkpoint, distributed
 from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
-from training.data.inventory import Inventory, compare, read_inventory, write_inventory
+from training.data.inventory import Inventory, compare, inventory_fingerprint, read_inventory, write_inventory
 from training.dataset import ImageDataset
 from training.run.lock import RunLock, owner_of, refusal
 from training.run.snapshots import STATE_FORMAT
@@ -347,8 +347,10 @@ def code_version() -> str:
 
 def run_info(dataset: ImageDataset, device: str = "", desc: str | None = None) -> dict[str, Any]:
     """Code version, torch, processes, device, content of the data, and what the user typed for --desc."""
+    fingerprint = dataset.fingerprint if os.path.isfile(dataset.path) else inventory_fingerprint(   # Not read whole.
+        dataset.inventory(), dataset.xflip)
     return {"code": code_version(), "torch": torch.__version__, "world_size": distributed.world_size(),
-            "device": device, "data_fingerprint": dataset.identity, "desc": desc}
+            "device": device, "data_fingerprint": fingerprint, "desc": desc}
 
 
 def create_run(choice: RunChoice, config: TrainConfig, given: Given) -> dict[str, Any]:

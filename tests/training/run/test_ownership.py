@@ -263,7 +263,7 @@ def test_data_that_grew_or_were_repaired(tmp_path, kind):
 
 def test_changed_data_need_a_word(tmp_path):
     data = [ImageDataset(write_dataset(tmp_path / f"{n}.zip", 16, num_images=n), use_labels=True) for n in (16, 18)]
-    given = [Given(INFO | {"data_fingerprint": d.identity}, {}, d.inventory) for d in data]
+    given = [Given(INFO | {"data_fingerprint": d.fingerprint}, {}, d.inventory) for d in data]
     folder = tmp_path / "runs" / f"00000-{DESC}"
     create_run(RunChoice(folder, False), settings(), given[0])
     (folder / STATE_FILE).touch()

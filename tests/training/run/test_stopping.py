@@ -14,7 +14,7 @@ import train
 from tests.training.test_loop import SMALL, assert_equal_states, only_run
 from torch_utils import checkpoint, distributed
 from training import training_loop
-from training.dataset import start_loading
+from training.data.loading import start_loading
 from training.run import stopping
 from training.run.folder import STATE_FILE
 from training.run.snapshots import STATE_FORMAT
