@@ -31,14 +31,20 @@ sys.path.insert(0, str(ROOT))
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import atomic_write_text, format_bytes  # noqa: E402
 from torch_utils import checkpoint  # noqa: E402
-from training.config import DiscriminatorConfig, GeneratorConfig, LossConfig, OptimConfig  # noqa: E402
+from training.config import (  # noqa: E402
+    DataConfig,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    LossConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402
 from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
-from training.loss import StyleSanLoss  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
 from training.run.saving import copy_to_cpu, tensor_bytes  # noqa: E402
-from training.run.snapshots import STATE_FORMAT, TrainingState  # noqa: E402
-from training.step.phases import make_phases  # noqa: E402
+from training.run.snapshots import STATE_FORMAT, training_state  # noqa: E402
+from training.trainer import Trainer  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "distributed.md"
 STATE_SECONDS = 600         # The default of --snap-state.
@@ -81,21 +87,22 @@ def imagenet256_config() -> GeneratorConfig:
     return config
 
 
-def full_size_state() -> TrainingState:
-    """State of the 256-pixel stage with moments in both Adams."""
+def full_size_trainer() -> Trainer:
+    """That of the 256-pixel stage, with moments in both Adams."""
     G = Generator(imagenet256_config()).requires_grad_(False)
-    G_ema = Generator(imagenet256_config()).requires_grad_(False)
     # The heads do not depend on the weights of the feature networks.
     names = ("deit_base_distilled_patch16_224:random", "tf_efficientnet_lite0:random")
-    D = ProjectedDiscriminator(DiscriminatorConfig(names, 256, 1000)).requires_grad_(False)
-    loss = StyleSanLoss(G, D, LossConfig(), torch.device("cpu"))
-    phases = make_phases(G, D, loss, OptimConfig.official(256))
-    for phase in phases:
+    config = TrainConfig(
+        DataConfig("", 256, 1000), G.config, DiscriminatorConfig(names, 256, 1000), LossConfig(),
+        OptimConfig.official(256), batch=256, batch_gpu=8, total_kimg=1, kimg_per_tick=1, snapshot_ticks=1)
+    D = ProjectedDiscriminator(config.discriminator).requires_grad_(False)
+    trainer = Trainer(config, G, D, None, torch.device("cpu"))
+    for phase in trainer.phases:
         for p in phase.parameters:
             p.grad = torch.zeros_like(p)
         phase.optimizer.step()
         phase.optimizer.zero_grad(set_to_none=True)
-    return TrainingState(G, G_ema, D, loss, phases)
+    return trainer
 
 
 def timed(action) -> tuple[float, Any]:
@@ -107,15 +114,15 @@ def timed(action) -> tuple[float, Any]:
 
 def saving_rows(folder: Path) -> list[tuple[str, str]]:
     """Measured rows about states of full size."""
-    state = full_size_state()
-    parameters = sum(p.numel() for p in state.G.parameters())
-    stall, _ = timed(lambda: copy_to_cpu(state.content()))
-    again, copied = timed(lambda: copy_to_cpu(state.content()))
+    trainer = full_size_trainer()
+    parameters = sum(p.numel() for p in trainer.G.parameters())
+    stall, _ = timed(lambda: copy_to_cpu(training_state(trainer.state_dict())))
+    again, copied = timed(lambda: copy_to_cpu(training_state(trainer.state_dict())))
     size = tensor_bytes(copied)
     writing, _ = timed(functools.partial(checkpoint.save, folder / "state.pt", copied))
     del copied
     reading, content = timed(lambda: checkpoint.load(folder / "state.pt", STATE_FORMAT))
-    taking, _ = timed(lambda: state.load_content(content))
+    taking, _ = timed(lambda: trainer.load_state_dict(content))
     worst = max(stall, again)
     return [
         ("parameters of G", f"{parameters / 1e6:.0f} M"),

@@ -37,23 +37,24 @@ from torch_utils.ops import dispatch  # noqa: E402
 from torch_utils.training_stats import Collector  # noqa: E402
 from training.config import (  # noqa: E402
     OFFICIAL_PROCESSES,
+    DataConfig,
     DiscriminatorConfig,
     GeneratorConfig,
     LossConfig,
     OptimConfig,
+    TrainConfig,
 )
 from training.diffaug import NUM_UNIFORMS  # noqa: E402
 from training.discriminators.projected import Features, ProjectedDiscriminator  # noqa: E402
 from training.feature_networks.classifier import Classifier, load_classifier  # noqa: E402
 from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
-from training.loss import StyleSanLoss  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
 from training.step.ema import update_ema  # noqa: E402
 from training.step.gradients import FlatGradients  # noqa: E402
-from training.step.guard import GradientGuard  # noqa: E402
 from training.step.loss_math import discriminator_loss_fake, discriminator_loss_real, generator_loss  # noqa: E402
 from training.step.micro_batch import MicroBatch  # noqa: E402
-from training.step.phases import make_phases, run_phase  # noqa: E402
+from training.step.phases import Phase  # noqa: E402
+from training.trainer import Progress, Trainer  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "training.md"
 BACKBONES = ("deit_base_distilled_patch16_224:random", "tf_efficientnet_lite0:random")
@@ -104,20 +105,43 @@ def random_batch(case: Case, num_backbones: int, device: torch.device, seed: int
     return MicroBatch(**{name: x.to(device) for name, x in tensors.items() if x is not None})
 
 
-class OurStep:
-    """Copies of the networks and what training_loop does with them, without its data and reports."""
+def train_config(case: Case, precisions: tuple[str, str] = PRECISIONS["fp32"]) -> TrainConfig:
+    """The settings of a run that has this micro-batch as its batch."""
+    size = case.generator.img_resolution
+    return TrainConfig(
+        DataConfig("", size, CLASSES), case.generator, DiscriminatorConfig(case.backbones, size, CLASSES),
+        LossConfig(cls_weight=case.cls_weight), OptimConfig.official(case.batch), batch=case.batch,
+        batch_gpu=case.batch, total_kimg=1, kimg_per_tick=1, snapshot_ticks=1, feature_precision=precisions[0],
+        precision=precisions[1])
 
-    def __init__(self, G: Generator, D: ProjectedDiscriminator, precisions: tuple[str, str], loss: LossConfig,
-                 classifier: Classifier | None, batch: int):
+
+@dataclasses.dataclass(frozen=True)
+class GivenBatches:
+    """An iteration of one micro-batch for each network."""
+
+    for_G: MicroBatch
+    for_D: MicroBatch
+
+    @property
+    def batch(self) -> int:
+        return len(self.for_G.z)
+
+    def micro_batches(self, phase: Phase, cur_nimg: int) -> Iterator[MicroBatch]:
+        yield self.for_D if phase.uses_real_images else self.for_G
+
+
+class OurStep:
+    """A trainer with copies of the networks, and the parts of its iteration one by one."""
+
+    def __init__(self, case: Case, G: Generator, D: ProjectedDiscriminator, precisions: tuple[str, str],
+                 classifier: Classifier | None):
         self.G, self.D = copy.deepcopy((G, D))
         self.D.make_fast_(precisions[0])
-        self.G_ema = copy.deepcopy(G).eval()
-        self.config, self.guard = OptimConfig.official(batch), GradientGuard(batch)
-        device = next(G.parameters()).device
-        self.loss = StyleSanLoss(self.G, self.D, loss, device, classifier, Collector().report, precisions[1])
+        self.trainer = Trainer(train_config(case, precisions), self.G, self.D, classifier, next(G.parameters()).device,
+                               Collector().report)
+        self.loss, self.guard = self.trainer.loss, self.trainer.guard
         self.loss.set_progress(CUR_NIMG)
-        self.phases = [p for p in make_phases(self.G, self.D, self.loss, self.config) if p.name in ("Gmain", "Dmain")]
-        self.optimizers = [phase.optimizer for phase in self.phases]
+        self.optimizers = list(self.trainer.optimizers().values())
         self.features = self.D.features
 
     def generator_phase(self, batch: MicroBatch) -> None:
@@ -148,13 +172,12 @@ class OurStep:
 
     def average(self, cur_nimg: int, batch: int) -> None:
         """The average of G."""
-        update_ema(self.G_ema, self.G, cur_nimg, batch, self.config)
+        update_ema(self.trainer.G_ema, self.G, cur_nimg, batch, self.trainer.config.optim)
 
     def iteration(self, for_G: MicroBatch, for_D: MicroBatch, cur_nimg: int) -> None:
-        """Both phases and the average."""
-        for phase, batch in zip(self.phases, (for_G, for_D), strict=True):
-            run_phase(phase, [batch], len(batch.z), self.guard)
-        self.average(cur_nimg, len(for_G.z))
+        """Both phases and the average: an iteration in which path lengths do not come."""
+        self.trainer.progress = Progress(cur_nimg, batch_idx=1)
+        self.trainer.step(GivenBatches(for_G, for_D))
 
 
 Step = OfficialStep | OurStep
@@ -173,11 +196,9 @@ def make_networks(case: Case, device: torch.device) -> tuple[Generator, Projecte
 def make_steps(case: Case, device: torch.device) -> dict[str, Step]:
     """The official structure and ours, with equal weights."""
     G, D, classifier = make_networks(case, device)
-    loss = LossConfig(cls_weight=case.cls_weight)
-    guidance = None if classifier is None else (classifier, loss.cls_weight)
+    guidance = None if classifier is None else (classifier, case.cls_weight)
     steps: dict[str, Step] = {"official": OfficialStep(G, D, OptimConfig.official(OFFICIAL_PROCESSES), guidance)}
-    return steps | {name: OurStep(G, D, precisions, loss, classifier, case.batch)
-                    for name, precisions in PRECISIONS.items()}
+    return steps | {name: OurStep(case, G, D, precisions, classifier) for name, precisions in PRECISIONS.items()}
 
 #----------------------------------------------------------------------------
 # The same numbers?

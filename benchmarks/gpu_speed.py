@@ -270,13 +270,11 @@ def conv_seconds(values: dict[str, float], cases: list[tuple[ConvCase, str]]) ->
 def make_step(generator: GeneratorConfig, batch: int, cls_weight: float, context: Context) -> tuple[Any, Any, Any]:
     """A training step of ours with random weights, and what its two phases get."""
     import bench_training as bench
-
-    from training.config import LossConfig
     torch.backends.cudnn.benchmark = True       # As in training.
     small = SMALL_NETWORKS if context.quick else {}
     case = bench.Case("", generator, batch, cls_weight, **small)
     G, D, classifier = bench.make_networks(case, context.device)
-    step = bench.OurStep(G, D, bench.PRECISIONS["fp32"], LossConfig(cls_weight=cls_weight), classifier, batch)
+    step = bench.OurStep(case, G, D, bench.PRECISIONS["fp32"], classifier)
     del G, D
     return step, *(bench.random_batch(case, len(case.backbones), context.device, seed) for seed in (1, 2))
 
@@ -389,14 +387,10 @@ def auto_micro_batch(config: GeneratorConfig, context: Context) -> int:
     """As `--batch-gpu=auto` finds it for a batch of STEM_BATCH; its trials are in the step's log."""
     import bench_training as bench
 
-    from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
     from training.run.batch_size import find_batch_gpu
-    backbones = SMALL_NETWORKS["backbones"] if context.quick else bench.BACKBONES
-    batch = 4 if context.quick else STEM_BATCH
-    return find_batch_gpu(TrainConfig(
-        DataConfig("", config.img_resolution, CLASSES), config,
-        DiscriminatorConfig(backbones, config.img_resolution, CLASSES), LossConfig(), OptimConfig.official(batch),
-        batch=batch, batch_gpu=batch, total_kimg=1, kimg_per_tick=1, snapshot_ticks=1), context.device, print)
+    small = SMALL_NETWORKS if context.quick else {}
+    case = bench.Case("", config, 4 if context.quick else STEM_BATCH, **small)
+    return find_batch_gpu(bench.train_config(case), context.device, print)
 
 #----------------------------------------------------------------------------
 # Sampling.

@@ -16,7 +16,9 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 class _Mistake(click.ClickException):
     """One line on stderr, and the exit code of mistakes that the user can mend."""
 
-    exit_code = UserError.exit_code
+    def __init__(self, message: str, exit_code: int = UserError.exit_code):
+        super().__init__(message)
+        vars(self)["exit_code"] = exit_code         # click has one per class.
 
 
 class Command(click.Command):
@@ -26,9 +28,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except UserError as err:
-            mistake = _Mistake(" ".join(str(err).split("\n")))
-            mistake.exit_code = err.exit_code
-            raise mistake from err
+            raise _Mistake(" ".join(str(err).split("\n")), err.exit_code) from err
         except OSError as err:
             if err.errno != errno.ENOSPC:
                 raise

@@ -16,9 +16,9 @@ from dnnlib.util import list_some
 from inference.npz_source import Batch, labels_sorted
 from inference.tar_store import TarStore
 from training.data.labels import class_list, label_table, labels_of
+from training.data.loading import obey_parent_only, start_loading
 from training.data.report import read_report
 from training.data.stores import DECODE_ERRORS, FolderStore, ZipStore, content_fingerprint, open_image
-from training.data.loading import obey_parent_only, start_loading
 
 CHECKED_AT_START = 256      # Files looked at before anything is computed; the rest when they are read.
 # Folders that only hold a thousand files each and are no classes: of official data sets, and of EDM2's samples.

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +28,8 @@ DEFAULT_PORT = 29400
 POLL_SECONDS = 5.0
 IDLE_SECONDS = 60.0         # For torchrun to end after its processes.
 TWICE_SECONDS = 0.3         # Two signals that come closer are one Ctrl-C that came two ways.
+
+Handler = Callable[[int, FrameType | None], None]
 
 #----------------------------------------------------------------------------
 
@@ -134,7 +136,7 @@ def run_local_processes(num_processes: int, argv: list[str], max_restarts: int =
             stack.callback(os.close, os.open(folder / ALIVE, os.O_RDWR | os.O_NONBLOCK))    # For as long as this lives.
         # After "--" torchrun takes nothing for its own: it would read our --num as short for --numa-binding. In a
         # process group of its own it gets no signals from the terminal, which would reach the processes twice.
-        process = subprocess.Popen([*command, "--", *argv], env=env, **({"process_group": 0} if os.name == "posix" else {}))
+        process = subprocess.Popen([*command, "--", *argv], env=env, process_group=0 if os.name == "posix" else None)
         atomic_write_text(folder / AGENT, f"{process.pid}\n")
         agent = _Agent(process)
         stack.enter_context(agent.forwarding())
@@ -154,7 +156,7 @@ class _Agent:
     @contextlib.contextmanager
     def forwarding(self) -> Iterator[None]:
         """Handlers for the block. What was ignored stays so: by nohup, or by a shell in the background."""
-        wanted = {number: self._forward for number in STOP_SIGNALS}
+        wanted: dict[int, Handler] = dict.fromkeys(STOP_SIGNALS, self._forward)
         if hasattr(signal, "SIGTSTP"):
             wanted[signal.SIGTSTP] = self._pause
         before = {number: signal.signal(number, handler) for number, handler in wanted.items()
@@ -176,13 +178,14 @@ class _Agent:
                 states = [state_of(pid) for pid in children_of(self.process.pid)]
                 idle = idle + 1 if states and all(state == "Z" for state in states) else 0
                 if idle * POLL_SECONDS >= IDLE_SECONDS:
-                    print("torchrun does not end although its processes have: it is killed", file=sys.stderr, flush=True)
+                    print("torchrun does not end although its processes have: killed", file=sys.stderr, flush=True)
                     self.process.kill()
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         """Not to torchrun itself: it would leave the processes 30 seconds, and saving a large model may take longer."""
         now, children = time.monotonic(), children_of(self.process.pid)
-        is_second = number == signal.SIGINT and self._interrupted is not None and now - self._interrupted > TWICE_SECONDS
+        is_second = (number == signal.SIGINT and self._interrupted is not None
+                     and now - self._interrupted > TWICE_SECONDS)
         self._interrupted = self._interrupted or (now if number == signal.SIGINT else None)
         if is_second or not children:               # Or there is nothing to save yet.
             self._ended_by = number

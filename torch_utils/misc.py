@@ -2,7 +2,6 @@
 """Devices, shape checks, module summaries and scoped changes of global settings."""
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -111,11 +110,15 @@ def _single_precision_on_gpus(value: str) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision = old
 
 
-def full_precision() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
     """No TF32 in matrix products and convolutions for the block (the default for convolutions is TF32)."""
-    return _single_precision_on_gpus("ieee")
+    with _single_precision_on_gpus("ieee"):
+        yield
 
 
-def tf32() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
     """Matrix products and convolutions of float32 may round their arguments to TF32 (10 bits) for the block."""
-    return _single_precision_on_gpus("tf32")
+    with _single_precision_on_gpus("tf32"):
+        yield

@@ -25,8 +25,8 @@ def main() -> None:
         else:
             silent += wait          # While this process runs: with the whole job stopped no time passes.
         if silent >= seconds:
-            print(f"{label}: process {watched} showed no sign of life for {silent:.0f} s: it is stopped or hangs, and is "
-                  "killed", file=sys.stderr, flush=True)
+            print(f"{label}: process {watched} showed no sign of life for {silent:.0f} s: it is stopped or hangs, and "
+                  "is killed", file=sys.stderr, flush=True)
             os.kill(watched, signal.SIGKILL)
             return
 

@@ -56,7 +56,8 @@ class Watch:
         self._stop = threading.Event()
         self._deadline: tuple[float, Any] | None = None
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._beats, self._seen, self._same, self._lost = 0, None, 0, 0
+        self._beats, self._same, self._lost = 0, 0, 0
+        self._seen: bytes | None = None             # The last beat of the process after this one,
         self._parent = os.getppid()
         self._sentinel: Sentinel | None = None
 

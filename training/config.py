@@ -203,6 +203,11 @@ class TrainConfig:
     diagnose: int = 0               # Images per side in the diagnosis of D at snapshots; 0: none. Moves no result.
     saving: SavingConfig = SavingConfig()
 
+    @property
+    def has_guidance(self) -> bool:
+        """Whether a classifier guides G: in super-resolution stages with classes, if it has a weight."""
+        return self.loss.cls_weight > 0 and self.generator.num_frozen_layers > 0 and self.generator.c_dim > 0
+
 #----------------------------------------------------------------------------
 # JSON.
 

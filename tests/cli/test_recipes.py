@@ -15,13 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from dnnlib import EasyDict
 from legacy import open_snapshot
 from tests.conftest import write_dataset
 from training.config import to_dict
 from training.run.folder import read_options
-from training.run.recipes import RECIPES, command_line, find_data, plan_stages, select_stages
-from training.run.stages import resolved_stages
+from training.run.options import DEFAULTS, TrainOptions, spelled
+from training.run.plan import RunPlan, plan_run
+from training.run.recipes import RECIPES, command_line, find_data, select_stages
+from training.run.stages import plan_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).with_name("recipes.json")
@@ -41,18 +42,17 @@ def data(tmp_path_factory):
     return folder
 
 
-def parse(*args: str):
-    """(options, those typed) of a command line."""
+def parse(*args: str) -> TrainOptions:
+    """The options of a command line."""
     with train.main.make_context("train.py", list(args)) as ctx:
         typed = {n for n in ctx.params if ctx.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE}
-        return EasyDict(ctx.params), typed
+        return train.parse(ctx.params, typed)
 
 
-def resolve(recipe: str, data: Path, *more: str) -> list:
-    """(stage, settings) of all stages that are asked for."""
-    opts, typed = parse(f"--recipe={recipe}", f"--data={data / recipe}", "--outdir=runs", "--gpus=8", *more)
-    runs = plan_stages(opts, typed, train.default_options())
-    return list(resolved_stages(opts, runs, lambda o, given, stem: train.resolve_run(o, given, 8, stem)))
+def resolve(recipe: str, data: Path, *more: str) -> list[RunPlan]:
+    """The plans of all stages that are asked for."""
+    options = parse(f"--recipe={recipe}", f"--data={data / recipe}", "--outdir=runs", "--gpus=8", *more)
+    return list(plan_recipe(options, 8, open_snapshot))
 
 
 def recorded_form(config: dict) -> dict:
@@ -69,8 +69,8 @@ def recorded_form(config: dict) -> dict:
 
 
 def test_every_recipe_resolves_as_recorded(data):
-    now = {recipe: {str(run.stage.resolution): recorded_form(to_dict(setup.config))
-                    for run, setup in resolve(recipe, data)} for recipe in RECIPES}
+    now = {recipe: {str(plan.config.data.resolution): recorded_form(to_dict(plan.config))
+                    for plan in resolve(recipe, data)} for recipe in RECIPES}
     if os.environ.get("STYLESAN_UPDATE_RECIPES"):
         RECORDED.write_text(json.dumps(now, indent=1) + "\n")
     recorded = json.loads(RECORDED.read_text())
@@ -101,7 +101,7 @@ def test_published_settings():
 def test_typed_options_go_before_the_recipes(data):
     stages = resolve("imagenet256", data, "--kimg=5", "--batch=64", "--batch-gpu=4", "--metrics=none",
                      "--cls_weight=2", "--syn_layers=7", "--cbase=1024", "--stages=16,32")
-    stem, up = (setup.config for _, setup in stages)
+    stem, up = (plan.config for plan in stages)
     assert (stem.total_kimg, stem.batch, stem.batch_gpu, stem.metrics) == (5, 64, 4, ())
     assert (up.total_kimg, up.batch, up.batch_gpu, up.metrics) == (5, 64, 4, ())
     assert (stem.loss.cls_weight, up.loss.cls_weight) == (0, 2)     # Where it has an effect.
@@ -112,15 +112,19 @@ def test_typed_options_go_before_the_recipes(data):
 
 def test_command_line_of_a_stage_gives_the_stage(data):
     """What is printed before a stage trains the same."""
-    spelling = {p.name: p.opts[-1] for p in train.main.params}
-    planned = None
-    for run, setup in resolve("imagenet256", data, "--metrics=none", "--stages=16,32"):
-        words = command_line(run, spelling).split()
+    below = None
+    for plan in resolve("imagenet256", data, "--metrics=none", "--stages=16,32"):
+        words = command_line(plan.options).split()
         assert words[:2] == ["python", "train.py"]
-        opts, typed = parse(*words[2:])
-        alone = train.setup_config(opts, typed, 8, planned)
-        assert alone.config == setup.config
-        planned = {"generator_config": to_dict(setup.config.generator)}
+        assert plan_run(parse(*words[2:]), 8, open_snapshot, below).config == plan.config
+        below = plan.config.generator
+
+
+def test_options_are_typed_as_they_are_spelled():
+    assert {p.name: p.opts[-1] for p in train.main.params} == {name: spelled(name) for name in (
+        "outdir", "data", *DEFAULTS)}
+    options = parse("--outdir=x", "--data=y")
+    assert options == TrainOptions("x", "y", given=frozenset({"outdir", "data"}))
 
 #----------------------------------------------------------------------------
 # Mistakes.
@@ -190,7 +194,7 @@ class Killed(BaseException):
 
 
 def test_two_stages_killed_and_started_again(blobs, tmp_path, monkeypatch):
-    import training.training_loop as loop
+    import training.trainer as loop
     command = [*TINY, f"--data={blobs}/blobs{{resolution}}.zip", f"--outdir={tmp_path}/out"]
 
     def start(*more: str, without: tuple[str, ...] = ("--none",)) -> str:

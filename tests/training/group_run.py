@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimCo
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 from training.run.forms import settle_forms
-from training.run.snapshots import TrainingState
 from training.step.gradients import FlatGradients
+from training.trainer import Progress
 
 CASES = {}
 
@@ -87,11 +88,11 @@ def chooses_forms(rank: int) -> None:
     config = small_config()
     torch.manual_seed(0)
     G = Generator(config.generator).train().requires_grad_(False)
-    state, said = TrainingState(G, G, None, None, []), []
-    settle_forms(state, config, torch.device("cpu"), Path("nowhere"), False, said.append)
+    trainer = types.SimpleNamespace(config=config, device=torch.device("cpu"), G=G, forms={}, progress=Progress())
+    settle_forms(trainer, Path("nowhere"), False, [].append)
     assert (len(timed) > 10) == (rank == 0)
-    assert {form for name, form in state.forms.items() if name.startswith("filtered_lrelu")} == {"matrix"}
-    assert distributed.all_gather_object(state.forms) == [state.forms] * 2
+    assert {form for name, form in trainer.forms.items() if name.startswith("filtered_lrelu")} == {"matrix"}
+    assert distributed.all_gather_object(trainer.forms) == [trainer.forms] * 2
     before = len(timed)
     images = G(torch.ones(config.batch_gpu, G.z_dim), one_hot(torch.arange(config.batch_gpu), 4))
     first, second = distributed.all_gather_object(images)

@@ -2,7 +2,6 @@
 
 Usage: split_run.py DATA BATCH_GPU SPLIT_GROUP DEST
 """
-import copy
 import dataclasses
 import hashlib
 import sys
@@ -11,15 +10,12 @@ import torch
 
 from torch_utils import distributed
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
-from training.data.randomness import CounterRNG
-from training.dataset import EpochOrder, ImageDataset, TrainingStream
+from training.dataset import ImageDataset
 from training.generator.layer_schedule import stem_config
-from training.loss import StyleSanLoss
 from training.run.networks import make_networks
+from training.run.training_data import TrainingData
 from training.step.batches import BatchSource
-from training.step.ema import update_ema
-from training.step.guard import GradientGuard
-from training.step.phases import make_phases, run_phase
+from training.trainer import Trainer
 
 BATCH, ITERATIONS, START_NIMG = 8, 5, 64
 
@@ -40,9 +36,22 @@ def digests(phase: str, nimg: int, batch) -> dict[str, str]:
     return rows
 
 
+class SeenBatches:
+    """Batches in double precision, and digests of all of them by phase and position."""
+
+    def __init__(self, source: BatchSource):
+        self.source, self.batch, self.seen = source, source.batch, {}
+
+    def micro_batches(self, phase, cur_nimg):
+        for k, batch in enumerate(self.source.micro_batches(phase, cur_nimg)):
+            first = cur_nimg + (k * distributed.world_size() + distributed.rank()) * len(batch.z)
+            self.seen |= digests(phase.name, first, batch)
+            yield doubled(batch)
+
+
 def main(device) -> int:
     data, batch_gpu, group, dest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    rank, size = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
     dataset = ImageDataset(data, use_labels=True)
     config = TrainConfig(
         data=DataConfig(data, 16, dataset.c_dim), generator=stem_config(16, 4, 128, 16, 2, c_dim=4, w_dim=32),
@@ -50,24 +59,12 @@ def main(device) -> int:
         loss=LossConfig(pl_start_kimg=0), optim=OptimConfig.official(BATCH), batch=BATCH, batch_gpu=batch_gpu,
         total_kimg=1, kimg_per_tick=1, snapshot_ticks=1)
     G, D = (net.double() for net in make_networks(config, dataset, None, device))
-    G_ema = copy.deepcopy(G)
-    loss = StyleSanLoss(G, D, config.loss, device)
-    loss.pl_mean = loss.pl_mean.double()
-    phases, guard = make_phases(G, D, loss, config.optim), GradientGuard(BATCH)
-    stream = TrainingStream(dataset, EpochOrder(len(dataset), 0), rank, size, batch_gpu, START_NIMG, 0)
-    probs = dataset.label_distribution()
-    source = BatchSource(G, CounterRNG(0), probs, stream, 1, BATCH, batch_gpu, rank, size, device)
-    seen = {}
-    for it in range(ITERATIONS):
-        nimg = START_NIMG + it * BATCH
-        loss.set_progress(nimg)
-        for phase in phases:
-            if it % phase.interval == 0:
-                batches = list(source.micro_batches(phase, nimg))
-                for k, batch in enumerate(batches):
-                    seen |= digests(phase.name, nimg + (k * size + rank) * batch_gpu, batch)
-                run_phase(phase, map(doubled, batches), BATCH, guard)
-        update_ema(G_ema, G, nimg, BATCH, config.optim)
+    trainer = Trainer(config, G, D, None, device)
+    trainer.progress.cur_nimg = START_NIMG
+    batches = SeenBatches(TrainingData(trainer, dataset).batches())
+    for _iteration in range(ITERATIONS):
+        trainer.step(batches)
+    G_ema, loss, seen = trainer.G_ema, trainer.loss, batches.seen
     seen = {key: value for part in distributed.all_gather_object(seen) for key, value in part.items()}
     if rank == 0:
         tensors = {f"{name}.{key}": value for name, net in (("G", G), ("G_ema", G_ema)) for key, value

@@ -130,8 +130,8 @@ class Loading:
         if dead := [p for p in self._processes if not p.is_alive()]:
             self._end_processes()
             how = ", ".join(f"{p.pid} ({_ending(p.exitcode)})" for p in dead)
-            raise UserError(f"loader process {how} ended before its time: shared memory ({SHARED_MEMORY}) or memory may "
-                            "be full: take fewer --workers (0 needs none), or give the container more shared memory "
+            raise UserError(f"loader process {how} ended before its time: shared memory ({SHARED_MEMORY}) or memory "
+                            "may be full: take fewer --workers (0 needs none), or give the container more shared memory "
                             f"(docker run --shm-size=8g); {AGAIN}") from err
         if not timed_out:
             raise err
@@ -152,8 +152,8 @@ class Loading:
                                 f"images came from the loader processes: {AGAIN}")
         stopped = [str(p.pid) for p in self._processes if _is_stopped(p.pid)]
         if waited >= min(STOPPED_SECONDS, limit) and stopped:
-            return UserError(f"no images for {waited:.0f} s: loader process {', '.join(stopped)} is stopped (by SIGSTOP "
-                             f"or a debugger): {AGAIN}; --workers=0 does without such processes")
+            return UserError(f"no images for {waited:.0f} s: loader process {', '.join(stopped)} is stopped (by "
+                             f"SIGSTOP or a debugger): {AGAIN}; --workers=0 does without such processes")
         if waited >= limit:
             return UserError(f"no images from {len(self._processes)} loader processes for {waited:.0f} s: see whether "
                              f"the disk of --data answers: {AGAIN}; --stage-to reads from a local disk, "

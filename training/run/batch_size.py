@@ -2,9 +2,10 @@
 """How large a micro-batch may be, and is best: what memory holds and the GPU is fast with (`--batch-gpu=auto`), what
 32-bit indices reach, and what to say when memory ran out all the same."""
 import contextlib
-import copy
+import dataclasses
 import functools
 import gc
+import itertools
 import os
 import statistics
 import time
@@ -21,14 +22,14 @@ from torch_utils.ops import tune
 from training.config import GeneratorConfig, TrainConfig
 from training.diffaug import NUM_UNIFORMS
 from training.discriminators.projected import ProjectedDiscriminator
-from training.feature_networks.classifier import Classifier, load_classifier
+from training.feature_networks.classifier import Classifier
 from training.generator.layer_schedule import MAX_ELEMENTS, map_sizes
-from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
 from training.run.autotuning import autotunes
-from training.step.guard import GradientGuard
+from training.run.networks import make_classifier
 from training.step.micro_batch import MicroBatch
-from training.step.phases import make_phases, run_phase
+from training.step.phases import Phase
+from training.trainer import Progress, Trainer
 
 Result = TypeVar("Result")
 
@@ -93,7 +94,7 @@ def usable_sizes(config: TrainConfig, world_size: int) -> list[int]:
 # --batch-gpu=auto.
 
 def find_batch_gpu(config: TrainConfig, device: torch.device, say: Callable[[str], None] = lambda text: None,
-                   clock: Callable[[], float] = time.perf_counter) -> int:
+                   class_names: Sequence[str] = (), clock: Callable[[], float] = time.perf_counter) -> int:
     """The micro-batch to train with: the largest that fits on every process, or a smaller one that is as fast. All
     processes call this.
 
@@ -103,6 +104,7 @@ def find_batch_gpu(config: TrainConfig, device: torch.device, say: Callable[[str
         config: Settings of the run; its micro-batch is not looked at.
         device: Of this process.
         say: Takes a line per size that is tried.
+        class_names: Of the data: see `make_classifier`.
         clock: Seconds.
 
     Raises:
@@ -115,16 +117,16 @@ def find_batch_gpu(config: TrainConfig, device: torch.device, say: Callable[[str
                         "process(es) stays within 32-bit indices"
                         + (f" and is a multiple of --split-group={group}" if group else "") + ": take another --batch")
     if device.type == "cuda":
-        found = _find_on_gpu(config, device, sizes, say, clock)
+        found = _find_on_gpu(config, device, sizes, say, class_names, clock)
     else:
         per_image, free = cpu_bytes_per_image(config.generator), free_memory()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         found = largest_fitting(sizes, lambda n: n == sizes[0] or n * per_image * local <= free * CPU_SHARE)
-    everyones = distributed.all_gather_object(found)
+    everyones: list[int | None] = distributed.all_gather_object(found)
     if None in everyones:
         raise UserError(f"--batch-gpu=auto: not even {sizes[0]} image(s) fit into the memory of rank "
                         f"{everyones.index(None)}: take smaller widths (--preset=small) or a larger device")
-    return min(everyones)
+    return min(size for size in everyones if size is not None)
 
 
 def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -173,13 +175,11 @@ def free_memory() -> int:
 
 @misc.full_precision()
 def _find_on_gpu(config: TrainConfig, device: torch.device, sizes: Sequence[int], say: Callable[[str], None],
-                 clock: Callable[[], float]) -> int | None:
+                 class_names: Sequence[str], clock: Callable[[], float]) -> int | None:
     """Try sizes on this process's GPU. Networks are gone afterwards."""
     tune.use(device, None)      # The forms that a stage before this one was trained with were chosen for its shapes.
     D = distributed.node_first(lambda: ProjectedDiscriminator(config.discriminator))
-    classifier = None
-    if config.loss.cls_weight > 0 and config.generator.c_dim > 0 and not config.loss.cls_model.endswith(".safetensors"):
-        classifier = distributed.node_first(lambda: load_classifier(config.loss.cls_model, config.generator.c_dim))
+    classifier = make_classifier(config, class_names, device)
     share, memory = config.batch // distributed.world_size(), GpuMemory(device)
     trial = unless_out_of_memory(functools.partial(Trial, config, D, classifier, device, memory, clock))
     # A process that runs out of memory must leave no other waiting.
@@ -235,22 +235,33 @@ class GpuMemory:
         torch.cuda.synchronize(self.device)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Repeated:
+    """The batches of a trial: one micro-batch, so many times."""
+
+    micro_batch: MicroBatch
+    count: int
+
+    @property
+    def batch(self) -> int:
+        return len(self.micro_batch.z) * self.count
+
+    def micro_batches(self, phase: Phase, cur_nimg: int) -> Iterator[MicroBatch]:
+        return itertools.repeat(self.micro_batch, self.count)
+
+
 class Trial:
-    """Networks and phases as training has them, for single steps on random data."""
+    """A trainer as the run will have it, for single iterations on random data."""
 
     def __init__(self, config: TrainConfig, D: ProjectedDiscriminator, classifier: Classifier | None,
                  device: torch.device, memory: GpuMemory, clock: Callable[[], float] = time.perf_counter):
         self.config, self.device, self.memory, self.clock = config, device, memory, clock
-        self.G = Generator(config.generator).train().requires_grad_(False).to(device)
-        self.G_ema = copy.deepcopy(self.G)      # Training has it in memory, too.
-        self.D = D.train().requires_grad_(False).to(device)
-        self.D.make_fast_(config.feature_precision)
-        if classifier is not None:
-            classifier = classifier.to(device).make_fast_(config.feature_precision)
-        self.loss = StyleSanLoss(self.G, self.D, config.loss, device, classifier, precision=config.precision,
-                                 real_distance=1.0)
-        self.loss.set_progress(0)
-        self.phases = make_phases(self.G, self.D, self.loss, config.optim)
+        G = Generator(config.generator).train().requires_grad_(False).to(device)
+        D = D.train().requires_grad_(False).to(device)
+        D.make_fast_(config.feature_precision)
+        # At the first image the blur is widest; path lengths count, too, although they begin later.
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, pl_start_kimg=0))
+        self.trainer = Trainer(config, G, D, classifier, device, real_distance=1.0)
 
     def fits(self, size: int) -> bool:
         """Whether every phase runs on this GPU with micro-batches of this size and leaves some memory free."""
@@ -260,9 +271,9 @@ class Trial:
 
     def _peak(self, size: int) -> int:
         """Bytes that phases take."""
-        self.run_phases(size)       # Here algorithms are chosen, with as much memory as there is. Then it is given
+        self.iterate(size)          # Here algorithms are chosen, with as much memory as there is. Then it is given
         self.memory.release()       # back, and what an iteration takes is measured by another one.
-        self.run_phases(size)
+        self.iterate(size)
         return self.memory.peak()
 
     def images_per_second(self, size: int, share: int) -> float:
@@ -271,7 +282,7 @@ class Trial:
 
     def _iteration_seconds(self, size: int, share: int) -> float:
         """A step costs something once, and then every micro-batch the same."""
-        self.run_phases(size)
+        self.iterate(size)
         one = self._seconds(size, 1)
         more = self._seconds(size, MICRO_BATCHES) if share > size else one
         return one + (share // size - 1) * max(more - one, 0) / (MICRO_BATCHES - 1)
@@ -279,7 +290,7 @@ class Trial:
     def _unless_out_of_memory(self, action: Callable[[], float]) -> float | None:
         """What it returns; None if memory ran out. Afterwards nothing is left of it."""
         found = unless_out_of_memory(action)
-        self.loss.forget_step()     # Of a step that stopped half-way, with samples of this size.
+        self.trainer.forget_step()  # It may have stopped half-way, with samples of this size.
         self.memory.release()       # The error, which held what it interrupted, is gone.
         return found
 
@@ -289,28 +300,21 @@ class Trial:
         for _ in range(REPEATS):
             self.memory.wait()
             began = self.clock()
-            self.run_phases(size, count, largest_interval=1)
+            self.iterate(size, count, regularised=False)
             self.memory.wait()
             times.append(self.clock() - began)
         return statistics.median(times)
 
-    def run_phases(self, size: int, count: int = 1, largest_interval: int | None = None) -> None:
-        """One step of each phase that training will have; path lengths count although they begin later.
+    def iterate(self, size: int, count: int = 1, regularised: bool = True) -> None:
+        """One iteration, with every phase that training will ever have.
 
         Args:
             size: Of a micro-batch.
             count: Of micro-batches.
-            largest_interval: Phases that come less often than every so many iterations are left out; None: none is.
+            regularised: Whether phases take part that do not come in every iteration.
         """
-        batch = self._micro_batch(size)
-        for phase in self.phases:
-            if largest_interval is not None and phase.interval > largest_interval:
-                continue
-            try:
-                if phase.is_active(1 << 62):
-                    run_phase(phase, [batch] * count, size * count, GradientGuard(size * count))
-            finally:
-                phase.optimizer.zero_grad(set_to_none=True)
+        self.trainer.progress = Progress(batch_idx=0 if regularised else 1)
+        self.trainer.step(_Repeated(self._micro_batch(size), count))
 
     def _micro_batch(self, size: int) -> MicroBatch:
         config, device = self.config.generator, self.device
@@ -318,7 +322,7 @@ class Trial:
         labels = one_hot(torch.arange(size, device=device) % max(config.c_dim, 1), config.c_dim)
         augment = None
         if self.config.discriminator.diffaug:
-            augment = torch.rand([len(self.D.backbone_names), size, NUM_UNIFORMS], device=device)
+            augment = torch.rand([len(self.trainer.D.backbone_names), size, NUM_UNIFORMS], device=device)
         return MicroBatch(torch.randn([size, config.z_dim], device=device), labels, torch.rand(images, device=device),
                           labels, augment, augment, torch.randn(images, device=device))
 

@@ -6,7 +6,6 @@ the run has it: path lengths every k-th iteration and only after their first mil
 moves no time. Left out: the start (class table, compilation), sample sheets, snapshots, states and metrics.
 """
 import contextlib
-import copy
 import dataclasses
 import math
 import resource
@@ -22,17 +21,14 @@ from dnnlib import UserError
 from dnnlib.util import format_bytes, format_time
 from torch_utils import distributed, misc
 from training.config import TrainConfig
-from training.data.randomness import CounterRNG
-from training.dataset import EpochOrder, ImageDataset, TrainingStream
-from training.feature_networks.classifier import load_classifier
-from training.loss import StyleSanLoss
+from training.dataset import ImageDataset
 from training.run.autotuning import autotunes
 from training.run.batch_size import explained_memory_errors
-from training.run.networks import make_networks
+from training.run.networks import make_classifier, make_networks
+from training.run.training_data import TrainingData
 from training.step.batches import BatchSource
-from training.step.ema import update_ema
-from training.step.guard import GradientGuard
-from training.step.phases import Phase, make_phases, run_phase
+from training.step.phases import Phase
+from training.trainer import Progress, Trainer
 
 WARM_UP = 2                 # Iterations that are not counted: compilation, caches, the loader's start.
 MIN_ITERATIONS = 3
@@ -103,75 +99,57 @@ def runs_of_stage(config: TrainConfig, phases: list[Phase]) -> dict[str, int]:
 #----------------------------------------------------------------------------
 
 class Rehearsal:
-    """Networks, phases and data as `training_loop` has them, and a clock."""
+    """A trainer and its data as the training loop has them, and a clock."""
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device):
-        self.config, self.device = config, device
-        config = dataclasses.replace(config, embedding="random")    # Its values do not matter.
-        self.G, self.D = make_networks(config, dataset, None, device)
-        self.G_ema = copy.deepcopy(self.G).eval()
-        classifier = None
-        if config.loss.cls_weight > 0 and config.generator.num_frozen_layers > 0 and self.G.c_dim > 0:
-            names = dataset.class_names if config.loss.cls_model.endswith(".safetensors") else None
-            classifier = distributed.node_first(
-                lambda: load_classifier(config.loss.cls_model, self.G.c_dim, names)).to(device)
-            classifier.make_fast_(config.feature_precision)
-        self.loss = StyleSanLoss(self.G, self.D, config.loss, device, classifier, precision=config.precision,
-                                 real_distance=1.0)
-        self.loss.set_progress(int(config.total_kimg * 500))        # Half-way: the blur is gone, if it goes.
-        phases = make_phases(self.G, self.D, self.loss, config.optim)
-        self.runs = runs_of_stage(config, phases)
-        self.phases = [phase for phase in phases if phase.name in self.runs]
-        self.stream = TrainingStream(dataset, EpochOrder(len(dataset), config.seed), distributed.rank(),
-                                     distributed.world_size(), config.batch_gpu, 0, config.data.workers,
-                                     pin_memory=device.type == "cuda")
-        self.probs = dataset.label_distribution() if self.G.c_dim > 0 else None
-        self.guard = GradientGuard(config.batch)
+        G, D = make_networks(dataclasses.replace(config, embedding="random"), dataset, None, device)
+        classifier = make_classifier(config, dataset.class_names, device)
+        self.trainer = Trainer(config, G, D, classifier, device, real_distance=1.0)
+        self.runs = runs_of_stage(config, self.trainer.phases)
+        self.data = TrainingData(self.trainer, dataset)
 
-    def source(self, micro_batches: int) -> BatchSource:
-        """Batches of so many micro-batches, from the one stream of real images."""
-        config, world_size = self.config, distributed.world_size()
-        return BatchSource(self.G, CounterRNG(config.seed), self.probs, self.stream, len(self.D.backbone_names),
-                           micro_batches * world_size * config.batch_gpu, config.batch_gpu, distributed.rank(),
-                           world_size, self.device, augment=bool(config.discriminator.diffaug),
-                           paired=config.loss.diversity_weight > 0)
+    def iteration(self, batches: BatchSource, number: int) -> dict[str, float]:
+        """Seconds of each phase that is due, and of what follows them ('EMA').
 
-    def iteration(self, source: BatchSource, number: int) -> dict[str, float]:
-        """Seconds of each phase that is due, and of what follows them."""
-        batch = source.num_micro_batches * distributed.world_size() * self.config.batch_gpu
-        times = {}
-        for phase in self.phases:
-            if number % phase.interval == 0:
-                with self.clock(times, phase.name), explained_memory_errors(phase.name, self.config, self.device):
-                    run_phase(phase, source.micro_batches(phase, number * batch), batch, self.guard)
-        with self.clock(times, "EMA"):
-            update_ema(self.G_ema, self.G, number * batch, batch, self.config.optim)
-        return times
+        All iterations are of the stage's last image: phases that begin late take part, and the blur is gone.
+        """
+        config, times = self.trainer.config, {}
+        self.trainer.progress = Progress(cur_nimg=int(config.total_kimg * 1000), batch_idx=number)
 
-    @contextlib.contextmanager
-    def clock(self, times: dict[str, float], name: str) -> Iterator[None]:
-        """Adds the seconds of the block, until the device is done."""
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        times[name] = time.perf_counter() - start
+        @contextlib.contextmanager
+        def clock(name: str) -> Iterator[None]:
+            began = time.perf_counter()
+            with explained_memory_errors(name, config, self.trainer.device):
+                yield
+                self._wait()
+            times[name] = time.perf_counter() - began
+
+        began = time.perf_counter()
+        self.trainer.step(batches, clock)
+        self._wait()
+        times["EMA"] = time.perf_counter() - began - sum(times.values())
+        return {name: seconds for name, seconds in times.items() if name in self.runs}
+
+    def _wait(self) -> None:
+        """Until the device is done."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
 
     def medians(self, micro_batches: int) -> tuple[dict[str, float], float]:
         """(seconds of each phase with so many micro-batches, seconds of an iteration spent on waiting for images)."""
-        source = self.source(micro_batches)
+        batches = self.data.batches(micro_batches)
         for number in range(WARM_UP):
-            self.iteration(source, number)
-        source.wait_seconds()
+            self.iteration(batches, number)
+        batches.wait_seconds()
         found: dict[str, list[float]] = {}
         rounds, go_on, start = 0, True, time.perf_counter()
         while go_on:
-            for name, seconds in self.iteration(source, rounds).items():
+            for name, seconds in self.iteration(batches, rounds).items():
                 found.setdefault(name, []).append(seconds)
             rounds += 1
             enough = rounds >= MIN_ITERATIONS and time.perf_counter() - start >= SECONDS
             go_on = not distributed.broadcast_object(enough)        # All stop together.
-        wait = source.wait_seconds() / rounds
+        wait = batches.wait_seconds() / rounds
         return {name: statistics.median(seconds) for name, seconds in found.items()}, wait
 
 
@@ -209,7 +187,7 @@ def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device)
             phases = full_phases(phases, rehearsal.medians(1)[0], num_few, num_all)
             wait *= num_all / num_few
     finally:
-        rehearsal.stream.close()
+        rehearsal.data.close()
     everyones = distributed.all_gather_object((phases, wait, peak_memory(device)))
     slowest = {name: max(times[name] for times, _, _ in everyones) for name in phases}
     stage = StageTime(config.generator.img_resolution, distributed.world_size(), config.batch, config.batch_gpu,

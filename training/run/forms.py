@@ -17,11 +17,10 @@ from training.networks_stylegan3 import PRECISIONS, Generator
 from training.run.autotuning import autotunes
 from training.run.batch_size import explained_memory_errors
 from training.run.folder import add_run_info
-from training.run.snapshots import TrainingState
+from training.trainer import Trainer
 
 
-def settle_forms(state: TrainingState, config: TrainConfig, device: torch.device, folder: Path, resumed: bool,
-                 say: Callable[[str], None]) -> None:
+def settle_forms(trainer: Trainer, folder: Path, resumed: bool, say: Callable[[str], None]) -> None:
     """Fix on all processes, until the run ends, which form each operation takes. Does nothing on processors.
 
     A new run times forms on rank 0, at the calls that its generator makes in an iteration. The choices are part of the
@@ -30,6 +29,7 @@ def settle_forms(state: TrainingState, config: TrainConfig, device: torch.device
     Raises:
         UserError: STYLESAN_TUNE has a wrong value.
     """
+    config, device = trainer.config, trainer.device
     tune.is_on()
     if device.type not in tune.KINDS:
         return
@@ -41,17 +41,18 @@ def settle_forms(state: TrainingState, config: TrainConfig, device: torch.device
             say(choices.describe())
             if choices.store is not None:
                 began = time.perf_counter()
-                algorithms = misc.autotuning(autotunes(config, state.cur_nimg, device))     # As they will be.
+                # As in training, where cuDNN may choose algorithms, too.
+                algorithms = misc.autotuning(autotunes(config, trainer.progress.cur_nimg, device))
                 with algorithms, explained_memory_errors("rehearsal", config, device):
-                    rehearse(state.G, config)
+                    rehearse(trainer.G, config)
                 say(f"    {len(choices.values)} of this run in {time.perf_counter() - began:.1f} s")
             found = choices.values
-        state.forms = distributed.broadcast_object(found)       # The others wait for it, however long it takes.
-    tune.use(device, tune.Choices(state.forms, "as this run was started"))
+        trainer.forms = distributed.broadcast_object(found)       # The others wait for it, however long it takes.
+    tune.use(device, tune.Choices(trainer.forms, "as this run was started"))
     if resumed:
-        say(f"{tune.describe(device)} ({len(state.forms)} choices)")
+        say(f"{tune.describe(device)} ({len(trainer.forms)} choices)")
     if distributed.rank() == 0:
-        add_run_info(folder, forms=state.forms)
+        add_run_info(folder, forms=trainer.forms)
 
 
 def rehearse(G: Generator, config: TrainConfig) -> None:
@@ -78,6 +79,6 @@ def path_length_samples(G: Generator, config: TrainConfig) -> int:
 
 def _inputs(G: Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Any latents and labels."""
-    device = G.mapping.w_avg.device
+    device = next(G.parameters()).device
     z = torch.linspace(-2, 2, size * G.z_dim, device=device).reshape(size, G.z_dim)
     return z, misc.one_hot(torch.arange(size, device=device) % max(G.c_dim, 1), G.c_dim)

@@ -8,7 +8,7 @@ that depend on them: blur, the ramp-up of the averages, path lengths.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import torch
 
@@ -16,7 +16,8 @@ from dnnlib import UserError
 from torch_utils import distributed
 from training.config import TrainConfig
 from training.networks_stylegan3 import Generator
-from training.run.snapshots import TrainingState
+from training.run.snapshots import Snapshot
+from training.trainer import Trainer
 
 DERIVED = re.compile(r".*\.(up_filter|down_filter|transform|num_batches_tracked)")      # Not taken from a file.
 # Tensors with one row per class, in G and in the heads of D.
@@ -50,8 +51,8 @@ def match_classes(here: Sequence[str], there: Sequence[str] | None, num_here: in
     return ClassRows([i for i, _ in pairs], [j for _, j in pairs], len(pairs) == num_here)
 
 
-def _are_names(names: Sequence[str] | None) -> bool:
-    return bool(names) and list(names) != [str(i) for i in range(len(names))]
+def _are_names(names: Sequence[str] | None) -> TypeGuard[Sequence[str]]:
+    return names is not None and len(names) > 0 and list(names) != [str(i) for i in range(len(names))]
 
 #----------------------------------------------------------------------------
 # One network.
@@ -131,7 +132,7 @@ def transfer_table(reports: dict[str, list[Transfer]]) -> str:
             groups.setdefault(_group(item.name), []).append(item)
         for group, items in [*groups.items(), ("all", report)]:
             counts = [sum(getattr(item, field) for item in items) for field in ("loaded", "skipped", "fresh")]
-            rows.append((network, group, *(f"{count:,}" for count in counts)))
+            rows.append((network, group, f"{counts[0]:,}", f"{counts[1]:,}", f"{counts[2]:,}"))
         rows[-1] = (*rows[-1][:2], f"{rows[-1][2]} ({100 * loaded_share(report):.1f} %)", *rows[-1][3:])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -148,7 +149,7 @@ def loaded_share(report: list[Transfer]) -> float:
 #----------------------------------------------------------------------------
 # Whole runs.
 
-def check_generator(settings: TrainConfig, snapshot: dict[str, Any], class_names: Sequence[str]) -> str:
+def check_generator(settings: TrainConfig, snapshot: Snapshot, class_names: Sequence[str]) -> str:
     """Before launch: the table of G_ema; nothing is allocated.
 
     Raises:
@@ -167,40 +168,39 @@ def check_generator(settings: TrainConfig, snapshot: dict[str, Any], class_names
     return transfer_table({"G_ema": report})
 
 
-def start_from(state: TrainingState, snapshot: dict[str, Any], class_names: Sequence[str],
-               settings: TrainConfig) -> str:
+def start_from(trainer: Trainer, snapshot: Snapshot, class_names: Sequence[str]) -> str:
     """Fill the networks of a new run from a snapshot of ours or an official one; returns the table for the log.
 
     The part that a super-resolution stage keeps frozen is taken whole, from the file's G_ema, or, where some of it does
     not fit, not at all: then it stays as --path_stem has it.
 
     Args:
-        state: Networks and optimisers as drawn; counters stay at zero.
+        trainer: Networks and optimisers as drawn; counters stay at zero. The settings say whether `init_from` or
+            `resume` asked for it.
         snapshot: `legacy.open_snapshot`.
         class_names: Of this run's classes.
-        settings: Whose `init_from` or `resume` asked for it.
 
     Raises:
         UserError: nothing of G fits; with `resume`, not all of G fits.
     """
-    classes = _classes(state.G.c_dim, snapshot, class_names)
-    averaged, frozen = snapshot["G_ema"], state.G.frozen_prefixes()
+    classes = _classes(trainer.G.c_dim, snapshot, class_names)
+    averaged, frozen = snapshot["G_ema"], trainer.G.frozen_prefixes()
     raw = {name: averaged.get(name, value) if name.startswith(frozen) else value
            for name, value in (snapshot.get("G") or averaged).items()}
     reports: dict[str, list[Transfer]] = {}
-    for name, module, theirs in (("G", state.G, raw), ("G_ema", state.G_ema, averaged)):
+    for name, module, theirs in (("G", trainer.G, raw), ("G_ema", trainer.G_ema, averaged)):
         own = module.state_dict()
         new, report = transfer(own, theirs, classes)
-        _check(report, settings)
+        _check(report, trainer.config)
         if not _whole(report, frozen):
             new |= {key: value for key, value in own.items() if key.startswith(frozen)}
             report = _left_out(report, frozen)
         module.load_state_dict(new)
         reports[name] = report
-    new, reports["D"] = transfer(state.D.own_state_dict(), snapshot.get("D") or {}, classes)
-    state.D.load_own_state_dict(new)
-    state.D.project_()
-    for net in (state.G.state_dict(), state.G_ema.state_dict(), state.D.own_state_dict()):
+    new, reports["D"] = transfer(trainer.D.own_state_dict(), snapshot.get("D") or {}, classes)
+    trainer.D.load_own_state_dict(new)
+    trainer.D.project_()
+    for net in (trainer.G.state_dict(), trainer.G_ema.state_dict(), trainer.D.own_state_dict()):
         for tensor in net.values():
             distributed.broadcast(tensor)
     return transfer_table(reports)
@@ -217,7 +217,7 @@ def _left_out(report: list[Transfer], prefixes: tuple[str, ...]) -> list[Transfe
             if item.name.startswith(prefixes) else item for item in report]
 
 
-def _classes(num_here: int, snapshot: dict[str, Any], names: Sequence[str]) -> ClassRows:
+def _classes(num_here: int, snapshot: Snapshot, names: Sequence[str]) -> ClassRows:
     return match_classes(names, snapshot.get("class_names"), num_here, snapshot["generator_config"]["c_dim"])
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ STATES_ON_DISK = 3              # The last two and the one that is being written
 LOCAL_SETTINGS = ("data.path",) # May differ from node to node: the data itself is compared.
 
 
-def check_processes(config: TrainConfig, dataset: ImageDataset, info: dict[str, Any]) -> None:
+def check_processes(config: TrainConfig, dataset: ImageDataset, info: Mapping[str, Any]) -> None:
     """All processes call it: they must run the same code with the same settings on the same data.
 
     Args:
@@ -41,7 +42,7 @@ def check_processes(config: TrainConfig, dataset: ImageDataset, info: dict[str, 
         UserError: names the processes that differ, and in what.
     """
     dataset[distributed.rank() % len(dataset)]
-    mine = info | {"images": len(dataset)} | flatten(to_dict(config))
+    mine = {**info} | {"images": len(dataset)} | flatten(to_dict(config))
     everyones = distributed.all_gather_object((socket.gethostname(), mine))
     lines = differences([facts for _, facts in everyones], [host for host, _ in everyones])
     if lines:
@@ -84,17 +85,16 @@ def check_shared_memory(config: TrainConfig) -> None:
     if free < needed:
         fewer = [n for n in range(1, config.data.workers) if neighbours * loader_bytes(
             dataclasses.replace(config, data=dataclasses.replace(config.data, workers=n))) <= free]
-        raise UserError(f"--workers={config.data.workers}: shared memory ({SHARED_MEMORY}) has {format_bytes(free)} free, "
-                        f"but the loader processes need {format_bytes(needed)}: take --workers={max(fewer, default=0)}, "
+        raise UserError(f"--workers={config.data.workers}: shared memory ({SHARED_MEMORY}) has {format_bytes(free)} "
+                        f"free, but the loader processes need {format_bytes(needed)}: take --workers={max(fewer, default=0)}, "
                         "or give the container more (docker run --shm-size=8g)")
 
 
 def state_bytes(networks: list[torch.nn.Module], phases: list[Phase]) -> int:
     """Size of one training state: networks, and two moments of Adam per trained parameter."""
-    tensors = [t for net in networks for t in net.state_dict().values()]
     trained = {id(p): p for phase in phases for p in phase.parameters}
-    return (sum(t.numel() * t.element_size() for t in tensors)
-            + sum(2 * p.numel() * p.element_size() for p in trained.values()))
+    return (sum(int(tensor.nbytes) for net in networks for tensor in net.state_dict().values())
+            + 2 * sum(p.nbytes for p in trained.values()))
 
 
 def check_disk(folder: Path, needed: int) -> None:

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published runs as lists of stages, and what a command line makes of them. `training.run.stages` runs them.
+"""The published runs as lists of stages, and what a command line makes of them. `training.run.stages` plans them.
 
 A stage is what one train.py command trains. Every stage but the first is grown on the one before.
 """
 import dataclasses
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
+from training.run.options import DEFAULTS, TrainOptions, spelled
 
 #----------------------------------------------------------------------------
-# The recipes. Options are named as train.py's functions name them ('batch_gpu' is --batch-gpu).
+# The recipes. Options are named as in `TrainOptions` ('batch_gpu' is --batch-gpu).
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -67,16 +69,7 @@ LATER_STAGES_ONLY = ("head_layers", "cls_weight", "classifier")
 #----------------------------------------------------------------------------
 # From the command line to the options of every stage.
 
-@dataclasses.dataclass(frozen=True)
-class StageRun:
-    """A stage with the options that the recipe and the user gave."""
-
-    stage: Stage
-    options: EasyDict
-    given: set[str]         # Options set by the user or by the recipe, as opposed to defaults.
-
-
-def select_stages(name: str, wanted: list[int] | None) -> tuple[Stage, ...]:
+def select_stages(name: str, wanted: Sequence[int] | None) -> tuple[Stage, ...]:
     """The stages of a recipe, or those of the resolutions in `wanted`, which must follow each other."""
     stages = RECIPES[name]
     known = [stage.resolution for stage in stages]
@@ -92,39 +85,34 @@ def select_stages(name: str, wanted: list[int] | None) -> tuple[Stage, ...]:
     return stages[first:last + 1]
 
 
-def plan_stages(opts: EasyDict, given: set[str], defaults: dict[str, Any]) -> list[StageRun]:
-    """Options of every stage that was asked for.
-
-    What the user typed goes before what the recipe says, in every stage where the option has an effect.
+def stage_options(options: TrainOptions) -> list[tuple[Stage, TrainOptions]]:
+    """Every stage that was asked for, with its own options. What was typed goes before what the recipe says, in every
+    stage where the option has an effect.
 
     Args:
-        opts: All options of the command line.
-        given: Those that the user typed.
-        defaults: Values of options that were not typed.
+        options: Of the command line; `recipe` names the recipe.
 
     Raises:
         UserError: options that the recipe sets by necessity; unknown stages; data that are not there.
     """
+    recipe, given = str(options.recipe), options.given
     if wrong := [name for name in SET_BY_RECIPE if name in given]:
-        raise UserError(f"--{wrong[0]} beside --recipe={opts.recipe}: the recipe sets it for every stage: leave it "
+        raise UserError(f"--{wrong[0]} beside --recipe={recipe}: the recipe sets it for every stage: leave it "
                         "out, or leave out --recipe and train one stage")
-    stages = select_stages(opts.recipe, opts.stages)
-    first = RECIPES[opts.recipe][0]
+    stages = select_stages(recipe, options.stages)
+    first = RECIPES[recipe][0]
     if first not in stages and (wrong := [name for name in FIRST_STAGE_ONLY if name in given]):
-        name = wrong[0] if wrong[0] == "syn_layers" else wrong[0].replace("_", "-")
-        raise UserError(f"--{name} has an effect in stage {first.resolution} only, which "
+        raise UserError(f"{spelled(wrong[0])} has an effect in stage {first.resolution} only, which "
                         "--stages leaves out: leave out the option, or add the stage")
-    runs = []
+    found = []
     for stage in stages:
         without = LATER_STAGES_ONLY if stage is first else FIRST_STAGE_ONLY
-        typed = {name for name in given if name not in without}
-        options = EasyDict(opts) | {name: defaults[name] for name in without if name in defaults}
-        options |= {name: value for name, value in stage.options.items() if name not in typed}
-        options["stages"] = None
-        options["data"] = find_data(str(opts.data), stage.resolution, is_only=len(stages) == 1)
-        options["outdir"] = str(stage_dir(opts.outdir, stage))
-        runs.append(StageRun(stage, EasyDict(options), typed | set(stage.options)))
-    return runs
+        own = dataclasses.replace(options, **{name: DEFAULTS[name] for name in without}, given=given - set(without))
+        own = own.with_values({name: value for name, value in stage.options.items() if name not in own.given})
+        found.append((stage, dataclasses.replace(
+            own, recipe=None, stages=None, outdir=str(stage_dir(options.outdir, stage)),
+            data=find_data(options.data, stage.resolution, is_only=len(stages) == 1))))
+    return found
 
 
 def find_data(data: str, resolution: int, is_only: bool = False) -> str:
@@ -169,14 +157,14 @@ def stage_dir(outdir: str | Path, stage: Stage) -> Path:
     return Path(outdir) / f"stage{stage.resolution}"
 
 
-def command_line(run: StageRun, spelling: dict[str, str]) -> str:
-    """The train.py command that trains this stage alone. `spelling`: name of an option -> '--as-typed'."""
+def command_line(options: TrainOptions) -> str:
+    """The train.py command that trains this stage alone."""
     words = ["python", "train.py"]
-    for name in sorted(run.given | {"data", "outdir", "path_stem"}):
-        value = run.options.get(name)
-        if name in ("recipe", "stages", "dry_run") or value is None or value is False:
+    for name in sorted((options.given | {"data", "outdir", "path_stem"}) - {"recipe", "stages", "dry_run"}):
+        value = getattr(options, name)
+        if value is None or value is False:
             continue
-        text = (",".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
-        words.append(spelling[name] if value is True and name == "superres" else
-                     f"{spelling[name]}={int(value) if value is True else text}")
+        text = (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+        words.append(spelled(name) if value is True and name == "superres" else
+                     f"{spelled(name)}={int(value) if value is True else text}")
     return shlex.join(words)

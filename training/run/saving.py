@@ -20,9 +20,15 @@ from dnnlib.util import format_bytes, link_or_copy
 from torch_utils import checkpoint, distributed
 from training.config import TrainConfig
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE, settings_of_state
-from training.run.snapshots import NETWORK_FORMAT, TrainingState, network_snapshot, snapshot_name
-
-SNAPSHOT_NAME = re.compile(r"network-snapshot-(\d{6,})(?:\.(\d{3}))?\.pkl")
+from training.run.snapshots import (
+    NETWORK_FORMAT,
+    images_shown,
+    network_snapshot,
+    snapshot_name,
+    snapshots_by_age,
+    training_state,
+)
+from training.trainer import Progress, Trainer
 
 #----------------------------------------------------------------------------
 # Memory.
@@ -69,7 +75,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
-        self._job: Future | None = None
+        self._job: Future[None] | None = None
 
     def submit(self, job: Callable[[], None], background: bool) -> None:
         """Run `job` after the one before. Waits for that one, so that at most one copy of a state is in memory."""
@@ -140,23 +146,17 @@ def read_score(path: Path) -> Score | None:
         return None
 
 
-def update_best(state: TrainingState, score: Score) -> None:
+def update_best(progress: Progress, score: Score) -> None:
     """Count an evaluation: a new best one, or one more without improvement."""
-    before = None if state.best_value is None else Score(state.best_metric or score.metric, state.best_value)
+    before = None if progress.best_value is None else Score(progress.best_metric or score.metric, progress.best_value)
     if score.is_better_than(before):
-        state.best_metric, state.best_value = score.metric, score.value
-        state.best_nimg, state.bad_evals = state.cur_nimg, 0
+        progress.best_metric, progress.best_value = score.metric, score.value
+        progress.best_nimg, progress.bad_evals = progress.cur_nimg, 0
     else:
-        state.bad_evals += 1
+        progress.bad_evals += 1
 
 #----------------------------------------------------------------------------
 # Retention.
-
-def snapshot_nimg(name: str) -> int | None:
-    """Images shown before the snapshot of this name; None for other files."""
-    match = SNAPSHOT_NAME.fullmatch(name)
-    return None if match is None else int(match[1]) * 1000 + int(match[2] or 0)
-
 
 def superfluous(positions: list[int], keep: int, keep_every: float) -> list[int]:
     """Snapshots that may go.
@@ -178,7 +178,7 @@ def superfluous(positions: list[int], keep: int, keep_every: float) -> list[int]
 
 def prune(folder: Path, keep: int, keep_every: float, protected: set[int]) -> None:
     """Delete network snapshots that `--keep` and `--keep-every` let go, never those in `protected`."""
-    files = {nimg: p for p in folder.iterdir() if (nimg := snapshot_nimg(p.name)) is not None}
+    files = {nimg: path for path in snapshots_by_age(folder) if (nimg := images_shown(path.name)) is not None}
     for nimg in superfluous(list(files), keep, keep_every):
         if nimg not in protected:
             files[nimg].unlink(missing_ok=True)
@@ -195,10 +195,10 @@ class Saver:
         self._last_state = time.monotonic()
         self._told = False
 
-    def save_state(self, state: TrainingState) -> None:
+    def save_state(self, trainer: Trainer) -> None:
         """Write the training state; the one before it stays as training-state-prev.pt."""
         if distributed.rank() == 0:
-            self.write_state(self.capture(state))
+            self.write_state(self.capture(trainer))
 
     def write_state(self, captured: tuple[dict[str, Any], bool]) -> None:
         """Write what `capture` returned."""
@@ -210,13 +210,13 @@ class Saver:
         minutes = self.config.saving.state_minutes
         return distributed.rank() == 0 and 0 < minutes * 60 <= time.monotonic() - self._last_state
 
-    def capture(self, state: TrainingState) -> tuple[dict[str, Any], bool]:
+    def capture(self, trainer: Trainer) -> tuple[dict[str, Any], bool]:
         """What a state file holds, and whether it is a copy that may be written while training goes on.
 
         Copied only if the copy takes at most half of the memory that is left; else tensors are those in use.
         """
         self.writer.wait()          # The copy before this one is gone then.
-        content = state.content() | self._options
+        content = training_state(trainer.state_dict()) | self._options
         if not self.config.saving.background:
             return content, False
         size, left = tensor_bytes(content), available_memory()
@@ -228,19 +228,19 @@ class Saver:
             return content, False
         return copy_to_cpu(content), True
 
-    def save_snapshot(self, state: TrainingState, captured: tuple[dict[str, Any], bool], score: Score | None) -> None:
+    def save_snapshot(self, progress: Progress, captured: tuple[dict[str, Any], bool], score: Score | None) -> None:
         """Write a network snapshot, make it the best model if it is, let go of old ones, write the state.
 
         Args:
-            state: Its counters are those after the evaluation.
+            progress: As it is after the evaluation.
             captured: What `capture` returned for the same networks.
             score: Of this snapshot; None without metrics: then the newest model counts as the best.
         """
-        content = captured[0] | {"counters": state.counters()}
+        content = captured[0] | {"counters": dataclasses.asdict(progress)}
         snapshot = network_snapshot(content, self.config, self.class_names, None if score is None else
                                     dataclasses.asdict(score))
-        name, saving = snapshot_name(state.cur_nimg), self.config.saving
-        protected = {state.cur_nimg, state.best_nimg if state.best_nimg is not None else state.cur_nimg}
+        name, saving = snapshot_name(progress.cur_nimg), self.config.saving
+        protected = {progress.cur_nimg, progress.cur_nimg if progress.best_nimg is None else progress.best_nimg}
 
         def write() -> None:
             checkpoint.save(self.folder / name, snapshot)

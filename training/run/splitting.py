@@ -7,7 +7,8 @@ def split_batch(batch: int, batch_gpu: int | str | None, gpus: int) -> int:
     """Images per micro-batch, checked against the batch and the number of processes. 'auto' begins with all."""
     if batch % gpus:
         raise UserError(f"--batch={batch} is not divisible by --gpus={gpus}: take a multiple of {gpus}")
-    batch_gpu = batch // gpus if batch_gpu in (None, "auto") else batch_gpu
+    if not isinstance(batch_gpu, int):
+        return batch // gpus
     if batch % (gpus * batch_gpu):
         raise UserError(f"--batch={batch} is not divisible by --gpus={gpus} x --batch-gpu={batch_gpu}: take a multiple "
                         f"of {gpus * batch_gpu}, or another --batch-gpu")

@@ -1,42 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running the stages of a recipe in order, in one process group.
+"""The stages of a recipe as plans, in order.
 
 The run folder of a stage lies in <outdir>/stage<resolution>. A stage is grown on the best model of the one before, or
 on its last where no metric was taken. Started again, a recipe passes over the stages that ended and continues in the
 one that did not.
 """
-import gc
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
 from dnnlib.util import atomic_write_text
 from torch_utils import distributed
-from training.config import to_dict
-from training.run.recipes import RECIPES, Stage, StageRun, command_line, plan_stages, select_stages, stage_dir
+from training.config import GeneratorConfig
+from training.run.folder import BEST_FILE
+from training.run.options import TrainOptions
+from training.run.plan import RunPlan, SnapshotFinder, SnapshotReader, plan_run
+from training.run.recipes import RECIPES, Stage, select_stages, stage_dir, stage_options
+from training.run.snapshots import snapshots_by_age
 
 FINISHED_FILE = "finished.json"     # In the run folder of a stage that ended.
-
-Resolve = Callable[[EasyDict, set[str], dict[str, Any] | None], EasyDict]
-Train = Callable[[EasyDict, EasyDict], int]
 
 #----------------------------------------------------------------------------
 # What is there of a stage.
 
 def has_snapshot(folder: Path) -> bool:
     """Whether a run has a network that the next stage can be grown on."""
-    return (folder / "best_model.pkl").is_file() or any(folder.glob("network-snapshot*.pkl"))
+    return (folder / BEST_FILE).is_file() or bool(snapshots_by_age(folder))
 
 
 def is_finished(folder: Path, total_kimg: float) -> bool:
     """Whether the stage ended, and is not to become longer than it was to be then."""
     try:
-        return json.loads((folder / FINISHED_FILE).read_text())["kimg"] >= total_kimg
-    except (OSError, ValueError, KeyError):
+        return float(json.loads((folder / FINISHED_FILE).read_text())["kimg"]) >= total_kimg
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -51,87 +49,67 @@ def newest_run(folder: Path) -> Path | None:
     return runs[-1] if runs else None
 
 
-def stem_of_first(opts: EasyDict, first: Stage) -> Path | None:
+def stem_of_first(options: TrainOptions, first: Stage) -> Path | None:
     """The run that the first of the selected stages is grown on; None for the first of the recipe.
 
     Raises:
         UserError: it was not trained here.
     """
-    stages = RECIPES[opts.recipe]
+    stages = RECIPES[str(options.recipe)]
     index = stages.index(first)
     if index == 0:
         return None
     before = stages[index - 1]
-    folder = newest_run(stage_dir(opts.outdir, before))
+    folder = newest_run(stage_dir(options.outdir, before))
     if folder is None:
         raise UserError(f"--stages: stage {first.resolution} is grown on stage {before.resolution}, which has no "
-                        f"snapshot in {stage_dir(opts.outdir, before)}: add {before.resolution} to --stages")
+                        f"snapshot in {stage_dir(options.outdir, before)}: add {before.resolution} to --stages")
     return folder
 
 #----------------------------------------------------------------------------
-# Running.
+# Plans.
 
-def resolved_stages(opts: EasyDict, runs: list[StageRun], resolve: Resolve) -> Iterator[tuple[StageRun, EasyDict]]:
-    """(stage, settings) in order; each is resolved when the one before has been dealt with.
+def plan_recipe(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
+                find_snapshot: SnapshotFinder = Path) -> Iterator[RunPlan]:
+    """The plans of the stages that were asked for, in order; each is made when the one before has been dealt with.
+
+    Args:
+        options: Of the command line; `recipe` names the recipe.
+        gpus, open_snapshot, find_snapshot: As in `plan_run`.
+
+    Raises:
+        UserError: as `stage_options` and `plan_run`; the stage below the first one was not trained.
+    """
+    stages = stage_options(options)
+    stem = distributed.broadcast_object(stem_of_first(options, stages[0][0]))
+    for number, (stage, plan) in enumerate(_plans(stages, stem, gpus, open_snapshot, find_snapshot), start=1):
+        title = f"Stage {number} of {len(stages)} of {options.recipe}: {stage.resolution} pixels"
+        yield dataclasses.replace(plan, title=title)
+
+
+def plan_untrained(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
+                   find_snapshot: SnapshotFinder = Path) -> Iterator[RunPlan]:
+    """The plans of the stages that were asked for, for measurements: those below need not have been trained."""
+    wanted = select_stages(str(options.recipe), options.stages)
+    stages = stage_options(dataclasses.replace(options, stages=None, given=options.given - {"stages"}))
+    for stage, plan in _plans(stages, None, gpus, open_snapshot, find_snapshot):
+        if stage in wanted:
+            yield plan
+
+
+def _plans(stages: list[tuple[Stage, TrainOptions]], stem: Path | None, gpus: int,
+           open_snapshot: SnapshotReader, find_snapshot: SnapshotFinder) -> Iterator[tuple[Stage, RunPlan]]:
+    """Stages, each grown on the one before, the first on `stem`.
 
     A stem that is not trained yet is stood in for by the settings that it will have.
     """
-    stem = distributed.broadcast_object(stem_of_first(opts, runs[0].stage))
-    planned = None
-    for run in runs:
-        stand_in = None
-        if run.options.superres:
-            run.options.path_stem = str(stem)
-            stand_in = None if has_snapshot(stem) else planned
-        setup = resolve(run.options, run.given, stand_in)
-        planned = {"generator_config": to_dict(setup.config.generator)}
-        stem = setup.run.folder
-        yield run, setup
-
-
-def planned_stages(opts: EasyDict, given: set[str], defaults: dict[str, Any],
-                   resolve: Resolve) -> Iterator[EasyDict]:
-    """Settings of the stages that `opts` asks for. Those below are resolved, too, and need not be trained."""
-    wanted = select_stages(opts.recipe, opts.stages)
-    runs = plan_stages(EasyDict(opts | {"stages": None}), given - {"stages"}, defaults)
-    for run, setup in resolved_stages(EasyDict(opts | {"stages": None}), runs, resolve):
-        if run.stage in wanted:
-            yield setup
-
-
-def check_recipe(opts: EasyDict, given: set[str], defaults: dict[str, Any], resolve: Resolve) -> None:
-    """Resolve all stages, so that the mistakes of the last one show before the first is trained."""
-    for _ in resolved_stages(opts, plan_stages(opts, given, defaults), resolve):
-        pass
-
-
-def run_recipe(opts: EasyDict, given: set[str], defaults: dict[str, Any], spelling: dict[str, str], resolve: Resolve,
-               train: Train) -> int:
-    """Train the stages of `opts.recipe` in order; every process calls this.
-
-    Args:
-        opts, given, defaults: As in `plan_stages`.
-        spelling: As in `command_line`.
-        resolve: (options, given, stand-in for the stem or None) -> config, dataset, stem, start and run (the folder).
-        train: (options, what `resolve` returned) -> exit code.
-
-    Returns:
-        The exit code of the stage that did not end with 0, else 0.
-    """
-    check_recipe(opts, given, defaults, resolve)
-    runs = plan_stages(opts, given, defaults)
-    for number, (run, setup) in enumerate(resolved_stages(opts, runs, resolve), start=1):
-        title = f"Stage {number} of {len(runs)} of {opts.recipe}: {run.stage.resolution} pixels"
-        if distributed.broadcast_object(is_finished(setup.run.folder, setup.config.total_kimg)):
-            distributed.print0(f"{title}: finished, in {setup.run.folder}")
-            continue
-        distributed.print0(f"\n{title}\n{command_line(run, spelling)}\n")
-        code = train(run.options, setup)
-        if code != 0:
-            return code
-        distributed.barrier()
-        del setup
-        gc.collect()                        # The networks of a stage must be gone before the next one's come.
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-    return 0
+    below: GeneratorConfig | None = None
+    for stage, options in stages:
+        planned = None
+        if options.superres:
+            assert stem is not None, "only the first stage of a recipe has no stem"
+            options = dataclasses.replace(options, path_stem=str(stem))
+            planned = None if has_snapshot(stem) else below
+        plan = plan_run(options, gpus, open_snapshot, planned, find_snapshot)
+        below, stem = plan.config.generator, plan.folder
+        yield stage, plan

@@ -39,7 +39,7 @@ class BatchSource:
         self.G, self.rng, self.label_probs, self.real_images = G, rng, label_probs, real_images
         self.num_backbones, self.device, self.augment = num_backbones, device, augment
         self.batch_gpu, self.rank, self.world_size, self.paired = batch_gpu, rank, world_size, paired
-        self.num_micro_batches = batch // (batch_gpu * world_size)
+        self.batch, self.num_micro_batches = batch, batch // (batch_gpu * world_size)
         self._waited = 0.0
 
     def micro_batches(self, phase: Phase, cur_nimg: int) -> Iterator[MicroBatch]:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of archives on a local disk."""
+import dataclasses
 import os
 
 import pytest
 from click.testing import CliRunner
 
 import train
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
+from legacy import open_snapshot
 from tests.data_prep.samples import files, metadata, write_folder, write_zip
 from training.data import local_copy, zip_index
 from training.data.local_copy import stage
 from training.dataset import ImageDataset
+from training.run.options import TrainOptions
+from training.run.plan import plan_run, with_local_data
 
 
 @pytest.fixture
@@ -107,11 +111,13 @@ def test_what_cannot_be_copied(archive, tmp_path):
 
 def test_option(archive, tmp_path):
     dataset = ImageDataset(archive, use_labels=True, xflip=True)
-    opts = EasyDict(data=str(archive), cond=True, mirror=True, stage_to=str(tmp_path / "fast"))
-    staged = train.stage_dataset(opts, dataset)
+    options = TrainOptions("runs", str(archive), cfg="stylegan3-t", preset="demo", cond=True, mirror=True)
+    plan = plan_run(dataclasses.replace(options, stage_to=str(tmp_path / "fast")), 1, open_snapshot)
+    staged = with_local_data(plan).dataset
     assert str(tmp_path / "fast") in staged.path
     assert (staged.fingerprint, staged.name, staged.c_dim, len(staged)) == (dataset.fingerprint, "set", 3, 12)
-    assert train.stage_dataset(EasyDict(opts | {"stage_to": None}), dataset) is dataset
+    plan = plan_run(options, 1, open_snapshot)
+    assert with_local_data(plan) is plan
     staged.close()
     dataset.close()
 

@@ -10,11 +10,12 @@ from tests import needs_cuda
 from tests.conftest import write_dataset
 from torch_utils import distributed
 from train import main
+from training import trainer
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
 from training.discriminators.projected import ProjectedDiscriminator
 from training.generator.layer_schedule import map_sizes, stem_config, superres_config
 from training.networks_stylegan3 import Generator
-from training.run import batch_size
+from training.run import batch_size, plan
 from training.run.batch_size import (
     MAX_ELEMENTS,
     Trial,
@@ -153,8 +154,8 @@ class Gpu:
     def wait(self) -> None:
         pass
 
-    def step(self, size: int, count: int = 1, largest_interval: int | None = None) -> None:
-        """In the place of `Trial.run_phases`: memory may run out, and time passes."""
+    def step(self, size: int, count: int = 1, regularised: bool = True) -> None:
+        """In the place of `Trial.iterate`: memory may run out, and time passes."""
         if size > 2 * self.images:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.largest = max(self.largest, size)
@@ -165,7 +166,7 @@ class Gpu:
 def trial_on(gpu: Gpu, config: TrainConfig, monkeypatch=None) -> Trial:
     trial = Trial(config, ProjectedDiscriminator(config.discriminator), None, CPU, gpu, lambda: gpu.now)
     if monkeypatch is not None:
-        monkeypatch.setattr(trial, "run_phases", gpu.step)
+        monkeypatch.setattr(trial, "iterate", gpu.step)
     return trial
 
 
@@ -214,20 +215,20 @@ def test_a_gpu_is_as_before_after_memory_ran_out(tiny, monkeypatch):
     """Samples that a failed step has left must not meet those of the next size, and what it held is given back."""
     config, gpu = settings(tiny), Gpu()
     trial = trial_on(gpu, config)
-    features = trial.D.features
+    features = trial.trainer.D.features
 
     def too_large(images, augment=None):
         if len(images) > 4:
             raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
         return features(images, augment)
 
-    monkeypatch.setattr(trial.D, "features", too_large)
+    monkeypatch.setattr(trial.trainer.D, "features", too_large)
     before = gpu.released
     assert not trial.fits(4)                    # D's phase, which sees eight.
     assert gpu.released > before
     assert trial.fits(2)
     assert trial.images_per_second(4, 8) == 0
-    monkeypatch.setattr(trial.D, "features", lambda images, augment=None: 1 / 0)
+    monkeypatch.setattr(trial.trainer.D, "features", lambda images, augment=None: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trial.fits(2)
 
@@ -254,11 +255,11 @@ def test_trials_from_end_to_end(tiny, monkeypatch):
     """What is run on a GPU, with its real steps: in the precision of training, and gone afterwards."""
     gpu, said, seen = Gpu(), [], []
     monkeypatch.setattr(batch_size, "GpuMemory", lambda device: gpu)
-    run_phase = batch_size.run_phase
-    monkeypatch.setattr(batch_size, "run_phase", lambda *args: seen.append(
+    run_phase = trainer.run_phase
+    monkeypatch.setattr(trainer, "run_phase", lambda *args: seen.append(
         torch.backends.cudnn.conv.fp32_precision) or run_phase(*args))
     clock = iter(range(1000))               # Every reading is a second after the one before: all sizes take as long.
-    assert batch_size._find_on_gpu(settings(tiny, 4), CPU, [2, 4], said.append, lambda: next(clock)) == 2
+    assert batch_size._find_on_gpu(settings(tiny, 4), CPU, [2, 4], said.append, (), lambda: next(clock)) == 2
     assert said == [f"--batch-gpu=auto: {line}" for line in (
         "2 image(s) fit into memory", "4 image(s) fit into memory", "4 image(s) at a time: 4 images/s",
         "2 image(s) at a time: 4 images/s")]
@@ -268,20 +269,20 @@ def test_trials_from_end_to_end(tiny, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(batch_size, "Generator", no_room)
-    assert batch_size._find_on_gpu(settings(tiny, 4), CPU, [2, 4], said.append, lambda: 0.0) is None
+    assert batch_size._find_on_gpu(settings(tiny, 4), CPU, [2, 4], said.append, (), lambda: 0.0) is None
 
 
 def test_a_trial_runs_every_phase(tiny):
     config = settings(tiny, pl_weight=2.0)
     trial = trial_on(Gpu(), config)
-    D = trial.D
-    before = {name: p.clone() for name, p in [*trial.G.named_parameters(), *D.discriminators.named_parameters()]}
-    trial.run_phases(2)
-    moved = {name for name, p in [*trial.G.named_parameters(), *D.discriminators.named_parameters()]
+    G, D = trial.trainer.G, trial.trainer.D
+    before = {name: p.clone() for name, p in [*G.named_parameters(), *D.discriminators.named_parameters()]}
+    trial.iterate(2)
+    moved = {name for name, p in [*G.named_parameters(), *D.discriminators.named_parameters()]
              if not torch.equal(before[name], p)}
     assert any(name.startswith("synthesis") for name in moved)
     assert any("embed" in name for name in moved)
-    assert float(trial.phases[1].backward.__self__.pl_mean) != 0        # Path lengths, too.
+    assert float(trial.trainer.loss.pl_mean) != 0        # Path lengths, too.
 
 
 @pytest.mark.gpu
@@ -312,7 +313,7 @@ def test_out_of_memory_in_training(data16, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("training.training_loop.run_phase", fail)
+    monkeypatch.setattr("training.trainer.run_phase", fail)
     result = CliRunner().invoke(main, ["--cfg=stylegan3-t", "--preset=demo", "--cbase=64", "--cmax=8", "--batch=8",
                                        "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random",
                                        f"--data={data16}", f"--outdir={tmp_path}"])
@@ -335,11 +336,11 @@ def test_auto_takes_what_the_run_had(data16, tmp_path, monkeypatch):
     args = ["--cfg=stylegan3-t", "--preset=demo", "--cbase=64", "--cmax=8", "--batch=8", "--batch-gpu=auto",
             "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random", f"--data={data16}",
             f"--outdir={tmp_path}"]
-    monkeypatch.setattr(batch_size, "find_batch_gpu", lambda config, device, say: 2)
+    monkeypatch.setattr(plan, "find_batch_gpu", lambda *args: 2)
     result = CliRunner().invoke(main, [*args, "--kimg=0.008"], catch_exceptions=False)
     assert "--batch-gpu=auto: 2\n" in result.output
     assert "here it has 2 image(s), in the published runs 8: --split-group=8 keeps that" in result.output
-    monkeypatch.setattr(batch_size, "find_batch_gpu", lambda config, device, say: 4)
+    monkeypatch.setattr(plan, "find_batch_gpu", lambda *args: 4)
     result = CliRunner().invoke(main, [*args, "--kimg=0.016"], catch_exceptions=False)
     assert "--batch-gpu=auto: 2, as before\n" in result.output
     result = CliRunner().invoke(main, [*args, "--kimg=0.016", "--split-group=4"], catch_exceptions=False)

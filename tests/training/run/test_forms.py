@@ -9,6 +9,7 @@ import json
 import math
 import random
 import re
+import types
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from training.config import LossConfig
 from training.networks_stylegan3 import Generator
 from training.run.folder import OPTIONS_FILE, PREVIOUS_STATE_FILE, RUN_INFO, STATE_FILE
 from training.run.forms import path_length_samples, rehearse, settle_forms
-from training.run.snapshots import STATE_FORMAT, TrainingState
+from training.run.snapshots import STATE_FORMAT
+from training.trainer import Progress
 
 CPU = torch.device("cpu")
 
@@ -57,6 +59,11 @@ def timed(tmp_path, monkeypatch):
 def generator(config) -> Generator:
     torch.manual_seed(0)
     return Generator(config.generator).train().requires_grad_(False)
+
+
+def trainer_of(config, G: Generator | None, **forms: str) -> types.SimpleNamespace:
+    """What `settle_forms` needs of a trainer."""
+    return types.SimpleNamespace(config=config, device=CPU, G=G, forms=forms, progress=Progress())
 
 
 def test_a_rehearsal_leaves_no_trace(timed):
@@ -105,10 +112,10 @@ def test_switched_off(timed, monkeypatch, tmp_path):
     monkeypatch.setenv("STYLESAN_TUNE", "0")
     config, said = small_config(), []
     G = generator(config)
-    state = TrainingState(G, G, None, None, [])
-    settle_forms(state, config, CPU, tmp_path, False, said.append)
+    trainer = trainer_of(config, G)
+    settle_forms(trainer, tmp_path, False, said.append)
     assert said == ["tuned: off (STYLESAN_TUNE=0)"]
-    assert state.forms == {}
+    assert trainer.forms == {}
     rehearse(G, config)
     assert not timed
 
@@ -119,8 +126,8 @@ def test_the_next_stage_chooses_anew(timed, tmp_path):
     for batch_gpu in (4, 8, 8):
         config = small_config(batch_gpu=batch_gpu)
         G = generator(config)
-        state = TrainingState(G, G, None, None, [])
-        settle_forms(state, config, CPU, tmp_path, False, print)
+        trainer = trainer_of(config, G)
+        settle_forms(trainer, tmp_path, False, print)
         rehearse(G, small_config(batch_gpu=2))      # Fixed: other sizes are not timed.
         counts.append(len(timed))
     assert 0 < counts[0] < counts[1] == counts[2]   # The third knows its sizes from the file.
@@ -128,12 +135,12 @@ def test_the_next_stage_chooses_anew(timed, tmp_path):
 
 def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "KINDS", ("cuda",))
-    state = TrainingState(None, None, None, None, [], forms={"a call": "matrix"})
-    settle_forms(state, small_config(), CPU, tmp_path, False, print)
-    assert state.forms == {"a call": "matrix"}      # Of a run that began on a GPU, and may return to one.
+    trainer = trainer_of(small_config(), None, **{"a call": "matrix"})
+    settle_forms(trainer, tmp_path, False, print)
+    assert trainer.forms == {"a call": "matrix"}      # Of a run that began on a GPU, and may return to one.
     monkeypatch.setenv("STYLESAN_TUNE", "no")
     with pytest.raises(UserError, match="STYLESAN_TUNE=no"):
-        settle_forms(state, small_config(), CPU, tmp_path, False, print)
+        settle_forms(trainer, tmp_path, False, print)
     assert not tune._current
 
 

@@ -1,5 +1,4 @@
 """--init-from and --resume: what of another network a new run begins with."""
-import copy
 import dataclasses
 
 import pytest
@@ -15,11 +14,9 @@ from train import main
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig, to_dict
 from training.discriminators.projected import ProjectedDiscriminator
 from training.generator.layer_schedule import stem_config, superres_config
-from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
 from training.run.init_from import check_generator, loaded_share, match_classes, start_from, transfer
-from training.run.snapshots import TrainingState
-from training.step.phases import make_phases
+from training.trainer import Progress, Trainer
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -34,17 +31,15 @@ def settings(config, init_from: str | None = "file.pkl", resume: str | None = No
                        OptimConfig.official(8), 8, 8, 1, 1, 1, resume=resume, init_from=init_from)
 
 
-def make_state(config, seed: int) -> TrainingState:
+def make_trainer(config, seed: int, **options) -> Trainer:
     torch.manual_seed(seed)
     G, D = Generator(config), ProjectedDiscriminator(settings(config).discriminator)
     with torch.no_grad():
         G.mapping.w_avg.normal_()
-    G_ema = copy.deepcopy(G)
-    loss = StyleSanLoss(G, D, LossConfig(), torch.device("cpu"))
-    return TrainingState(G, G_ema, D, loss, make_phases(G, D, loss, OptimConfig.official(8)))
+    return Trainer(settings(config, **options), G, D, None, torch.device("cpu"))
 
 
-def snapshot_of(state: TrainingState, names: list[str] | None) -> dict:
+def snapshot_of(state: Trainer, names: list[str] | None) -> dict:
     with torch.no_grad():
         for p in state.G_ema.parameters():
             p.add_(1)                       # G and G_ema differ.
@@ -54,14 +49,14 @@ def snapshot_of(state: TrainingState, names: list[str] | None) -> dict:
 
 @pytest.fixture(scope="module")
 def snapshot():
-    return snapshot_of(make_state(generator(), 0), NAMES)
+    return snapshot_of(make_trainer(generator(), 0), NAMES)
 
 
-def begin(config, snapshot: dict, names: list[str], **options) -> tuple[TrainingState, dict, str]:
+def begin(config, snapshot: dict, names: list[str], **options) -> tuple[Trainer, dict, str]:
     """A new run from the snapshot: its state, a copy of what it drew, the table."""
-    state = make_state(config, 1)
+    state = make_trainer(config, 1, **options)
     drawn = {name: value.clone() for name, value in state.G.state_dict().items()}
-    return state, drawn, start_from(state, snapshot, names, settings(config, **options))
+    return state, drawn, start_from(state, snapshot, names)
 
 
 def cells(table: str, network: str, module: str) -> list[str]:
@@ -80,7 +75,7 @@ def test_the_same_network_on_other_data_takes_everything(snapshot):
     for name, value in state.D.own_state_dict().items():
         assert_close(value.float(), snapshot["D"][name].float(), atol=1e-6, rtol=1e-5)
     assert "(100.0 %)" in table
-    assert (state.cur_nimg, state.batch_idx, state.cur_tick, float(state.loss.pl_mean)) == (0, 0, 0, 0)
+    assert (state.progress, float(state.loss.pl_mean)) == (Progress(), 0)
     total = sum(p.numel() for p in state.G.mapping.fc0.parameters())
     assert cells(table, "G", "mapping.fc0") == [f"{total:,}", "0", "0"]
 
@@ -126,7 +121,7 @@ def test_which_classes_are_equal():
 
 @pytest.mark.parametrize(("here", "there"), [(0, 3), (3, 0)])
 def test_conditional_and_unconditional(here, there):
-    source = snapshot_of(make_state(generator(there), 0), NAMES[:there] or None)
+    source = snapshot_of(make_trainer(generator(there), 0), NAMES[:there] or None)
     state, drawn, table = begin(generator(here), source, NAMES[:here])
     for name, value in state.G.state_dict().items():
         fresh = name.startswith(("mapping.embed", "mapping.w_avg", "mapping.fc0.weight"))

@@ -1,4 +1,5 @@
 """Saving: whole or not at all, in the background, in order; the best model; what is kept; full disks; kills."""
+import dataclasses
 import errno
 import os
 import resource
@@ -21,22 +22,23 @@ from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.resume import load_state
 from training.run.saving import Saver, Score, Writer, copy_to_cpu, pick_score, read_score, superfluous, update_best
-from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, TrainingState, snapshot_name
+from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
+from training.trainer import Progress
 
 ROOT = Path(__file__).resolve().parents[3]
 
 #----------------------------------------------------------------------------
 
-class SmallState(TrainingState):
-    """A training state of one tensor, which holds the number of images."""
+class SmallTrainer:
+    """A trainer of one tensor, which holds the number of images."""
 
     def __init__(self, cur_nimg: int = 0, **counters):
-        super().__init__(None, None, None, None, [], cur_nimg=cur_nimg, **counters)
+        self.progress = Progress(cur_nimg, **counters)
         self.weight = torch.full([1000], float(cur_nimg))
 
-    def content(self):
-        return {"format": STATE_FORMAT, "G": {"w": self.weight}, "G_ema": {"w": self.weight}, "D": {},
-                "counters": self.counters(), "pl_mean": torch.zeros([]), "generator_config": {},
+    def state_dict(self):
+        return {"G": {"w": self.weight}, "G_ema": {"w": self.weight}, "D": {},
+                "counters": dataclasses.asdict(self.progress), "pl_mean": torch.zeros([]), "generator_config": {},
                 "discriminator_config": {}, "backbones": {}}
 
 
@@ -52,18 +54,18 @@ def saver(tmp_path, monkeypatch):
     return make
 
 
-def evaluated(saver: Saver, state: SmallState, value: float | None) -> None:
+def evaluated(saver: Saver, state: SmallTrainer, value: float | None) -> None:
     """What the loop does at a snapshot whose FID is `value`."""
     captured = saver.capture(state)
     score = None if value is None else Score("fid", value)
     if score is not None:
-        update_best(state, score)
-    state.snapshot_due = False
-    saver.save_snapshot(state, captured, score)
+        update_best(state.progress, score)
+    state.progress.snapshot_due = False
+    saver.save_snapshot(state.progress, captured, score)
 
 
 def snapshots(folder: Path) -> list[int]:
-    return sorted(n for p in folder.iterdir() if (n := saving.snapshot_nimg(p.name)) is not None)
+    return sorted(n for p in folder.iterdir() if (n := images_shown(p.name)) is not None)
 
 
 def best(folder: Path) -> tuple[float, int]:
@@ -111,10 +113,10 @@ def test_training_may_go_on_while_a_state_is_written(saver, tmp_path, monkeypatc
     """The file holds the moment of the save, not what the tensors became meanwhile."""
     go, save = threading.Event(), checkpoint.save
     monkeypatch.setattr(saving.checkpoint, "save", lambda *args, **more: (go.wait(10), save(*args, **more)))
-    state, s = SmallState(8), saver()
+    state, s = SmallTrainer(8), saver()
     s.save_state(state)
     state.weight += 1
-    state.cur_nimg = 9
+    state.progress.cur_nimg = 9
     go.set()
     s.close()
     content = checkpoint.load(tmp_path / STATE_FILE, STATE_FORMAT)
@@ -126,9 +128,9 @@ def test_without_memory_for_a_copy_files_are_written_at_once(saver, tmp_path, mo
     monkeypatch.setattr(saving, "available_memory", lambda: 7000)       # The state has 8,004 bytes.
     s, said = saver(**settings), []
     s.say = said.append
-    s.save_state(SmallState(8))
+    s.save_state(SmallTrainer(8))
     assert (tmp_path / STATE_FILE).is_file()                # Without waiting for a thread.
-    s.save_state(SmallState(16))
+    s.save_state(SmallTrainer(16))
     assert len(said) == (0 if settings else 1)              # Said once.
     assert saving.available_memory() == 7000
 
@@ -141,7 +143,7 @@ def test_states_are_due_by_the_clock(saver, monkeypatch):
     now[0] += 601
     assert often.state_is_due()
     assert not never.state_is_due()
-    often.save_state(SmallState(8))
+    often.save_state(SmallTrainer(8))
     assert not often.state_is_due()
     often.close()
 
@@ -160,7 +162,7 @@ def damage(path: Path) -> None:
 def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
     s = saver()
     for nimg in (8, 16):
-        s.save_state(SmallState(nimg))
+        s.save_state(SmallTrainer(nimg))
     s.close()
     newest, said = tmp_path / STATE_FILE, []
     assert load_state(tmp_path, said.append)["counters"]["cur_nimg"] == 16
@@ -182,7 +184,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
 @pytest.mark.parametrize("room", [0, 100, 2000])
 def test_a_full_disk_keeps_the_last_good_files(saver, tmp_path, monkeypatch, room):
     s = saver()
-    s.save_state(SmallState(8))
+    s.save_state(SmallTrainer(8))
     s.close()
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
@@ -199,7 +201,7 @@ def test_a_full_disk_keeps_the_last_good_files(saver, tmp_path, monkeypatch, roo
 
     monkeypatch.setattr(checkpoint, "_ErrorKeeper", FullDisk)
     s = saver()
-    s.save_state(SmallState(16))
+    s.save_state(SmallTrainer(16))
     with pytest.raises(UserError, match=r"training-state\.pt: cannot be written \(No space left on device\)"):
         s.close()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -289,13 +291,13 @@ def test_scores():
 
 
 def test_best_and_patience_count(saver, tmp_path):
-    s, state = saver(), SmallState()
+    s, state = saver(), SmallTrainer()
     for nimg, value, bad in ((0, 9.0, 0), (1000, 5.0, 0), (2000, 6.0, 1), (3000, float("nan"), 2), (4000, 4.0, 0)):
-        state.cur_nimg, state.weight = nimg, torch.full([1000], float(nimg))
+        state.progress.cur_nimg, state.weight = nimg, torch.full([1000], float(nimg))
         evaluated(s, state, value)
-        assert state.bad_evals == bad
+        assert state.progress.bad_evals == bad
     s.close()
-    assert (state.best_value, state.best_nimg, state.best_metric) == (4.0, 4000, "fid")
+    assert (state.progress.best_value, state.progress.best_nimg, state.progress.best_metric) == (4.0, 4000, "fid")
     assert best(tmp_path) == (4.0, 4000)
 
 
@@ -306,9 +308,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("where", ["before the link", "after the link", "before the state"])
 def test_killed_between_weights_and_state_never_leaves_a_worse_best(saver, tmp_path, monkeypatch, where):
     """The best model's score is in its own file; a later, worse one does not replace it, whatever the state says."""
-    s, state = saver(background=False), SmallState(1000)
+    s, state = saver(background=False), SmallTrainer(1000)
     evaluated(s, state, 7.0)
-    state = SmallState(2000, best_value=7.0, best_nimg=1000, best_metric="fid")
+    state = SmallTrainer(2000, best_value=7.0, best_nimg=1000, best_metric="fid")
 
     def killed(*args, **more):
         if where == "after the link":
@@ -327,26 +329,26 @@ def test_killed_between_weights_and_state_never_leaves_a_worse_best(saver, tmp_p
     # Started again from the state at 1000; with other settings the evaluation at 2000 comes out as 6.
     counters = load_state(tmp_path, print)["counters"]
     assert (counters["cur_nimg"], counters["best_value"]) == (1000, 7.0)
-    state = SmallState(2000, best_value=7.0, best_nimg=1000, best_metric="fid")
+    state = SmallTrainer(2000, best_value=7.0, best_nimg=1000, best_metric="fid")
     evaluated(saver(background=False), state, 6.0)
     value, nimg = best(tmp_path)
     assert value == min(6.0, reached[0])
     # With the same settings it comes out as 5 again.
-    evaluated(saver(background=False), SmallState(2000, best_value=7.0, best_nimg=1000, best_metric="fid"), 5.0)
+    evaluated(saver(background=False), SmallTrainer(2000, best_value=7.0, best_nimg=1000, best_metric="fid"), 5.0)
     assert best(tmp_path) == (5.0, 2000)
 
 
 def test_without_metrics_the_newest_is_the_best_but_no_measured_one_is_lost(saver, tmp_path):
     s = saver(background=False)
     for nimg in (1000, 2000):
-        evaluated(s, SmallState(nimg), None)
+        evaluated(s, SmallTrainer(nimg), None)
         assert checkpoint.load(tmp_path / BEST_FILE, NETWORK_FORMAT)["progress"]["cur_nimg"] == nimg
-    evaluated(s, SmallState(3000), 5.0)
-    evaluated(s, SmallState(4000), None)
+    evaluated(s, SmallTrainer(3000), 5.0)
+    evaluated(s, SmallTrainer(4000), None)
     assert best(tmp_path) == (5.0, 3000)
     assert read_score(tmp_path / BEST_FILE) == Score("fid", 5.0)
     (tmp_path / BEST_FILE).write_bytes(b"damaged")
-    evaluated(s, SmallState(5000), 9.0)
+    evaluated(s, SmallTrainer(5000), 9.0)
     assert best(tmp_path) == (9.0, 5000)
 
 #----------------------------------------------------------------------------
@@ -362,21 +364,21 @@ def test_which_snapshots_may_go():
 
 
 def test_what_is_kept(saver, tmp_path):
-    s, state = saver(keep=2, keep_every=3), SmallState()
+    s, state = saver(keep=2, keep_every=3), SmallTrainer()
     for nimg, value in ((0, 9.0), (1000, 1.0), (2000, 5.0), (3000, 5.0), (4000, 5.0), (5000, 6.0), (6008, 7.0)):
-        state.cur_nimg, state.weight = nimg, torch.full([1000], float(nimg))
+        state.progress.cur_nimg, state.weight = nimg, torch.full([1000], float(nimg))
         evaluated(s, state, value)
     s.close()
     assert snapshots(tmp_path) == [0, 1000, 3000, 5000, 6008]           # Grid, best, last two.
     assert best(tmp_path) == (1.0, 1000)
     assert os.stat(tmp_path / BEST_FILE).st_ino == os.stat(tmp_path / snapshot_name(1000)).st_ino   # No second copy.
-    assert saving.snapshot_nimg(snapshot_name(6008)) == 6008
+    assert images_shown(snapshot_name(6008)) == 6008
 
 
 def test_a_snapshot_is_not_let_go_by_older_files_of_later_moments(saver, tmp_path):
     """After a restart from an older state there are snapshots of what is still to come."""
     s = saver(keep=1, background=False)
     for nimg in (1000, 2000, 3000):
-        evaluated(s, SmallState(nimg), None)
-    evaluated(s, SmallState(2000), None)
+        evaluated(s, SmallTrainer(nimg), None)
+    evaluated(s, SmallTrainer(2000), None)
     assert snapshots(tmp_path) == [2000, 3000]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import training.training_loop
+import training.trainer
 from legacy import open_snapshot
 from tests.closeness import approx
 from tests.conftest import write_dataset
@@ -115,7 +115,7 @@ def run(outdir, data, *more):
 @pytest.fixture
 def constant_generator(monkeypatch):
     """G_ema looks neither at z nor at the class."""
-    monkeypatch.setattr(training.training_loop, "update_ema",
+    monkeypatch.setattr(training.trainer, "update_ema",
                         lambda G_ema, *args: G_ema.mapping.fc0.weight.data.zero_())
     monkeypatch.setattr(CollapseWatch, "WARMUP_STEPS", 2)
     monkeypatch.setattr(CollapseWatch, "PATIENCE_STEPS", 2)

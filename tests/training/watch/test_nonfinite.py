@@ -4,7 +4,7 @@ import json
 
 import torch
 
-import training.training_loop
+import training.trainer
 from legacy import open_snapshot
 from tests.training.test_loop import only_run
 from tests.training.watch.test_health import run
@@ -68,7 +68,7 @@ def test_is_finite_looks_into_everything():
 def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkeypatch):
     """From the third iteration on a layer of G makes NaN."""
     monkeypatch.setattr(GradientGuard, "LIMIT", 3)
-    make_phases, seen = training.training_loop.make_phases, []
+    make_phases, seen = training.trainer.make_phases, []
 
     def poisoned_phases(G, *args):
         phases = make_phases(G, *args)
@@ -83,7 +83,7 @@ def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkey
         object.__setattr__(phases[0], "backward", poisoned)
         return phases
 
-    monkeypatch.setattr(training.training_loop, "make_phases", poisoned_phases)
+    monkeypatch.setattr(training.trainer, "make_phases", poisoned_phases)
     result = run(tmp_path, data16, "--kimg=0.8", "--tick=0.016", "--snap=1")
     assert result.exit_code == EXIT_NONFINITE == 4
     assert len(seen) <= 3 + 2 * 3                               # Noticed within two limits, and one more look.
