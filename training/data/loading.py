@@ -131,8 +131,8 @@ class Loading:
             self._end_processes()
             how = ", ".join(f"{p.pid} ({_ending(p.exitcode)})" for p in dead)
             raise UserError(f"loader process {how} ended before its time: shared memory ({SHARED_MEMORY}) or memory "
-                            "may be full: take fewer --workers (0 needs none), or give the container more shared memory "
-                            f"(docker run --shm-size=8g); {AGAIN}") from err
+                            "may be full: take fewer --workers (0 needs none), or give the container more shared "
+                            f"memory (docker run --shm-size=8g); {AGAIN}") from err
         if not timed_out:
             raise err
 

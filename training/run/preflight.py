@@ -86,8 +86,8 @@ def check_shared_memory(config: TrainConfig) -> None:
         fewer = [n for n in range(1, config.data.workers) if neighbours * loader_bytes(
             dataclasses.replace(config, data=dataclasses.replace(config.data, workers=n))) <= free]
         raise UserError(f"--workers={config.data.workers}: shared memory ({SHARED_MEMORY}) has {format_bytes(free)} "
-                        f"free, but the loader processes need {format_bytes(needed)}: take --workers={max(fewer, default=0)}, "
-                        "or give the container more (docker run --shm-size=8g)")
+                        f"free, but the loader processes need {format_bytes(needed)}: take "
+                        f"--workers={max(fewer, default=0)}, or give the container more (docker run --shm-size=8g)")
 
 
 def state_bytes(networks: list[torch.nn.Module], phases: list[Phase]) -> int:
