@@ -93,6 +93,7 @@ class StopRequests:
 
         def end() -> None:
             signal.set_wakeup_fd(before)
+            writer.shutdown(socket.SHUT_RDWR)       # Closing would not do: loader processes have it open, too.
             writer.close()
             thread.join()
             reader.close()
