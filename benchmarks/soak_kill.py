@@ -6,9 +6,9 @@ starts, trains, copies, writes, renames. After each kill the state must load, wi
 older than the one after the kill before. At the end every tensor of the state must be equal, bit by bit, to that of a
 run that nobody killed.
 
-Before that come three faults that used to hang or to mix two runs: the same command a second time while the first one
-trains, a loader process that is stopped, and shared memory that is full. Each must end in seconds with one line and exit
-code 2, and the run goes on from its state afterwards.
+Before that come three faults that could hang a run or mix two: the same command a second time while the first one
+trains, a loader process that is stopped, and shared memory that is full. Each must end in seconds with one line and
+exit code 2, and the run goes on from its state afterwards.
 """
 import os
 import random
