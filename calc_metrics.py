@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score a generator or a set of images: metrics as a table for people and as JSON lines for programs."""
+import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -10,6 +12,8 @@ from click.core import ParameterSource
 
 import dnnlib.cli
 from dnnlib import EasyDict, UserError
+from dnnlib.classes import Classes, match
+from dnnlib.download import local_file
 from inference import image_inputs
 from metrics import metric_main, protocols, records
 from metrics.latents import check_untruncated
@@ -27,17 +31,19 @@ FREE = [name for name in protocols.METRICS if not protocols.METRICS[name].is_off
 #----------------------------------------------------------------------------
 # The two sides.
 
-def open_reference(path: str, labels: bool, workers: int) -> Reference:
+def open_reference(path: str, labels: bool, workers: int, split: str | None = None) -> Reference:
     """The real side: images, statistics, or both (ADM's files).
 
     Raises:
-        UserError: nothing usable at `path`.
+        UserError: nothing usable at `path`, or a split must be chosen.
     """
     if image_inputs.kind_of(path) != "statistics":
-        source = image_inputs.open_images(path, labels, workers)
-        say_kind(path, image_inputs.summary(source))
+        source = image_inputs.open_images(path, labels, workers, split)
+        say_source(path, source)
         return Reference(source)
-    images = image_inputs.NpzSource(path) if image_inputs.has_samples(path) else None
+    if split is not None:
+        raise UserError(f"--split={split}: {path} holds statistics, which have no splits: leave it out")
+    images = image_inputs.open_images(path) if image_inputs.has_samples(path) else None
     reference = Reference(images, load_statistics(path))
     say_kind(path, f"{reference.statistics[0].format}, {reference.holdings()}"
              + (f", {images.num_images} images" if images else ""))
@@ -49,23 +55,36 @@ def say_kind(path: str, kind: str) -> None:
     distributed.print0(f"Reading {path}: {kind}", file=sys.stderr)
 
 
-def label_probs(opts: EasyDict, c_dim: int, reference: Reference | None) -> np.ndarray | None:
-    """Shares of the classes in the reference data set, float64 [c_dim]; None where no class is drawn by them.
+def say_source(path: str, source: image_inputs.DatasetSource) -> None:
+    """The same of images: also splits, classes, and what is done to files when they are read."""
+    said = (image_inputs.summary(source), source.understood, source.description.get("changes"))
+    say_kind(path, "; ".join(part for part in said if part))
+
+
+def label_probs(opts: EasyDict, network: Any, reference: Reference | None) -> np.ndarray | None:
+    """Shares of the network's classes in the reference data set, float64 [c_dim]; None where no class is drawn by them.
 
     Raises:
-        UserError: the data set has no labels, or more classes than the network.
+        UserError: the data set has no labels, or classes that the network does not know.
     """
+    c_dim = network.G_ema.c_dim
     if c_dim == 0 or opts.labels != "dataset":
         return None
     labels = getattr(reference.source, "labels", None) if reference else None
-    if labels is None:
+    if labels is None or reference is None or reference.source is None:
         raise UserError("--labels=dataset: classes are drawn as the reference data set has them, but it has no labels: "
                         "name a data set with labels by --data, or use --labels=uniform or --labels=balanced")
-    counts = np.bincount(labels, minlength=c_dim)
-    if len(counts) > c_dim:
-        raise UserError(f"--data={opts.data or opts.ref}: has the label {len(counts) - 1}, but the network knows "
-                        f"{c_dim} classes: use the data set it was trained on, or --labels=uniform")
-    shares: np.ndarray = counts / counts.sum()
+    counts = np.bincount(labels)
+    found = match(f"--{'data' if opts.data else 'ref'}={opts.data or opts.ref}",
+                  Classes(reference.source.description.get("class_names"), len(counts)),
+                  f"--network={opts.network}", Classes(network.class_names, c_dim),
+                  "use the data set it was trained on, or --labels=uniform", np.flatnonzero(counts).tolist())
+    if found.note:
+        distributed.print0(f"Note: {found.note}", file=sys.stderr)
+    shares = np.zeros(c_dim)
+    for i, count in enumerate(counts.tolist()):
+        if count:
+            shares[found.indices[i]] = count / counts.sum()
     return shares
 
 
@@ -74,28 +93,28 @@ def network_source(opts: EasyDict, network: Any, reference: Reference | None) ->
     from inference.sampling import GeneratorSource
 
     G = network.G_ema
-    probs = label_probs(opts, G.c_dim, reference)
+    probs = label_probs(opts, network, reference)
 
     def make(num: int) -> ImageSource:
         source = GeneratorSource(G, num, opts.seed, opts.labels, probs, opts.trunc, fingerprint=network.sha256,
-                                 precision=opts.precision)
-        source.description.update(path=str(network.path), num_images=num, resolution=G.img_resolution,
-                                  class_names=network.class_names)
+                                 precision=opts.precision, class_names=network.class_names)
+        source.description.update(path=str(network.path), num_images=num, resolution=G.img_resolution)
         return source
 
     return make
 
 
-def image_source(opts: EasyDict, names: list[str], workers: int) -> metric_main.SourceFactory:
-    """Makes seeded subsets of the images that are to be scored."""
+def image_source(opts: EasyDict, names: list[str], workers: int) -> ImageSource:
+    """The images that are to be scored."""
     if image_inputs.kind_of(opts.images) == "statistics" and not image_inputs.has_samples(opts.images):
         raise UserError(f"--images={opts.images}: holds statistics, not images: give them by --ref")
-    source = image_inputs.open_images(opts.images, metric_main.needs_labels(names), workers)
-    say_kind(opts.images, image_inputs.summary(source))
-    if source.description.get("has_jpeg"):
-        distributed.print0(f"Warning: {opts.images} holds JPEG files, whose compression moves every metric: save "
+    source = image_inputs.open_images(opts.images, metric_main.needs_labels(names), workers, opts.images_split,
+                                      "--images-split")
+    say_source(opts.images, source)
+    if lossy := source.description.get("lossy"):
+        distributed.print0(f"Warning: {opts.images} holds files compressed by {lossy}, which moves every metric: save "
                            "samples as PNG", file=sys.stderr)
-    return lambda num: seeded_subset(source, num, opts.seed, what=f"--images={opts.images}")
+    return source
 
 #----------------------------------------------------------------------------
 # The command.
@@ -130,6 +149,10 @@ def check_options(opts: EasyDict) -> None:
         raise UserError(f"--save-ref-images={opts.save_ref_images}: has no effect without --save-ref: leave it out")
     if opts.save_ref is not None and reference is None:
         raise UserError(f"--save-ref={opts.save_ref}: name the images to take statistics of by --data or --ref")
+    for split, paths in (("split", ("data", "ref")), ("images_split", ("images",))):
+        if opts[split] is not None and not any(opts[name] for name in paths):
+            raise UserError(f"--{split.replace('_', '-')}={opts[split]}: has no effect without "
+                            f"{' or '.join('--' + name for name in paths)}: leave it out")
     if opts.network is None and opts.trunc != 1:
         raise UserError(f"--trunc={opts.trunc}: has no effect without --network: leave it out")
     if opts.network is None and opts.precision != "auto":
@@ -173,6 +196,8 @@ def preflight(opts: EasyDict) -> list[str]:
     Raises:
         UserError: a path where nothing is, an unknown name, weights that cannot be had.
     """
+    if opts.ref is not None:
+        opts.ref = str(local_file(opts.ref))        # From now on, if it was an address.
     for path in (opts.images, opts.data, opts.ref):
         if path is not None:
             image_inputs.kind_of(path)
@@ -201,15 +226,18 @@ def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
         distributed.print0(dispatch.start_lines(device), file=sys.stderr)
     wants_labels = network is not None and network.G_ema.c_dim > 0 and opts.labels == "dataset"
     path = opts.data or opts.ref
-    reference = None if path is None else open_reference(path, wants_labels, workers)
+    reference = None if path is None else open_reference(path, wants_labels, workers, opts.split)
     options = metric_options(opts, device, network)
     if (warning := metric_main.unused_mirror(names, options)) is not None:
         distributed.print0(f"Warning: {warning}", file=sys.stderr)
     results = []
-    if opts.network is not None or opts.images is not None:
-        generated = (image_source(opts, names, workers) if network is None
-                     else network_source(opts, network, reference))
-        results = metric_main.evaluate(names, generated, reference, options)
+    if network is not None:
+        results = metric_main.evaluate(names, network_source(opts, network, reference), reference, options)
+    elif opts.images is not None:
+        source = image_source(opts, names, workers)
+        some = functools.partial(seeded_subset, source, seed=opts.seed, what=f"--images={opts.images}")
+        options = dataclasses.replace(options, num_images=source.num_images)
+        results = metric_main.evaluate(names, some, reference, options)
     if opts.save_ref is not None:
         assert reference is not None        # Asked for before: see `check_options`.
         save_reference(opts, reference, options)
@@ -227,44 +255,55 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
 
 
 @click.command(cls=dnnlib.cli.Command)
-@click.argument("paths", metavar="[REF SAMPLES]", nargs=-1)
+@click.argument("paths", metavar="[REF SAMPLES]", nargs=-1, type=dnnlib.cli.PathType())
 @click.option("--metrics", metavar="[NAME,NAME...|none]", type=dnnlib.cli.StrList(), default="fid50k_full",
               show_default=True, help=f"Protocols: {', '.join(OFFICIAL)}; groups: {', '.join(protocols.GROUPS)}; with "
               f"--detector of your choice: {', '.join(FREE)}")
-@click.option("--network", metavar="PKL|DIR", help="Generator to score: a snapshot, an official pickle, or a run")
-@click.option("--images", metavar="ZIP|DIR|NPZ|TAR", help="Images to score instead of a generator")
-@click.option("--data", metavar="ZIP|DIR", help="Real images to compare with")
-@click.option("--ref", metavar="NPZ|PKL|ZIP|DIR|TAR", help="The same, or stored statistics: ours, ADM's, EDM's...")
-@click.option("--save-ref", metavar="NPZ", help="Write the statistics of --data or --ref to this file")
-@click.option("--save-ref-images", metavar="INT", type=click.IntRange(min=0), help="Keep so many of its images in "
+@click.option("--network", metavar="PKL|DIR", type=dnnlib.cli.PathType(addresses=True),
+              help="Generator to score: a snapshot, an official pickle, or a run")
+@click.option("--images", metavar="DIR|FILE", type=dnnlib.cli.PathType(),
+              help="Images to score instead of a generator: a folder, zip, tar, .npz, .npy, "
+              " shards, Parquet, ... as dataset_tool.py reads them")
+@click.option("--images-split", metavar="train|val|test|all", help="Which part of --images, if it has several")
+@click.option("--data", metavar="DIR|FILE", type=dnnlib.cli.PathType(),
+              help="Real images to compare with, of any kind that --images takes")
+@click.option("--ref", metavar="DIR|FILE", type=dnnlib.cli.PathType(addresses=True),
+              help="The same, or stored statistics: ours, ADM's, EDM's...")
+@click.option("--split", metavar="train|val|test|all", help="Which part of --data or --ref, if it has several")
+@click.option("--save-ref", metavar="NPZ", type=dnnlib.cli.PathType(),
+              help="Write the statistics of --data or --ref to this file")
+@click.option("--save-ref-images", metavar="INT", type=dnnlib.cli.IntRange(min=0), help="Keep so many of its images in "
               "--save-ref, for precision and recall  [default: 10000 if --metrics has adm_pr50k, else none]")
-@click.option("--detector", metavar="NAME|PATH", help=f"Feature network of {', '.join(FREE)} and --save-ref: "
+@click.option("--detector", metavar="NAME|PATH", type=dnnlib.cli.PathType(addresses=True),
+              help=f"Feature network of {', '.join(FREE)} and --save-ref: "
               "inception-2015-12-05, vgg16, ... or a judge's .safetensors  [default: inception; for pr vgg16]")
-@click.option("--num", metavar="INT", type=click.IntRange(min=1),
+@click.option("--num", metavar="INT", type=dnnlib.cli.IntRange(min=1),
               help="Images to score instead of the number that the name says; the result's name then says it  "
-              "[default: of the protocol, else 50000]")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
+              "[default: of the protocol; for pytorch_fid all there are; else 50000]")
+@click.option("--seed", metavar="INT", type=dnnlib.cli.Seed(), default=0, show_default=True,
               help="Of latents, classes and every random choice of a metric")
 @click.option("--labels", metavar="dataset|uniform|balanced", default="dataset", show_default=True,
               type=click.Choice(["dataset", "uniform", "balanced"]), help="How classes of generated images are drawn: "
               "as often as in --data, all alike, or equally many of each")
-@click.option("--trunc", metavar="FLOAT", type=float, default=1, show_default=True, help="Truncation psi")
+@click.option("--trunc", metavar="FLOAT", type=dnnlib.cli.FloatRange(), default=1, show_default=True,
+              help="Truncation psi")
 @click.option("--mirror", metavar="BOOL", type=bool, default=False, show_default=True,
               help="fid, kid, pr, sfid, the names without _full, --save-ref: add mirrored real images")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=64, show_default=True,
+@click.option("--batch", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=64, show_default=True,
               help="Images generated or read at a time; moves no result")
-@click.option("--gpus", metavar="INT", type=click.IntRange(min=1), default=1, show_default=True,
+@click.option("--gpus", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=1, show_default=True,
               help="Processes to start on this machine (torchrun works too)")
-@click.option("--workers", metavar="INT", type=click.IntRange(min=0),
+@click.option("--workers", metavar="INT", type=dnnlib.cli.IntRange(min=0),
               help="Processes that decode real images  [default: 3 with a GPU, else 0]")
 @dnnlib.cli.precision_option()
 @dnnlib.cli.device_option()
-@click.option("--weights", metavar="DIR", help="Folder with files of detector weights")
+@click.option("--weights", metavar="DIR", type=dnnlib.cli.PathType(), help="Folder with files of detector weights")
 @click.option("--offline", is_flag=True, help="Never download")
 @click.option("--allow-unverified-weights", is_flag=True, help="Take files of weights that are not the published ones; "
               "such results are for testing")
 @click.option("--no-cache", is_flag=True, help="Neither use nor keep statistics of real images")
-@click.option("--out", metavar="DIR", help="Append results to metric-<name>.jsonl in this folder")
+@click.option("--out", metavar="DIR", type=dnnlib.cli.PathType(),
+              help="Append results to metric-<name>.jsonl in this folder")
 @click.option("--verbose", metavar="BOOL", type=bool, default=True, show_default=True, help="Progress bars")
 @click.pass_context
 def main(ctx: click.Context, /, **kwargs: Any) -> None:

@@ -87,11 +87,11 @@ def main() -> None:
 
 
 @main.command(cls=dnnlib.cli.Command, options_metavar="[OPTIONS] | verify DATA")
-@click.option("--source", metavar="PATH", required=True,
+@click.option("--source", metavar="PATH", type=dnnlib.cli.PathType(), required=True,
               help="Folder, zip or tar of images, ImageNet's root folder or ILSVRC2012_img_train.tar, WebDataset "
                    "shards such as 's/{000..099}.tar', Parquet files, the folder or archive of CIFAR or MNIST, an LSUN "
-                   "database, or sklearn:digits")
-@click.option("--dest", metavar="PATH", required=True,
+                   "database, .npz or .npy arrays, or sklearn:digits")
+@click.option("--dest", metavar="PATH", type=dnnlib.cli.PathType(), required=True,
               help="Archive (ending in .zip) or folder to make; with --resolutions the beginning of archive names")
 @click.option("--resolution", type=SizeType(), default=None,
               help="Width and height of the result, a power of two  [default: as the source]")
@@ -103,27 +103,29 @@ def main() -> None:
               help="The same in short: crop is center-crop; pad adds black bars; squash changes proportions")
 @click.option("--grayscale", type=click.Choice(["drop", "rgb"]), default=None,
               help="Leave grayscale files out, or make them RGB  [default: drop for ImageNet, else rgb]")
-@click.option("--labels", metavar="FILE", default=None,
+@click.option("--labels", metavar="FILE", type=dnnlib.cli.PathType(), default=None,
               help="Labels by file name, CSV or JSON  [default: dataset.json, else sub-folders]")
 @click.option("--no-labels", is_flag=True, help="Write no labels, whatever the source has")
 @click.option("--allow-gaps", is_flag=True, help="Accept class indices that no image has")
-@click.option("--split", type=click.Choice(["train", "test"]), default=None,
-              help="Of CIFAR and MNIST  [default: train]")
-@click.option("--max-images", metavar="INT", type=click.IntRange(min=1), default=None,
+@click.option("--split", metavar="train|val|test|all", default=None,
+              help="Which images of a source that has such parts, by the names of folders or files; all: all of them  "
+                   "[default: there must be no choice]")
+@click.option("--max-images", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=None,
               help="Stop after this many images, in the order of the file names  [default: all]")
 @click.option("--strict/--skip-bad", default=False, show_default=True,
               help="Stop at the first unreadable file, or skip and list it")
 @click.option("--overwrite", is_flag=True, help="Replace the data sets at --dest")
 @click.option("--restart", is_flag=True, help="Throw away an unfinished run instead of continuing it")
-@click.option("--workers", metavar="INT", type=click.IntRange(min=1), default=None,
+@click.option("--workers", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=None,
               help="Processes; the result does not depend on it  [default: all cores for large sources]")
 def make(overwrite: bool, restart: bool, workers: int | None, **opts: Any) -> None:
     """Make a data set for training: square RGB images of one size and their labels.
 
-    Labels come from dataset.json in the source, else from its sub-folders: one class per sub-folder, in the order of
-    their names. ImageNet is recognised by folders such as n01440764, directly in the source, in train/ or in
-    ILSVRC/Data/CLS-LOC/train/. Files that cannot be read are skipped and listed in report.json inside the result. The
-    same command again continues a run that was broken off. `dataset_tool.py verify DATA` checks a data set.
+    What the source was taken for is said first. Labels come from dataset.json in it, else from its sub-folders: one
+    class per sub-folder, in the order of their names, or of their numbers if all are numbers. ImageNet is recognised by
+    folders such as n01440764. A source with parts such as train and val needs --split. Files that cannot be read are
+    skipped and listed in report.json inside the result. The same command again continues a run that was broken off.
+    `dataset_tool.py verify DATA` checks a data set.
 
     \b
     Examples:
@@ -138,8 +140,8 @@ def make(overwrite: bool, restart: bool, workers: int | None, **opts: Any) -> No
 
 
 @main.command("verify", cls=dnnlib.cli.Command)
-@click.argument("data", metavar="DATA")
-@click.option("--workers", metavar="INT", type=click.IntRange(min=1), default=None,
+@click.argument("data", metavar="DATA", type=dnnlib.cli.PathType())
+@click.option("--workers", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=None,
               help="Processes  [default: all cores for large sets]")
 def verify_command(data: str, workers: int | None) -> None:
     """Decode every image of a data set (archive or folder) and name the bad ones; exit code 2 if there are any.

@@ -5,6 +5,7 @@ Every step is the command that a user would type; `make demo` runs this file. Th
 digits that scikit-learn ships.
 """
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -64,10 +65,10 @@ def run_step(progress: Progress, log: Path, title: str, seconds: float, command:
     """
     progress.start(title)
     lines = []
-    with open(log, "a") as f:
+    with open(log, "a", encoding="utf-8") as f:
         f.write(f"\n$ {' '.join(command)}\n")
-        process = subprocess.Popen([sys.executable, *command], cwd=HERE, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *command], cwd=HERE, env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+                                   encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert process.stdout is not None       # It is a pipe.
         for line in process.stdout:
             lines.append(line)
@@ -198,8 +199,9 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 @click.command(cls=cli.Command)
-@click.option("--outdir", metavar="DIR", default="runs/demo", show_default=True, help="Where everything goes")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed")
+@click.option("--outdir", metavar="DIR", type=cli.PathType(), default="runs/demo", show_default=True,
+              help="Where everything goes")
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="Random seed")
 @click.option("--san", metavar="BOOL", type=bool, default=True, show_default=True,
               help="SAN heads; 0: plain hinge heads")
 @click.option("--quick", is_flag=True, help="The same path in about two minutes, without quality to expect")

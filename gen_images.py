@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate images, or a sample sheet with a row per class, from a snapshot or an official pickle."""
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ import tqdm
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
 from inference.sampling import find_class, generate, seed_label, seed_latent
-from torch_utils import misc
+from torch_utils import checkpoint, misc
+from torch_utils.arrays import read_npy
 from torch_utils.images import save_image, to_uint8_sample
 from torch_utils.ops import dispatch
 
 SHEET_CLASSES = 40          # Rows of a sheet at most.
 SHEET_CELL = 64             # Smaller images are enlarged to about this many pixels.
+SHEET_PIXELS = 1 << 27      # Of a whole sheet at most; Pillow warns of larger pictures when it opens them.
 NAME_WIDTH = 96             # Room for class names, in pixels.
 
 #----------------------------------------------------------------------------
@@ -40,14 +41,18 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
     """
     try:
         if path.endswith(".npy"):
-            centroids = torch.from_numpy(np.load(path, allow_pickle=False))
+            centroids = torch.from_numpy(read_npy(path))
         else:
-            centroids = torch.load(path, map_location="cpu", weights_only=True)
+            centroids = checkpoint.load_plain(path)
+    except OSError:         # No such file, and the like: the command says which.
+        raise
     except Exception as err:
         raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__})") from err
     if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
         shape = list(centroids.shape) if isinstance(centroids, torch.Tensor) else type(centroids).__name__
         raise UserError(f"--centroids-path={path}: expected a tensor [number of centroids, {w_dim}], found {shape}")
+    if centroids.is_complex() or not centroids.float().isfinite().all():
+        raise UserError(f"--centroids-path={path}: holds what are no finite numbers: compute the centroids again")
     return centroids.float()
 
 #----------------------------------------------------------------------------
@@ -56,29 +61,40 @@ def write_images(network: Any, seeds: list[int], class_idx: int | None, outdir: 
                  **settings: Any) -> list[Path]:
     """One file seed<NNNN>.png per seed; returns their paths. Without a class every seed draws its own."""
     G = network.G_ema
-    labels = torch.zeros(len(seeds), dtype=torch.int64)
-    if G.c_dim > 0:
-        labels = torch.tensor([seed_label(s, G.c_dim) if class_idx is None else class_idx for s in seeds])
-    z = torch.stack([seed_latent(s, G.z_dim) for s in seeds])
     paths = [outdir / f"seed{seed:04d}.png" for seed in seeds]
     bar = tqdm.tqdm(total=len(seeds), unit="image", disable=None)
     done = iter(paths)
-    for images in generate(G, z, labels, batch_size, **settings):
-        for image in to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy():
-            save_image(next(done), image)
-            bar.update()
+    for first in range(0, len(seeds), batch_size):      # Latents of a million seeds would fill the memory.
+        part = seeds[first:first + batch_size]
+        labels = torch.zeros(len(part), dtype=torch.int64)
+        if G.c_dim > 0:
+            labels = torch.tensor([seed_label(s, G.c_dim) if class_idx is None else class_idx for s in part])
+        z = torch.stack([seed_latent(s, G.z_dim) for s in part])
+        for images in generate(G, z, labels, batch_size, **settings):
+            for image in to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy():
+                save_image(next(done), image)
+                bar.update()
     bar.close()
     return paths
 
 
 def make_sheet(network: Any, seeds: list[int], classes: list[int], batch_size: int, **settings: Any) -> PIL.Image.Image:
-    """A row per class, a column per seed, names on the left."""
+    """A row per class, a column per seed, names on the left.
+
+    Raises:
+        UserError: the picture would be too large.
+    """
     G = network.G_ema
+    zoom = max(round(SHEET_CELL / G.img_resolution), 1)
+    cell = G.img_resolution * zoom
+    if len(seeds) * len(classes) * cell ** 2 > SHEET_PIXELS:
+        most = SHEET_PIXELS // (len(classes) * cell ** 2)
+        raise UserError(f"--sheet: {len(classes)} row(s) of {len(seeds)} samples of {cell} pixels are more than fit "
+                        f"into one picture: give {f'at most {most} --seeds' if most else 'one --class'}, or --outdir "
+                        "for single images")
     z = torch.stack([seed_latent(s, G.z_dim) for _ in classes for s in seeds])
     labels = torch.tensor([k for k in classes for _ in seeds])
     images = torch.cat([to_uint8_sample(x).cpu() for x in generate(G, z, labels, batch_size, **settings)])
-    zoom = max(round(SHEET_CELL / G.img_resolution), 1)
-    cell = G.img_resolution * zoom
     names = network.class_names if G.c_dim > 0 and network.class_names else [str(k) for k in range(max(G.c_dim, 1))]
     left = NAME_WIDTH if G.c_dim > 0 else 0
     sheet = PIL.Image.new("RGB", (left + len(seeds) * cell, len(classes) * cell), "white")
@@ -94,23 +110,26 @@ def make_sheet(network: Any, seeds: list[int], classes: list[int], batch_size: i
 #----------------------------------------------------------------------------
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
-@click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR", required=True)
-@click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(), required=True)
+@click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
+              type=cli.PathType(addresses=True), required=True)
+@click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(cli.MAX_SEED), required=True)
 @click.option("--class", "class_name", help="Class by name or index  [default: drawn from each seed]",
               metavar="NAME|INT")
-@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=float, default=1.0,
-              show_default=True)
+@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
+              default=1.0, show_default=True)
 @click.option("--batch-sz", help="Seeds per batch; the images do not depend on it", metavar="INT",
-              type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--centroids-path", help="Truncate towards the nearest of these centres of w", metavar="FILE")
+              type=cli.IntRange(min=1), default=1, show_default=True)
+@click.option("--centroids-path", help="Truncate towards the nearest of these centres of w", metavar="FILE",
+              type=cli.PathType())
 @click.option("--translate", help="Shift of the picture in image widths", type=cli.Vec2(), default="0,0",
               show_default=True)
-@click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=float, default=0,
+@click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=cli.FloatRange(), default=0,
               show_default=True)
 @click.option("--noise-mode", help="Accepted for old commands: these generators have no noise inputs",
               type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
-@click.option("--outdir", help="Where to save the images", metavar="DIR")
-@click.option("--sheet", help="Write one sheet instead: a row per class, a column per seed", metavar="PNG")
+@click.option("--outdir", help="Where to save the images", metavar="DIR", type=cli.PathType())
+@click.option("--sheet", help="Write one sheet instead: a row per class, a column per seed", metavar="PNG",
+              type=cli.PathType())
 @cli.precision_option()
 @cli.device_option()
 def main(network: str, seeds: list[int], class_name: str | None, trunc: float, batch_sz: int,
@@ -137,6 +156,8 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
     loaded = load_network(network, target)
     G = loaded.G_ema
     class_idx = None if class_name is None else find_class(class_name, loaded.class_names, G.c_dim)
+    if class_idx is not None and loaded.class_names and loaded.class_names[class_idx] != class_name:
+        click.echo(f"--class={class_name}: the class {class_idx}, {loaded.class_names[class_idx]}", err=True)
     transform = G.synthesis.input.get_buffer("transform")
     transform.copy_(make_transform(translate, rotate))
     centroids = None
@@ -144,18 +165,15 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
         centroids = load_centroids(centroids_path, G.w_dim).to(transform.device)
     settings: dict[str, Any] = {"batch_size": batch_sz, "truncation_psi": trunc, "centroids": centroids,
                                 "precision": precision}
-    try:
-        if sheet is not None:
-            classes = [class_idx] if class_idx is not None else list(range(min(max(G.c_dim, 1), SHEET_CLASSES)))
-            with atomic_file(sheet) as f:
-                make_sheet(loaded, seeds, classes, **settings).save(f, format="PNG")
-            click.echo(f"{sheet}: {len(classes)} row(s) of {len(seeds)} samples")
-        elif outdir is not None:
-            paths = write_images(loaded, seeds, class_idx, Path(outdir), **settings)
-            click.echo(f"{outdir}: {len(paths)} images")
-    except OSError as err:
-        raise UserError(f"{'--sheet' if sheet else '--outdir'}={sheet or outdir}: cannot be written "
-                        f"({os.strerror(err.errno or 0)}): name a place that you may write to") from err
+    if sheet is not None:
+        classes = [class_idx] if class_idx is not None else list(range(min(max(G.c_dim, 1), SHEET_CLASSES)))
+        picture = make_sheet(loaded, seeds, classes, **settings)
+        with atomic_file(sheet) as f:
+            picture.save(f, format="PNG")
+        click.echo(f"{sheet}: {len(classes)} row(s) of {len(seeds)} samples")
+    elif outdir is not None:
+        paths = write_images(loaded, seeds, class_idx, Path(outdir), **settings)
+        click.echo(f"{outdir}: {len(paths)} images")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
+from dnnlib.download import local_file
 from dnnlib.util import file_sha256, list_some
 from torch_utils import checkpoint, safe_pickle
 from torch_utils.pickle_modules import (
     ModuleRecord,
-    Unfit,
     as_module,
     as_number,
     as_plain,
@@ -30,13 +30,12 @@ from torch_utils.pickle_modules import (
     walk,
 )
 from torch_utils.pickle_values import TensorRecord
+from torch_utils.schema import Unfit, check_finite, compare_shapes
 from training.config import DiscriminatorConfig, GeneratorConfig, InputSpec, LayerSpec, from_dict, to_dict
+from training.generator.fitting import LAYER_NAME, generator_from
 from training.networks_stylegan3 import Generator
-
-NETWORK_FORMAT = "stylesan-xl-network"
-LAYER_NAME = re.compile(r"L\d{1,3}_\d{1,5}_\d{1,5}")
-MAX_LAYERS = 256
-MAX_TAPS = 1024                 # Of a filter; published networks have up to 96.
+from training.run.formats import NETWORK_FORMAT, read_snapshot
+from training.run.snapshots import snapshots_by_age
 
 #----------------------------------------------------------------------------
 # Public.
@@ -56,12 +55,12 @@ class LoadedNetwork:
 def find_snapshot(path: str | os.PathLike[str]) -> Path:
     """The snapshot that `path` names: the file itself, or of a run's folder the best model, else the newest snapshot.
 
+    An https:// address is downloaded once, to the cache.
+
     Raises:
         UserError: nothing there.
     """
-    if str(path).startswith(("http://", "https://")):
-        raise UserError(f"{path}: give a file on this machine: download the snapshot first")
-    path = Path(path)
+    path = local_file(path)
     if path.is_file():
         return path
     if not path.is_dir():
@@ -69,12 +68,7 @@ def find_snapshot(path: str | os.PathLike[str]) -> Path:
     best = path / "best_model.pkl"
     if best.is_file():
         return best
-
-    def age(file: Path) -> tuple[float, str]:
-        number = re.fullmatch(r"network-snapshot-(\d+(?:\.\d+)?)\.pkl", file.name)
-        return float(number[1]) if number else -1.0, file.name
-
-    files = sorted((file for file in path.glob("network-snapshot*.pkl") if file.is_file()), key=age)
+    files = snapshots_by_age(path)
     if not files:
         raise UserError(f"{path}: no best_model.pkl and no network-snapshot-*.pkl in this folder: "
                         "give the folder of a run, or a snapshot file")
@@ -93,11 +87,12 @@ def open_snapshot(path: str | os.PathLike[str], mmap: bool = False) -> dict[str,
         and 'progress'; of an official pickle also 'source', 'training_set_kwargs' and 'notes'.
 
     Raises:
-        UserError: no such file, damaged or cut off, not a snapshot, or a network of another kind.
+        UserError: no such file, damaged or cut off, not a snapshot, or a network of another kind; settings and tensors
+            that do not fit each other; weights that are not finite.
     """
     file = find_snapshot(path)
     if checkpoint.is_checkpoint(file):
-        return checkpoint.load(file, NETWORK_FORMAT, mmap=mmap)
+        return read_snapshot(file, mmap)
     return read_official_pickle(file)
 
 
@@ -105,22 +100,13 @@ def load_network(path: str | os.PathLike[str], device: str | torch.device = "cpu
     """The generator of a snapshot (`G_ema`).
 
     Raises:
-        UserError: as `open_snapshot`; the tensors do not fit the settings.
+        UserError: as `open_snapshot`.
     """
     file = find_snapshot(path)
     snapshot = open_snapshot(file)
-    if missing := [key for key in ("generator_config", "G_ema") if not isinstance(snapshot.get(key), dict)]:
-        raise UserError(f"{file}: lacks {', '.join(missing)}: take another snapshot of the run")
-    state = snapshot["G_ema"]
-    try:
-        if not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise Unfit("its G_ema holds more than tensors")
-        config = from_dict(GeneratorConfig, snapshot["generator_config"])
-        _check_state(config, {name: tuple(value.shape) for name, value in state.items()})
-    except (Unfit, UserError, TypeError, ValueError) as err:
-        raise UserError(f"{file}: not a usable snapshot: {err}") from err
+    config = from_dict(GeneratorConfig, snapshot["generator_config"])
     G = Generator(config)
-    G.load_state_dict(state)
+    G.load_state_dict(snapshot["G_ema"])
     G = G.eval().requires_grad_(False).to(device)
     return LoadedNetwork(G, snapshot.get("class_names"), config, dict(snapshot.get("progress") or {}), file,
                          file_sha256(file))
@@ -138,7 +124,9 @@ def read_official_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     root = safe_pickle.read(path)
     try:
-        return _convert(root)
+        content = _convert(root)
+        check_finite(content)
+        return content
     except Unfit as err:
         raise UserError(f"{path}: {err}") from err
 
@@ -226,40 +214,6 @@ def _generator_config(G: ModuleRecord) -> GeneratorConfig:
     )
 
 
-def _check_state(config: GeneratorConfig, shapes: dict[str, tuple[int, ...]]) -> Generator:
-    """A generator without memory; compares names and shapes, so that nothing is allocated for wrong settings.
-
-    Raises:
-        Unfit: the settings make no generator, or tensors are missing, unknown or of another shape.
-    """
-    try:
-        _check_limits(config)
-        with torch.device("meta"):
-            G = Generator(config)
-    except (ValueError, ArithmeticError, RuntimeError, AssertionError, TypeError) as err:
-        raise Unfit(f"the attributes of its layers make no generator ({type(err).__name__})") from err
-    expected = {name: tuple(value.shape) for name, value in G.state_dict().items()}
-    if missing := sorted(set(expected) - set(shapes)):
-        raise Unfit(f"its generator lacks tensors: {list_some(missing, 3)}")
-    if unknown := sorted(set(shapes) - set(expected)):
-        raise Unfit(f"its generator has unknown tensors: {ascii(list_some(unknown, 3))[1:201]}")
-    wrong = [f"{name} {list(shapes[name])} for {list(expected[name])}"
-             for name in expected if shapes[name] != expected[name]]
-    if wrong:
-        raise Unfit(f"its generator has tensors of other shapes: {list_some(wrong, 3)}")
-    return G
-
-
-def _check_limits(config: GeneratorConfig) -> None:
-    """Filters are designed even for a generator without memory, so their lengths must be sane before."""
-    if len(config.layers) > MAX_LAYERS or config.mapping_layers > MAX_LAYERS:
-        raise Unfit("its generator has hundreds of layers")
-    for layer in config.layers:
-        rates = layer.in_sampling_rate, layer.out_sampling_rate
-        if not config.filter_size * config.lrelu_upsampling * max(rates) <= MAX_TAPS * min(rates):
-            raise Unfit(f"{layer.name[:20]!a} needs filters of more than {MAX_TAPS} taps")
-
-
 def _generator(G: ModuleRecord) -> tuple[GeneratorConfig, dict[str, TensorRecord]]:
     """Settings and tensors, compared with each other and with what our layers work out themselves."""
     config = _generator_config(G)
@@ -269,7 +223,8 @@ def _generator(G: ModuleRecord) -> tuple[GeneratorConfig, dict[str, TensorRecord
     for name in ("mapping.embed.weight", "mapping.w_avg"):
         if config.c_dim > 0 and name in records:
             records[name] = _first_rows(records[name], config.c_dim)
-    built = _check_state(config, {name: record.shape for name, record in records.items()})
+    _, built = generator_from(to_dict(config), "its generator")
+    compare_shapes(records, "its generator", built.state_dict())
     synthesis = G.child("synthesis")
     for layer in config.layers:
         theirs, ours = synthesis.child(layer.name), getattr(built.synthesis, layer.name)

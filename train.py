@@ -145,13 +145,16 @@ def run(options: TrainOptions) -> int:
 
 def parse(values: dict[str, Any], typed: set[str]) -> TrainOptions:
     """The options as click gives them, of which `typed` were typed."""
-    from metrics.protocols import expand
+    from metrics.protocols import METRICS, expand
+    if values["best_metric"] is not None and values["best_metric"] not in METRICS:
+        raise UserError(f"--best-metric={values['best_metric']}: no metric of this name: take one of --metrics")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return TrainOptions(**values | {"metrics": tuple(expand(list(values["metrics"])))}, given=frozenset(typed))
 
 
 def option(names: str, help: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option with the default of `TrainOptions`. `names` may hold a short one: '-n --name'."""
+    """A click option with the default of `TrainOptions`. `names` may hold a short or a former one: '-n --name',
+    '--former-name --name name'."""
     default = DEFAULTS.get(names.split()[-1].lstrip("-").replace("-", "_"))
     if isinstance(default, tuple):
         default = ",".join(default)
@@ -161,16 +164,16 @@ def option(names: str, help: str, **settings: Any) -> Callable[[Command], Comman
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
 # Required.
-@option("--outdir", "Where to save the results", metavar="DIR", required=True)
+@option("--outdir", "Where to save the results", metavar="DIR", type=cli.PathType(), required=True)
 @option("--cfg", "Base configuration: translation-equivariant T or rotation-equivariant R; a recipe has its own",
         type=click.Choice(["stylegan3-t", "stylegan3-r"]))
 @option("--data", "Training data; with --recipe a path with {resolution} in it, or a folder of <name><resolution>.zip",
-        metavar="ZIP|DIR", required=True)
+        metavar="ZIP|DIR", type=cli.PathType(), required=True)
 @option("--gpus", "Number of local processes, one per GPU; under torchrun leave it out", metavar="INT",
-        type=click.IntRange(min=1))
+        type=cli.IntRange(min=1))
 @option("--max-restarts", "With --gpus: start all processes again from the last state when one died, so often",
-        metavar="INT", type=click.IntRange(min=0))
-@option("--batch", "Total batch size", metavar="INT", type=click.IntRange(min=1))
+        metavar="INT", type=cli.IntRange(min=0))
+@option("--batch", "Total batch size", metavar="INT", type=cli.IntRange(min=1))
 # Recipes.
 @option("--recipe", "Train all stages of a published run in order; options typed beside it go first",
         type=click.Choice(list(RECIPES)))
@@ -180,77 +183,81 @@ def option(names: str, help: str, **settings: Any) -> Callable[[Command], Comman
 @option("--preset", "Widths and depths for the options that are left out", type=click.Choice(list(PRESETS)))
 @option("--cond", "Train with class labels", metavar="BOOL", type=bool)
 @option("--mirror", "Enable x-flips of the data", metavar="BOOL", type=bool)
-@option("--init-from", "Start a new run with those weights of this snapshot that fit", metavar="PKL|DIR", type=str)
+@option("--init-from", "Start a new run with those weights of this snapshot that fit", metavar="PKL|DIR",
+        type=cli.PathType(addresses=True))
 @option("--resume", "Start a new run with the weights of this snapshot, all of which must fit", metavar="PKL|DIR",
-        type=str)
+        type=cli.PathType(addresses=True))
 @option("--freezed", "Freeze layers of D: has no effect here, see --backbones", metavar="INT",
-        type=click.IntRange(min=0))
+        type=cli.IntRange(min=0))
 @option("--backbones", "Feature networks of D: official names, any timm model, NAME:random, or a .safetensors file",
-        metavar="NAME,...", type=cli.StrList())
-@option("--embedding", "Class table: from the data, random, or a file", metavar="data|random|FILE")
+        metavar="NAME,...", type=cli.PathList())
+@option("--embedding", "Class table: from the data, random, or a file", metavar="data|random|FILE",
+        type=cli.PathType())
 @option("--san", "SAN heads; 0 for plain hinge heads", metavar="BOOL", type=bool)
 # Hyperparameters.
 @option("--batch-gpu", "Images per micro-batch; auto: what fits and is fast  [default: batch/gpus, if 32 bits reach]",
         metavar="INT|auto", type=cli.IntOrAuto())
-@option("--cbase", "Capacity multiplier  [default: by preset]", metavar="INT", type=click.IntRange(min=1))
-@option("--cmax", "Max. feature maps  [default: by preset]", metavar="INT", type=click.IntRange(min=1))
-@option("--glr", "G learning rate", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True))
-@option("--dlr", "D learning rate", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True))
+@option("--cbase", "Capacity multiplier  [default: by preset]", metavar="INT", type=cli.IntRange(min=1))
+@option("--cmax", "Max. feature maps  [default: by preset]", metavar="INT", type=cli.IntRange(min=1))
+@option("--glr", "G learning rate", metavar="FLOAT", type=cli.FloatRange(min=0, min_open=True))
+@option("--dlr", "D learning rate", metavar="FLOAT", type=cli.FloatRange(min=0, min_open=True))
 @option("--diversity", "Weight of the diversity term, for small data sets  [default: by preset]", metavar="FLOAT",
-        type=click.FloatRange(min=0))
-@option("--split-group", "Normalise in D over this many consecutive images, so that results do not depend on how a "
-        "batch is split  [default: over a micro-batch]", metavar="INT", type=click.IntRange(min=0))
-@option("--map-depth", "Mapping network depth", metavar="INT", type=click.IntRange(min=1))
+        type=cli.FloatRange(min=0))
+@option("--split-group --ghost-batch ghost_batch", "Normalise in D over this many consecutive images, so that results "
+        "do not depend on how a batch is split  [default: over a micro-batch]", metavar="INT", type=cli.IntRange(min=0))
+@option("--map-depth", "Mapping network depth", metavar="INT", type=cli.IntRange(min=1))
 # Super-resolution.
 @option("--stem", "Train a stem (what happens without --superres)", is_flag=True)
-@option("--syn_layers", "Layers of the stem  [default: by preset]", metavar="INT", type=click.IntRange(min=3))
+@option("--syn_layers", "Layers of the stem  [default: by preset]", metavar="INT", type=cli.IntRange(min=3))
 @option("--superres", "Train a super-resolution stage on --path_stem", is_flag=True)
-@option("--path_stem", "Run folder or snapshot of the stage before", metavar="PKL|DIR", type=str)
+@option("--path_stem", "Run folder or snapshot of the stage before", metavar="PKL|DIR",
+        type=cli.PathType(addresses=True))
 @option("--head_layers", "Layers of the super-resolution head  [default: by preset]", metavar="INT",
-        type=click.IntRange(min=3))
-@option("--cls_weight", "Weight of classifier guidance", metavar="FLOAT", type=click.FloatRange(min=0))
+        type=cli.IntRange(min=3))
+@option("--cls_weight", "Weight of classifier guidance", metavar="FLOAT", type=cli.FloatRange(min=0))
 @option("--classifier", "Network of the guidance: a timm model of the classes of --data, or a .safetensors file",
-        metavar="NAME|FILE")
-@option("--up_factor", "Resolution of the stage over the stem's", metavar="INT", type=click.IntRange(min=2))
+        metavar="NAME|FILE", type=cli.PathType())
+@option("--up_factor", "Resolution of the stage over the stem's", metavar="INT", type=cli.IntRange(min=2))
 # Misc.
 @option("--desc", "String to include in the folder name", metavar="STR", type=str)
 @option("--metrics", "Quality metrics at snapshots", metavar="[NAME|A,B,C|none]", type=cli.StrList())
-@option("--detector", "Network for the metrics fid, kid, pr, is, sfid, accuracy", metavar="NAME|FILE", type=str)
+@option("--detector", "Network for the metrics fid, kid, pr, is, sfid, accuracy", metavar="NAME|FILE",
+        type=cli.PathType(addresses=True))
 @option("--num", "Images that metrics generate, instead of the number that a name such as fid50k_full says",
-        metavar="INT", type=click.IntRange(min=1))
-@option("--kimg", "Total training duration", metavar="KIMG", type=click.FloatRange(min=0))
-@option("--tick", "How often to print progress", metavar="KIMG", type=click.FloatRange(min=0, min_open=True))
-@option("--snap", "How often to save snapshots", metavar="TICKS", type=click.IntRange(min=1))
-@option("--seed", "Random seed", metavar="INT", type=click.IntRange(min=0))
+        metavar="INT", type=cli.IntRange(min=1))
+@option("--kimg", "Total training duration", metavar="KIMG", type=cli.FloatRange(min=0))
+@option("--tick", "How often to print progress", metavar="KIMG", type=cli.FloatRange(min=0, min_open=True))
+@option("--snap", "How often to save snapshots", metavar="TICKS", type=cli.IntRange(min=1))
+@option("--seed", "Random seed", metavar="INT", type=cli.Seed())
 @option("--fp32", "Disable mixed precision: the official name of --precision=fp32", metavar="BOOL", type=bool)
 @cli.precision_option()
 @option("--feature-precision", "Of the frozen networks: tf32 (on GPUs) and bf16 are faster where the hardware has them "
         "(docs/performance.md)", type=click.Choice(["fp32", "tf32", "bf16"]))
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool)
-@option("--workers", "Loader processes", metavar="INT", type=click.IntRange(min=0))
+@option("--workers", "Loader processes", metavar="INT", type=cli.IntRange(min=0))
 @option("--stage-to", "Copy --data to this folder of a local disk first, once per node, and read it there",
-        metavar="DIR", type=str)
+        metavar="DIR", type=cli.PathType())
 @cli.device_option()
 @option("--keep", "Network snapshots that stay beside the best one; 0: all", metavar="INT",
-        type=click.IntRange(min=0))
+        type=cli.IntRange(min=0))
 @option("--keep-every", "Of each so many kimg one snapshot stays for good", metavar="KIMG",
-        type=click.FloatRange(min=0))
+        type=cli.FloatRange(min=0))
 @option("--snap-state", "Minutes between training states; 0: only with snapshots", metavar="MINUTES",
-        type=click.FloatRange(min=0))
+        type=cli.FloatRange(min=0))
 @option("--save-in-background", "Write files while training goes on; needs memory for a copy of the state",
         metavar="BOOL", type=bool)
 @option("--best-metric", "Which of --metrics decides on best_model.pkl  [default: the first]", metavar="NAME", type=str)
 @option("--stop-patience", "The stage ends after so many evaluations without a better one; 0: never", metavar="INT",
-        type=click.IntRange(min=0))
+        type=cli.IntRange(min=0))
 @option("--continue-changed", "Continue a run although batch, learning rates or losses differ", is_flag=True)
 @option("--restart_every", "Save and exit with code 3 after this many seconds; 0: never", metavar="SECONDS",
-        type=click.IntRange(min=0))
+        type=cli.IntRange(min=0))
 @option("--on-collapse", "After a verdict of collapse: go on, or save and exit with code 5",
         type=click.Choice(["warn", "stop"]))
 @option("--wandb", "Also log to this project of Weights & Biases (pip install wandb)", metavar="PROJECT", type=str)
 @option("--bench", "Run a few iterations, print the time that the run will take, and exit", is_flag=True)
 @option("--diagnose", f"At snapshots measure what D's last layers know, on so many images per side (0: off; without a "
-        f"number {DIAGNOSIS_IMAGES})", metavar="[INT]", type=click.IntRange(min=0),
+        f"number {DIAGNOSIS_IMAGES})", metavar="[INT]", type=cli.IntRange(min=0),
         is_flag=False, flag_value=str(DIAGNOSIS_IMAGES))
 @option("-n --dry-run", "Print the settings and exit", is_flag=True)
 def main(**kwargs: Any) -> None:

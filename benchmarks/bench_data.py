@@ -173,7 +173,7 @@ def worker_bytes(who: str, path: Path, workers: int) -> int | None:
     try:
         total = 0
         for process in multiprocessing.active_children():
-            report = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            report = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="utf-8")
             total += next(int(line.split()[1]) << 10 for line in report.splitlines() if line.startswith("Pss:"))
         return total
     except OSError:         # Not Linux.
@@ -267,8 +267,9 @@ def report(found: dict[str, Any]) -> str:
 
 @click.command(cls=cli.Command)
 @click.option("--quick", help=f"{QUICK:,} images instead of {MANY:,}", is_flag=True)
-@click.option("--folder", help="Where archives are made  [default: temporary folder]", metavar="DIR")
-@click.option("--out", help="Write the table to this file", metavar="FILE")
+@click.option("--folder",
+              help="Where archives are made  [default: temporary folder]", metavar="DIR", type=cli.PathType())
+@click.option("--out", help="Write the table to this file", metavar="FILE", type=cli.PathType())
 def main(quick: bool, folder: str | None, out: str | None) -> None:
     """Measure how fast data sets are opened and read."""
     work = Path(tempfile.mkdtemp(dir=folder))

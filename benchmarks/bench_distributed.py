@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import atomic_write_text, format_bytes  # noqa: E402
 from torch_utils import checkpoint  # noqa: E402
+from torch_utils.nested import copy_to_cpu, tensor_bytes  # noqa: E402
 from training.config import (  # noqa: E402
     DataConfig,
     DiscriminatorConfig,
@@ -42,7 +43,6 @@ from training.config import (  # noqa: E402
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402
 from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
-from training.run.saving import copy_to_cpu, tensor_bytes  # noqa: E402
 from training.run.snapshots import STATE_FORMAT, training_state  # noqa: E402
 from training.trainer import Trainer  # noqa: E402
 
@@ -72,7 +72,7 @@ def images_per_second(processes: int, iterations: int, threads: int) -> float:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
                        env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         (stats,) = work.glob("0*/stats.jsonl")
-        ticks = [json.loads(line) for line in stats.read_text().splitlines()]
+        ticks = [json.loads(line) for line in stats.read_text(encoding="utf-8").splitlines()]
         seconds = [tick["Progress/sec_per_kimg"] for tick in ticks[1:]]     # The first holds the warm-up.
         return 1000 / float(np.median(seconds))
 
@@ -142,9 +142,10 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 @click.command(cls=cli.Command)
-@click.option("--iterations", metavar="INT", type=click.IntRange(min=30), default=50, show_default=True,
+@click.option("--iterations", metavar="INT", type=cli.IntRange(min=30), default=50, show_default=True,
               help="Iterations per throughput measurement")
-@click.option("--folder", metavar="DIR", default=None, help="Where the state is written  [default: temporary folder]")
+@click.option("--folder", metavar="DIR", type=cli.PathType(), default=None,
+              help="Where the state is written  [default: temporary folder]")
 def main(iterations: int, folder: str | None) -> None:
     """Measure throughput at 1 and 2 processes, and the cost of saving and resuming ImageNet-256."""
     work = Path(tempfile.mkdtemp(dir=folder))

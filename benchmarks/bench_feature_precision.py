@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT)]
 
 from dnnlib import UserError, cli  # noqa: E402
 from dnnlib.util import atomic_write_text  # noqa: E402
+from torch_utils.images import from_uint8  # noqa: E402
 from torch_utils.misc import one_hot, requires_grad  # noqa: E402
 from training.config import DiscriminatorConfig, LossConfig  # noqa: E402
 from training.diffaug import NUM_UNIFORMS  # noqa: E402
@@ -37,7 +38,7 @@ from training.discriminators.projected import ProjectedDiscriminator  # noqa: E4
 from training.feature_networks import fast  # noqa: E402
 from training.feature_networks.backbones import is_isotropic  # noqa: E402
 from training.feature_networks.classifier import Classifier, load_classifier  # noqa: E402
-from training.feature_networks.fast import make_fast  # noqa: E402
+from training.feature_networks.fast import optimize_frozen  # noqa: E402
 from training.feature_networks.registry import find_weights  # noqa: E402
 from training.generator.layer_schedule import stem_config  # noqa: E402
 from training.loss import StyleSanLoss  # noqa: E402
@@ -120,7 +121,7 @@ def photographs(count: int, size: int) -> torch.Tensor:
         photo = load_sample_images().images[i % 2]
         y, x = (rng.randint(0, n - 256) for n in photo.shape[:2])
         parts.append(torch.from_numpy(photo[y:y + 256, x:x + 256].copy()).permute(2, 0, 1))
-    images = torch.stack(parts).to(torch.float32) / 127.5 - 1
+    images = from_uint8(torch.stack(parts))
     return torch.nn.functional.interpolate(images, size=(size, size), mode="area")
 
 
@@ -137,7 +138,7 @@ class Step:
                 network.double()
         kind, everywhere = precision.removesuffix(EVERYWHERE), precision.endswith(EVERYWHERE)
         for network in self.D.feature_networks.values():
-            make_fast(network.backbone, kind if kind in fast.PRECISIONS else "fp32")
+            optimize_frozen(network.backbone, kind if kind in fast.PRECISIONS else "fp32")
             if kind == "bf16" and everywhere:
                 fast.reduce_(network.backbone, torch.bfloat16)
         frozen = [(network, network.backbone.net) for network in self.D.feature_networks.values()]
@@ -234,8 +235,9 @@ def markdown(tables: list[dict[str, dict[str, float]]], weights: dict[str, str],
 
 
 @click.command(cls=cli.Command)
-@click.option("--weights", metavar="DIR", help="Folder with published weights, such as tf_efficientnet_lite0.pth")
-@click.option("--seeds", metavar="INT", type=click.IntRange(min=1), default=3, show_default=True, help="Draws")
+@click.option("--weights", metavar="DIR", type=cli.PathType(),
+              help="Folder with published weights, such as tf_efficientnet_lite0.pth")
+@click.option("--seeds", metavar="INT", type=cli.IntRange(min=1), default=3, show_default=True, help="Draws")
 @click.option("--quick", is_flag=True, help="Small random networks, one draw, no file: does it run?")
 def main(weights: str | None, seeds: int, quick: bool) -> None:
     """Measure what the precision of the frozen networks does to features, logits and gradients."""

@@ -96,7 +96,8 @@ def reference_form() -> Any:
 def has_bf16() -> bool:
     """Whether the processor multiplies in bfloat16."""
     path = Path("/proc/cpuinfo")
-    return path.is_file() and any(f" {name}" in path.read_text() for name in ("avx512_bf16", "amx_bf16"))
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return any(f" {name}" in text for name in ("avx512_bf16", "amx_bf16"))
 
 
 def forms_of(device: torch.device) -> dict[str, tuple[Callable[[], Any], str]]:
@@ -175,8 +176,8 @@ def table(found: dict[str, dict[str, Any]], batch: int, device: torch.device) ->
 
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="A narrow generator of 64 pixels, two turns, no file")
-@click.option("--threads", metavar="INT", type=click.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1),
+@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
+@click.option("--batch", metavar="INT", type=cli.IntRange(min=1),
               help="Images at a time  [default: 2 on a processor, where the reference then takes 8 GB; 32 on a GPU]")
 @cli.device_option()
 def main(quick: bool, threads: int | None, batch: int | None, device: str) -> None:

@@ -157,7 +157,7 @@ def worker_peak(result: dict[str, Any]) -> None:
 
     VmHWM, because ru_maxrss begins with the memory of the process that started this one.
     """
-    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     print(json.dumps({**result, "peak": int(peak) * 1.024e-3}))
 
 
@@ -224,7 +224,7 @@ def run_worker(name: str, *args: str) -> dict[str, Any]:
     """One of them in a new process."""
     code = "import sys; from benchmarks.bench_metrics import WORKERS; WORKERS[sys.argv[1]](*sys.argv[2:])"
     done = subprocess.run([sys.executable, "-c", code, name, *args], cwd=ROOT, check=True, stdout=subprocess.PIPE,
-                          text=True)
+                          encoding="utf-8")
     return json.loads(done.stdout.splitlines()[-1])
 
 #----------------------------------------------------------------------------
@@ -298,12 +298,13 @@ PARTS = ("frechet", "covariance", "formulas", "images", "large")
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="Small sizes, one repetition; nothing is written without --out")
 @click.option("--parts", metavar="LIST", default=",".join(PARTS), show_default=True, help="What to measure")
-@click.option("--images", metavar="INT", type=click.IntRange(min=64), default=None, help="Images  [default: 512]")
-@click.option("--resolution", metavar="INT", type=click.IntRange(min=8), default=256, show_default=True,
+@click.option("--images", metavar="INT", type=cli.IntRange(min=64), default=None, help="Images  [default: 512]")
+@click.option("--resolution", metavar="INT", type=cli.IntRange(min=8), default=256, show_default=True,
               help="Of the images, pixels")
-@click.option("--repeats", metavar="INT", type=click.IntRange(min=1), default=None,
+@click.option("--repeats", metavar="INT", type=cli.IntRange(min=1), default=None,
               help="Repetitions of each  [default: 5, 3 for images; --quick: 1]")
-@click.option("--out", metavar="FILE", default=None, help=f"Where to write  [default: {RESULT.relative_to(ROOT)}]")
+@click.option("--out", metavar="FILE", type=cli.PathType(), default=None,
+              help=f"Where to write  [default: {RESULT.relative_to(ROOT)}]")
 def main(quick: bool, parts: str, images: int | None, resolution: int, repeats: int | None, out: str | None) -> None:
     """Measure speed and memory of the metrics against torch-fidelity and SciPy."""
     names = parts.split(",")

@@ -45,7 +45,7 @@ MEMORY_TARGET = 3.0
 def real_layers() -> list[dict]:
     """Different shapes of the recipes, spread over their sizes."""
     found = {}
-    for spec in json.loads(SPECS.read_text()):
+    for spec in json.loads(SPECS.read_text(encoding="utf-8")):
         for layer in spec["layers"]:
             if layer["torgb"] or layer["radial_down"]:
                 continue
@@ -97,14 +97,14 @@ def measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, l
 def peak_memory(layer: dict, impl: str) -> int:
     """Bytes that a forward and backward pass of filtered_lrelu takes at most, measured in another process."""
     command = [sys.executable, __file__, "--peak", json.dumps([layer, impl])]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return int(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()[-1])
 
 
 def print_peak(layer: dict, impl: str) -> None:
     """The body of that process."""
     make_call("filtered_lrelu", layer, impl, VALUES // 16)()    # Code is loaded, threads stand.
     call = make_call("filtered_lrelu", layer, impl, 4 * VALUES)
-    Path("/proc/self/clear_refs").write_text("5")               # Forget the highest mark.
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")               # Forget the highest mark.
     before = memory_status("VmRSS")
     call()
     click.echo(memory_status("VmHWM") - before)
@@ -112,7 +112,7 @@ def print_peak(layer: dict, impl: str) -> None:
 
 def memory_status(name: str) -> int:
     """Bytes in a line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise UserError(f"/proc/self/status has no {name}: memory can be measured on Linux only")
@@ -156,7 +156,7 @@ def memory_table(layers: list[dict]) -> tuple[str, list[float]]:
 
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="Three layers, short measurements, no file")
-@click.option("--threads", metavar="INT", type=click.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
+@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
 @click.option("--peak", hidden=True, default=None)
 def main(quick: bool, threads: int | None, peak: str | None) -> None:
     """Measure native operations against the reference at real layer shapes."""

@@ -34,7 +34,7 @@ from torch_utils.ops.filtered_lrelu import filtered_lrelu  # noqa: E402
 from torch_utils.ops.upfirdn2d import upfirdn2d  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "overhead.md"
-CALLS = 200                 # Of a round: few enough for a GPU's queue.
+CALLS = 200                 # A round has few enough for a GPU's queue.
 TARGETS = {"forward": 30.0, "forward and backward": 80.0}       # Microseconds of filtered_lrelu.
 
 Call = Callable[[], object]
@@ -130,7 +130,7 @@ def main(device: str | None, quick: bool) -> None:
                f"filtered_lrelu takes {worst:.2f} of what is aimed at.\n\n{table(found)}\n")
     click.echo(section)
     if not quick:
-        content = RESULT.read_text() if RESULT.is_file() else ""
+        content = RESULT.read_text(encoding="utf-8") if RESULT.is_file() else ""
         atomic_write_text(RESULT, with_section(content, place, section))
     click.echo(json.dumps({"device": place, "microseconds": medians}))
 

@@ -136,7 +136,7 @@ class OurStep:
     def __init__(self, case: Case, G: Generator, D: ProjectedDiscriminator, precisions: tuple[str, str],
                  classifier: Classifier | None):
         self.G, self.D = copy.deepcopy((G, D))
-        self.D.make_fast_(precisions[0])
+        self.D.optimize_frozen_(precisions[0])
         self.trainer = Trainer(train_config(case, precisions), self.G, self.D, classifier, next(G.parameters()).device,
                                Collector().report)
         self.loss, self.guard = self.trainer.loss, self.trainer.guard
@@ -387,8 +387,8 @@ def peak_rows(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch) -> l
 
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="A small generator, two rounds, no file")
-@click.option("--threads", metavar="INT", type=click.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
-@click.option("--rounds", metavar="INT", type=click.IntRange(min=2), help="Timed iterations of each")
+@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
+@click.option("--rounds", metavar="INT", type=cli.IntRange(min=2), help="Timed iterations of each")
 def main(quick: bool, threads: int | None, rounds: int | None) -> None:
     """Measure a training iteration against the official structure."""
     torch.set_num_threads(threads or torch.get_num_threads())

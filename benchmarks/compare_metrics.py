@@ -173,11 +173,11 @@ def report(rows: list[Row], num: int, dims: int, seconds: float) -> str:
 
 
 @click.command(cls=cli.Command)
-@click.option("--num", metavar="INT", type=click.IntRange(min=30), default=2000, show_default=True, help="Images")
+@click.option("--num", metavar="INT", type=cli.IntRange(min=30), default=2000, show_default=True, help="Images")
 @click.option("--parts", metavar="NAME,NAME...", type=cli.StrList(), default=",".join(PARTS), show_default=True)
-@click.option("--dims", metavar="INT", type=click.IntRange(1, 2048), default=2048, show_default=True,
+@click.option("--dims", metavar="INT", type=cli.IntRange(1, 2048), default=2048, show_default=True,
               help="Inception features that metrics use; fewer make a quick trial")
-@click.option("--out", metavar="MD", default=str(RESULT), show_default=True, help="File to write")
+@click.option("--out", metavar="MD", type=cli.PathType(), default=str(RESULT), show_default=True, help="File to write")
 def main(num: int, parts: list[str], dims: int, out: str) -> None:
     """Compare and write the table; fails if a difference is too large."""
     start = time.perf_counter()

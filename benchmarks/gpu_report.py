@@ -91,7 +91,7 @@ class Runner:
     def continue_from_folder(self) -> None:
         """Outcomes of an earlier report with the same options stay; those of others do not belong beside them."""
         with contextlib.suppress(OSError, ValueError):
-            before = json.loads((self.folder / "report.json").read_text())
+            before = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
             if before["options"] == list(self.options):
                 self.outcomes, self.date = before["outcomes"], before["date"]
                 return
@@ -183,7 +183,7 @@ def send(group: int, number: signal.Signals) -> None:
 
 def last_line(path: Path) -> str:
     """Of a log, without what would not fit into a table."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it printed nothing"
 
 
@@ -210,14 +210,16 @@ def chosen(names: list[str]) -> list[Step]:
 
 
 @click.command(cls=cli.Command)
-@click.option("--minutes", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=8, show_default=True,
+@click.option("--minutes", metavar="FLOAT", type=cli.FloatRange(min=0, min_open=True), default=8, show_default=True,
               help="For everything together")
 @click.option("--quick", is_flag=True, help="In miniature, for a look at whether it runs")
 @click.option("--only", metavar="[STEP,STEP...|none]", type=cli.StrList(), default=None,
               help="Run these steps; results of the others stay as they are in --folder  [default: all, anew]")
-@click.option("--folder", metavar="DIR", default=str(ROOT / "build" / "gpu_report"), help="For results as JSON, logs "
+@click.option("--folder", metavar="DIR", type=cli.PathType(), default=str(ROOT / "build" / "gpu_report"),
+              help="For results as JSON, logs "
               "and files of the steps  [default: build/gpu_report]")
-@click.option("--dest", metavar="FILE", default=None, help="The table  [default: benchmarks/results/gpu.md; with "
+@click.option("--dest", metavar="FILE", type=cli.PathType(), default=None,
+              help="The table  [default: benchmarks/results/gpu.md; with "
               "--quick and without a GPU gpu.md in --folder]")
 @cli.device_option()
 def main(minutes: float, quick: bool, only: list[str] | None, folder: str, dest: str | None, device: str) -> None:

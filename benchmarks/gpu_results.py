@@ -48,7 +48,7 @@ class Results:
 def read_results(path: Path) -> dict[str, Any]:
     """The content of such a file; an empty one if the step left none."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {"found": "", "skipped": "", "values": {}}
 

@@ -20,7 +20,7 @@ from training.config import GeneratorConfig
 OPS_BATCH = 8
 STEM_BATCH = 512            # Of which --batch-gpu=auto chooses a micro-batch.
 SECONDS = {"cuda": 0.15, "cpu": 0.02}      # For repetitions of one operation.
-SMALL_NETWORKS = {"backbones": ("test_efficientnet:random",), "classifier": "deit_tiny_distilled_patch16_224:random"}
+SMALL_NETWORKS = {"backbones": ("local:random",), "classifier": "deit_tiny_distilled_patch16_224:random"}
 
 #----------------------------------------------------------------------------
 # Clocks.
@@ -32,9 +32,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what networks that are gone have left."""
-    gc.collect()
+    """Give back the memory of a GPU that networks which are gone have left; others get theirs back by themselves."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -317,8 +317,8 @@ def measure_parts(prefix: str, step: Any, for_G: Any, for_D: Any, context: Conte
 def measure_tf32(prefix: str, step: Any, for_G: Any, for_D: Any, context: Context) -> None:
     """The iteration with --feature-precision=tf32. The step has it from then on."""
     import bench_training as bench
-    step.D.make_fast_("tf32")
-    step.loss.classifier.make_fast_("tf32")
+    step.D.optimize_frozen_("tf32")
+    step.loss.classifier.optimize_frozen_("tf32")
     call = lambda: step.iteration(for_G, for_D, bench.CUR_NIMG)
     context.results.put(**{f"{prefix}/tf32": median_seconds(call, 3, context)})
 

@@ -34,10 +34,11 @@ from gpu_results import Context, Results, Skip  # noqa: E402
 from dnnlib import cli  # noqa: E402
 from dnnlib.util import format_bytes  # noqa: E402
 from torch_utils import misc  # noqa: E402
+from torch_utils.images import from_uint8  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "click", "requests", "ninja", "safetensors",
             "tqdm", "torch_fidelity", "matplotlib", "sklearn", "pytest")
-ITERATIONS, TICK_ITERATIONS = 20, 2
+ITERATIONS, QUICK_ITERATIONS, TICK_ITERATIONS = 20, 4, 2
 START_SECONDS = 60          # For two processes to find each other.
 
 #----------------------------------------------------------------------------
@@ -46,17 +47,18 @@ START_SECONDS = 60          # For two processes to find each other.
 def start(arguments: list[str], env: dict[str, str] | None = None, output: Any = subprocess.PIPE) -> subprocess.Popen:
     """A Python program of the project; its output goes into a pipe or a file. Nothing is downloaded."""
     offline = {"STYLESAN_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=os.environ | offline | (env or {}), text=True,
-                            errors="replace", stdout=output, stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=os.environ | offline | (env or {}),
+                            encoding="utf-8", errors="replace", stdout=output, stderr=subprocess.STDOUT)
 
 
 def follow(process: subprocess.Popen, on_line: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
     """Pass the output on until the program ends; its exit code and its last line."""
     last = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        last = line.strip() or last
-        on_line(line)
+    with process.stdout as lines:
+        for line in lines:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+            on_line(line)
     return process.wait(), last
 
 
@@ -95,7 +97,7 @@ def small_run(context: Context, outdir: Path, iterations: int, tick: int, backbo
 def ticks(outdir: Path) -> list[dict[str, float]]:
     """What the run in that folder wrote at every tick."""
     (stats,) = outdir.glob("0*/stats.jsonl")
-    return [json.loads(line) for line in stats.read_text().splitlines()]
+    return [json.loads(line) for line in stats.read_text(encoding="utf-8").splitlines()]
 
 
 def seconds_per_iteration(outdir: Path, batch: int) -> float:
@@ -129,7 +131,7 @@ def versions(context: Context) -> None:
 def driver_version() -> str:
     """What nvidia-smi says."""
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True,
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], encoding="utf-8",
                               capture_output=True, timeout=20, check=True)
         return done.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
@@ -180,7 +182,8 @@ def training(context: Context) -> None:
     results, outdir = context.results, context.folder / "training"
     batch = 8 if context.quick else 32
     backbone = "local:random" if context.quick else "tf_efficientnet_lite0:random"
-    arguments = small_run(context, outdir, ITERATIONS, TICK_ITERATIONS, backbone)
+    iterations = QUICK_ITERATIONS if context.quick else ITERATIONS
+    arguments = small_run(context, outdir, iterations, TICK_ITERATIONS, backbone)
     began, seen = time.perf_counter(), []
 
     def note_ticks(line: str) -> None:
@@ -247,7 +250,7 @@ def loading(context: Context) -> None:
     try:
         while images + batch <= len(dataset):
             x, _ = next(stream)
-            x = misc.to_device(x, context.device).to(torch.float32) / 127.5 - 1
+            x = from_uint8(misc.to_device(x, context.device))
             gpu_speed.synchronize(context.device)
             first = time.perf_counter() - began if first is None else first
             images += len(x)
@@ -271,7 +274,7 @@ def two_processes(context: Context) -> None:
               "STYLESAN_START_SECONDS": str(START_SECONDS)}
     script = str(ROOT / "benchmarks" / "train_over_gloo.py")
     began = time.perf_counter()
-    with open(context.folder / "second_process.log", "w") as log:
+    with open(context.folder / "second_process.log", "w", encoding="utf-8") as log:
         first, second = (start([script, *arguments], shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output)
                          for rank, output in enumerate((subprocess.PIPE, log)))
         code, last = follow(first)
@@ -284,11 +287,15 @@ def two_processes(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    """`pytest -m gpu`, in the files that have such tests: others may need packages that are not there."""
+    """`pytest -m gpu`, in the files that have such tests: others may need packages that are not there.
+
+    In quick mode it is the first of these files.
+    """
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
-                   if "\n@pytest.mark.gpu\n" in path.read_text())
+                   if "\n@pytest.mark.gpu\n" in path.read_text(encoding="utf-8"))
+    files = files[:1] if context.quick else files
     counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
 
@@ -318,8 +325,9 @@ STEPS: dict[str, Callable[[Context], None]] = {
 
 @click.command(cls=cli.Command)
 @click.argument("name", metavar="STEP", type=click.Choice(list(STEPS)))
-@click.option("--out", metavar="FILE", required=True, help="JSON file of the results")
-@click.option("--folder", metavar="DIR", default="build/gpu_report", show_default=True, help="For the step's files")
+@click.option("--out", metavar="FILE", type=cli.PathType(), required=True, help="JSON file of the results")
+@click.option("--folder", metavar="DIR", type=cli.PathType(), default="build/gpu_report", show_default=True,
+              help="For the step's files")
 @click.option("--quick", is_flag=True, help="In miniature")
 @cli.device_option()
 def main(name: str, out: str, folder: str, quick: bool, device: str) -> None:

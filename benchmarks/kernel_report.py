@@ -38,7 +38,7 @@ def main() -> None:
         rows = kernel_report.make_report(kernel_report.ARCHS.split(","))
     except BuildError as error:
         raise UserError(str(error)) from None
-    told = subprocess.run([cuda_target("80").compiler, "--version"], capture_output=True, text=True, check=True)
+    told = subprocess.run([cuda_target("80").compiler, "--version"], capture_output=True, encoding="utf-8", check=True)
     compiler = told.stdout.strip().splitlines()[-1]
     content = {"compiler": compiler, "sources": kernel_report.sources_hash(), "rows": rows}
     atomic_write_text(RESULTS / "kernels.json", json.dumps(content, indent=1) + "\n")

@@ -75,7 +75,7 @@ class Job:
             return pid
         code = 1
         try:
-            with open(self.log, "a") as log:
+            with open(self.log, "a", encoding="utf-8") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             if world_size > 1:
@@ -115,7 +115,7 @@ class Job:
         for pid in set(self.pids) - set(self.codes):
             self.codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if any(self.codes.values()):
-            raise UserError(f"the run failed: {self.log.read_text()[-2000:]}")
+            raise UserError(f"the run failed: {self.log.read_text(encoding='utf-8')[-2000:]}")
 
     def kill(self) -> None:
         """SIGKILL to all."""
@@ -179,7 +179,7 @@ def kill_again_and_again(work: Path, kills: int, seed: int, kimg: float, gpus: i
             time.sleep(rng.uniform(0, 0.5))
         if job.has_ended():
             raise UserError(f"the run ended before kill {len(rows) + 1} of {kills}: take more --kimg, or see "
-                            f"what it said: {job.log.read_text()[-2000:]}")
+                            f"what it said: {job.log.read_text(encoding='utf-8')[-2000:]}")
         job.kill()
         folder = run_folder(work, "killed")
         halves = len(list(folder.glob(".*.tmp"))) if folder else 0
@@ -281,12 +281,13 @@ def table(rows: list[tuple], took: dict[str, float], command: str, total: int, t
 
 
 @click.command(cls=cli.Command)
-@click.option("--kills", metavar="INT", type=click.IntRange(min=1), default=20, show_default=True, help="How often")
-@click.option("--seed", metavar="INT", type=int, default=0, show_default=True, help="Of the moments")
-@click.option("--gpus", metavar="INT", type=click.IntRange(min=1), default=1, show_default=True, help="Processes")
-@click.option("--kimg", metavar="KIMG", type=float, default=2.0, show_default=True, help="Length of the run")
-@click.option("--dest", metavar="FILE", default=str(ROOT / "benchmarks/results/soak_kill.md"), show_default=True,
-              help="Where the table goes")
+@click.option("--kills", metavar="INT", type=cli.IntRange(min=1), default=20, show_default=True, help="How often")
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="Of the moments")
+@click.option("--gpus", metavar="INT", type=cli.IntRange(min=1), default=1, show_default=True, help="Processes")
+@click.option("--kimg", metavar="KIMG", type=cli.FloatRange(min=0), default=2.0, show_default=True,
+              help="Length of the run")
+@click.option("--dest", metavar="FILE", type=cli.PathType(), default=str(ROOT / "benchmarks/results/soak_kill.md"),
+              show_default=True, help="Where the table goes")
 def main(kills: int, seed: int, gpus: int, kimg: float, dest: str) -> None:
     """Kill a small training run at random moments; compare its end with that of an unbroken one.
 

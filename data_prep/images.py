@@ -8,10 +8,8 @@ import numpy as np
 import PIL.Image
 
 from data_prep.transforms import TRANSFORMS, Size, is_enlarged
+from training.data.images import Decoded, decode
 from training.data.png import encode_plain_png
-from training.data.stores import open_image, to_rgb
-
-GRAY_MODES = ("1", "L", "LA", "La")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,29 +47,11 @@ def pixel_digest(image: PIL.Image.Image) -> bytes:
     return digest.digest()
 
 
-def decode(data: bytes) -> PIL.Image.Image:
-    """A decoded image in whatever mode the file has, at most as many pixels as Pillow's limit.
-
-    Raises:
-        ValueError: it is no image, is damaged, or claims to be larger; the text is the reason.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # Pillow warns of odd metadata.
-            return open_image(data)
-    except PIL.Image.DecompressionBombError as err:
-        raise ValueError(f"more than the {PIL.Image.MAX_IMAGE_PIXELS} pixels that one image may have") from err
-    except Exception as err:                    # Pillow's many decoders raise anything for damaged files.
-        raise ValueError(str(err) or type(err).__name__) from err
-
-
-def _upright_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, list[str]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return to_rgb(image)
-    except Exception as err:                    # As above: the rest of the file is read here.
-        raise ValueError(str(err) or type(err).__name__) from err
+def decode_quietly(data: bytes) -> Decoded:
+    """`decode` without Pillow's warnings of odd metadata. Raises ValueError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return decode(data)
 
 
 def convert(plan: Plan, where: str, data: bytes | str) -> Outcome:
@@ -79,12 +59,12 @@ def convert(plan: Plan, where: str, data: bytes | str) -> Outcome:
     if isinstance(data, str):
         return Outcome(reason=data)
     try:
-        image = decode(data)
-        if plan.drop_grayscale and (image.mode in GRAY_MODES or image.mode.startswith("I")):
-            return Outcome(dropped=True)
-        image, notes = _upright_rgb(image)
+        found = decode_quietly(data)
     except ValueError as err:
         return Outcome(reason=str(err))
+    if plan.drop_grayscale and found.is_gray:
+        return Outcome(dropped=True)
+    image = found.image
     if plan.transform is None and image.width != image.height:
         return Outcome(refused=f"{where}: {image.width}x{image.height} pixels, but images must be square: "
                                f"add --transform=center-crop and --resolution=N")
@@ -96,7 +76,7 @@ def convert(plan: Plan, where: str, data: bytes | str) -> Outcome:
     return Outcome(
         pngs=tuple(encode_plain_png(np.asarray(made)) for made in images),
         digests=tuple(pixel_digest(made) for made in images), size=images[0].size,
-        source_size=image.size, notes=tuple(notes),
+        source_size=image.size, notes=found.notes,
         enlarged=tuple(is_enlarged(image, size, plan.transform) for size in plan.sizes))
 
 

@@ -19,7 +19,7 @@ from data_prep import images, sinks, sources
 from data_prep.images import Outcome, Plan
 from data_prep.journal import Journal, Level, Progress, journal_path, next_link, open_journal
 from data_prep.parallel import Interrupted, chunks, default_workers, ordered_map
-from data_prep.report import Report, library_versions, make_metadata, make_report
+from data_prep.report import Report, library_versions, make_metadata, make_report, understood
 from data_prep.sources.base import Source, read_image
 from data_prep.transforms import REVERSIBLE, Size, check_sizes, is_usable, nearest_usable
 from dnnlib import UserError
@@ -66,6 +66,7 @@ def make_datasets(
     for dest in job.dests:
         check_dest(job.source, dest, overwrite or unfinished)
     source = sources.open_source(job.source, job.options)
+    click.echo("\n".join(understood(job.source, source)), err=True)
     workers = workers or default_workers(len(source.indices))
     try:
         with open_journal(first) as journal, contextlib.closing(source.store):
@@ -82,6 +83,9 @@ def check_dest(source: str, dest: Path, overwrite: bool) -> None:
     origin, target = Path(source).resolve(), dest.resolve()
     if target == origin or target in origin.parents:
         raise UserError(f"--dest={dest}: would replace --source={source}: choose another place")
+    if origin.is_dir() and origin in target.parents:
+        raise UserError(f"--dest={dest}: lies inside of --source={source}, which it would be a part of the next time: "
+                        "choose a place outside")
     if dest.suffix.lower() in (".tar", ".gz", ".tgz", ".7z", ".rar", ".npz", ".json", ".parquet"):
         raise UserError(f"--dest={dest}: name a .zip archive or a folder")
     archive = sinks.is_archive(dest)

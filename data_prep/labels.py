@@ -8,16 +8,18 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
-from dnnlib.util import format_bytes, list_some
+from dnnlib.classes import Classes, is_fraction, number_names, single, whole_number, with_several
+from dnnlib.util import format_bytes, list_some, normalized_name
 from training.data.labels import MAX_CLASSES, clean_name
 
 MAX_LABEL_FILE = 1 << 30
 NAME_COLUMNS = ("file_name", "filename", "file", "path", "image", "image_id", "name", "id")
+DELIMITERS = ("\t", ";", ",")
 LABEL_COLUMNS = ("label", "class", "class_id", "category", "target", "labels", "breed", "species")
 
 #----------------------------------------------------------------------------
@@ -30,27 +32,30 @@ def encode(where: str, names: Sequence[str], values: Sequence[Any], classes: lis
     Args:
         where: What the labels come from, for messages.
         names: The images.
-        values: For each a class index, a class name, or None if it has no label.
+        values: For each a class index, as a number or as text, a class name, or None if it has no label.
         classes: Names by index, if given beside the labels. Then a value may also be one of them.
         allow_gaps: Accept indices that no image has.
 
     Raises:
-        UserError: some images have no label, a label is neither index nor name, or an index in between is unused.
+        UserError: some images have no label or several, a label is neither index nor name, or an index in between is
+            unused.
     """
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if missing:
         raise UserError(f"{where}: no label for {len(missing)} of {len(names)} images: {list_some(missing)}: "
                         f"add them, take the files away, or add --no-labels")
-    if classes is None and any(isinstance(value, str) for value in values):
-        odd = [f"{n} ({v!r})" for n, v in zip(names, values, strict=True) if not isinstance(v, str)]
+    values = [single(value) for value in values]
+    refuse_several(where, values)
+    if classes is None and any(isinstance(value, str) and _is_word(value) for value in values):
+        odd = [f"{n} ({v!r})" for n, v in zip(names, values, strict=True) if not (isinstance(v, str) and _is_word(v))]
         if odd:
             raise UserError(f"{where}: {len(odd)} of {len(names)} labels are no class names, but others are: "
                             f"{list_some(odd)}: use names or indices for all")
-        classes = sorted(set(values))
-    index = {name: i for i, name in enumerate(classes or [])}
-    labels: list[Any] = [index.get(value, value) if isinstance(value, str) else value for value in values]
+        return number_names(where, values)
+    labels: list[Any] = _indices(values, classes)
     top = len(classes) if classes is not None else MAX_CLASSES
-    wrong = [f"{n} ({v!r})" for n, v in zip(names, labels, strict=True) if type(v) is not int or not 0 <= v < top]
+    wrong = [f"{n} ({value!r})" for n, value, label in zip(names, values, labels, strict=True)
+             if label is None or not 0 <= label < top]
     if wrong:
         known = f"from 0 to {top - 1}" + (" or one of the class names" if classes is not None else "")
         raise UserError(f"{where}: {len(wrong)} labels are wrong: {list_some(wrong)}: "
@@ -64,6 +69,25 @@ def encode(where: str, names: Sequence[str], values: Sequence[Any], classes: lis
     return labels, classes
 
 
+def _is_word(text: str) -> bool:
+    return whole_number(text) is None and not is_fraction(text)
+
+
+def _indices(values: Sequence[Any], classes: list[str] | None) -> list[int | None]:
+    """Class indices; None for what is no class."""
+    meant: Callable[[Any], int | None] = whole_number if classes is None else Classes(classes).index
+    return [value if type(value) is int else meant(value) for value in values]
+
+
+def refuse_several(where: str, values: Iterable[Any]) -> None:
+    """Raises UserError if an image has more than one label."""
+    several = [repr(value)[:80] for value in with_several(values)]
+    if several:
+        raise UserError(f"{where}: {len(several)} labels hold more than one value: {list_some(several)}: several "
+                        f"labels per image are not supported: keep one for each image, for example in a file for "
+                        f"--labels, or add --no-labels")
+
+
 def unused(labels: Iterable[int]) -> list[int]:
     """Class indices below the largest that no image has."""
     used = set(labels)
@@ -73,11 +97,11 @@ def unused(labels: Iterable[int]) -> list[int]:
 # Files of labels.
 
 def _clean_names(where: str, names: Sequence[str]) -> list[str]:
-    """Names in labels, with forward slashes. Raises UserError for those that are no relative paths."""
+    """Names in labels, with forward slashes and composed letters. Raises UserError for those that lead elsewhere."""
     clean, bad = [], []
     for name in names:
         try:
-            clean.append(clean_name(name))
+            clean.append(normalized_name(clean_name(name)))
         except ValueError:
             bad.append(name)
     if bad:
@@ -90,6 +114,8 @@ def table(where: str, entries: Any) -> dict[str, Any]:
     """Name -> value of a list such as [["0.png", 6], ...]. Raises UserError."""
     if not isinstance(entries, list):
         raise UserError(f'{where}: "labels" must be a list such as [["0.png", 6], ...]')
+    refuse_several(where, (single(e[1]) for e in entries if isinstance(e, list) and len(e) == 2))
+    entries = [[e[0], single(e[1])] if isinstance(e, list) and len(e) == 2 else e for e in entries]
     odd = [repr(e)[:80] for e in entries if not (isinstance(e, list) and len(e) == 2 and isinstance(e[0], str)
                                                   and isinstance(e[1], int | float | str))]
     if odd:
@@ -111,7 +137,7 @@ def class_names(where: str, classes: Any) -> list[str] | None:
         return None
     if not isinstance(classes, list) or not classes or not all(isinstance(c, str) for c in classes):
         raise UserError(f'{where}: "classes" must be a list of names')
-    if len(set(classes)) != len(classes):
+    if len({normalized_name(name) for name in classes}) != len(classes):
         raise UserError(f'{where}: "classes" lists a name twice: names must differ')
     return classes
 
@@ -122,33 +148,57 @@ def from_metadata(where: str, metadata: dict[str, Any], names: Sequence[str],
     if not metadata.get("labels"):
         return None, None
     entries, classes = table(where, metadata["labels"]), class_names(where, metadata.get("classes"))
-    return encode(where, names, [entries.get(name) for name in names], classes, allow_gaps)
+    return encode(where, names, [entries.get(normalized_name(name)) for name in names], classes, allow_gaps)
 
 
 def _number_or_name(text: str) -> int | str:
-    text = text.strip()
-    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+    number = whole_number(text)
+    return text.strip() if number is None else number
+
+
+def _columns(heads: Sequence[str]) -> tuple[int | None, int | None]:
+    """Which columns hold file and label, by the names in the first line."""
+    heads = [head.strip().lower().lstrip("\ufeff") for head in heads]
+    return (next((heads.index(c) for c in NAME_COLUMNS if c in heads), None),
+            next((heads.index(c) for c in LABEL_COLUMNS if c in heads), None))
+
+
+def _csv_rows(text: str) -> list[list[str]]:
+    """Rows of a table whose columns are parted by tabs, semicolons or commas: whichever makes a table of it."""
+    text = text.lstrip("\r\n")
+    first = text.partition("\n")[0]
+    rows: list[list[str]] = [[line] for line in text.splitlines() if line.strip()]
+    for delimiter in DELIMITERS:
+        if delimiter in first:
+            rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
+            if None not in _columns(rows[0]) or {len(row) for row in rows} == {2}:
+                break
+    return rows
 
 
 def _csv_entries(where: str, text: str) -> list[list[Any]]:
     """Rows of two columns, or of a table whose first line names the columns. Raises UserError."""
-    first = text.partition("\n")[0]
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter="\t" if "\t" in first else ",") if row]
+    rows = _csv_rows(text)
     if not rows:
         raise UserError(f"{where}: is empty: it must hold lines such as cat/1.png,3")
-    heads = [cell.strip().lower().lstrip("\ufeff") for cell in rows[0]]
-    name_at = next((heads.index(c) for c in NAME_COLUMNS if c in heads), None)
-    label_at = next((heads.index(c) for c in LABEL_COLUMNS if c in heads), None)
+    name_at, label_at = _columns(rows[0])
+    width = len(rows[0])
     if name_at is not None and label_at is not None:
         rows = rows[1:]
-    elif len(heads) == 2:
+    elif width == 2:
         name_at, label_at = 0, 1
     else:
-        raise UserError(f"{where}: {len(heads)} columns, and none are called {NAME_COLUMNS[0]} and {LABEL_COLUMNS[0]}: "
-                        f"name them so in the first line, or keep two: file and label")
+        raise UserError(f"{where}: {width} columns, and none are called {NAME_COLUMNS[0]} and "
+                        f"{LABEL_COLUMNS[0]}: name them so in the first line, or keep two: file and label (several "
+                        f"labels per image are not supported)")
     short = [",".join(row)[:80] for row in rows if len(row) <= max(name_at, label_at) or not row[label_at].strip()]
     if short:
         raise UserError(f"{where}: {len(short)} lines have no label: {list_some(short)}: complete or remove them")
+    long = [",".join(row)[:80] for row in rows if any(cell.strip() for cell in row[width:])]
+    if long:
+        raise UserError(f"{where}: {len(long)} lines have more values than the first, which has {width}: "
+                        f"{list_some(long)}: several labels per image are not supported: keep one, and put names with "
+                        f"commas in quotes")
     return [[row[name_at].strip(), _number_or_name(row[label_at])] for row in rows]
 
 
@@ -189,6 +239,7 @@ def read_label_file(path: str) -> tuple[dict[str, Any], list[str] | None]:
 
 def _forms(name: str) -> list[str]:
     """How a label file may call an image, most exact first."""
+    name = normalized_name(name)
     base = name.rpartition("/")[2]
     return [name, name.rpartition(".")[0], base, base.rpartition(".")[0]]
 
@@ -218,7 +269,7 @@ def from_file(path: str, names: Sequence[str], allow_gaps: bool = False) -> tupl
 # Sub-folders.
 
 def from_folders(where: str, names: Sequence[str]) -> tuple[list[int] | None, list[str] | None]:
-    """Labels by sub-folder: the sorted folder names are the classes.
+    """Labels by sub-folder: the folder names are the classes, numbers in the order of numbers.
 
     A folder that wraps everything else does not count. No labels when there are no sub-folders or when they are
     those of the official format, which only keep folders small. Raises UserError if only some are in a folder.
@@ -234,6 +285,4 @@ def from_folders(where: str, names: Sequence[str]) -> tuple[list[int] | None, li
     if loose:
         raise UserError(f"{where}: sub-folders are classes, but {len(loose)} of {len(names)} images are in none: "
                         f"{list_some(loose)}: move them into one, or add --no-labels")
-    classes = sorted({p[0] for p in parts})
-    index = {name: i for i, name in enumerate(classes)}
-    return [index[p[0]] for p in parts], classes
+    return number_names(where, [p[0] for p in parts])

@@ -44,10 +44,10 @@ def write_random_dataset(path: Path, resolution: int, classes: int) -> None:
 
 
 @click.command(cls=cli.Command)
-@click.option("--dest", metavar="ZIP", required=True,
+@click.option("--dest", metavar="ZIP", type=cli.PathType(), required=True,
               help="Archive to write; with several resolutions a name with {resolution} in it")
 @click.option("--resolutions", metavar="LIST", type=cli.IntList(), required=True, help="Sizes, e.g. 16,32,64")
-@click.option("--classes", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
+@click.option("--classes", metavar="INT", type=cli.IntRange(min=0), default=0, show_default=True,
               help="Number of classes; 0: no labels")
 def main(dest: str, resolutions: list[int], classes: int) -> None:
     """Write data sets of random images."""

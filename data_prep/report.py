@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """What became of a source: `report.json` inside the data set."""
-import collections
 import dataclasses
 import json
 import platform
@@ -12,9 +11,13 @@ import PIL.features
 
 from data_prep.journal import Level, Progress, last_link
 from data_prep.sinks import image_name
-from data_prep.sources.base import Source, printable
+from data_prep.sources.base import Source, class_counts, printable, splits_in_words
 from dnnlib.util import list_some
 from training.data.report import REPORT_NAME
+
+LABELS_FROM = {"folders": "one sub-folder per class", "imagenet": "ImageNet's folders", "dataset.json": "labels in "
+               "dataset.json", "label file": "labels from --labels"}       # Layouts that are worth words.
+SHOWN_CLASSES = 20
 
 
 def library_versions() -> dict[str, str]:
@@ -46,14 +49,32 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
 
+def understood(path: str, source: Source) -> list[str]:
+    """What a source was taken for, for people: layout, splits, classes."""
+    labels = LABELS_FROM.get(source.layout, "")
+    lines = [f"{printable(path)}: {source.kind}{', ' + labels if labels and source.labels is not None else ''}: "
+             f"{len(source.indices)} images"]
+    if source.splits:
+        lines.append(f"  {splits_in_words(source)}")
+    counts = class_counts(source.labels, source.classes)
+    lines.append(f"  {len(counts)} classes: {_in_words(counts)}" if counts else "  no labels")
+    if source.not_read:
+        lines.append(f"  not read: {list_some(source.not_read)}")
+    return lines
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    """'0 = cat (50), 1 = dog (50)': index, name and number of images of each class."""
+    return list_some([f"{i if name == str(i) else f'{i} = {printable(name)}'} ({count})"
+                      for i, (name, count) in enumerate(counts.items())], SHOWN_CLASSES)
+
+
 def make_report(source: Source, written: list[int], level: Level, progress: Progress, transform: str | None,
                 shown: str) -> Report:
     """The report of one size; `written` are the places in the source that became images."""
-    counts: dict[str, int] = {}
-    if source.labels is not None:
-        labels = collections.Counter(source.labels[place] for place in written)
-        names = source.classes or [str(i) for i in range(max(source.labels) + 1)]
-        counts = {name: labels[i] for i, name in enumerate(names)}
+    labels = source.labels
+    counts = {} if labels is None else class_counts([labels[place] for place in written],
+                                                    source.classes or [str(i) for i in range(max(labels) + 1)])
     conversions = dict(sorted(progress.conversions.items()))
     if level.enlarged:
         conversions["enlarged"] = level.enlarged
@@ -83,6 +104,8 @@ def describe(report: Report, dest: Path, where: list[str]) -> list[str]:
     """The report for people, line by line; `where` names the skipped files in full."""
     labels = f"{report.num_classes} classes" if report.num_classes else "no labels"
     lines = [f"{dest}: {report.num_images} images of {report.resolution}x{report.resolution} pixels, {labels}"]
+    if report.images_per_class:
+        lines.append(f"  classes with their numbers of images: {_in_words(report.images_per_class)}")
     lines += [f"  {count} images: {what}" for what, count in report.conversions.items()]
     if report.dropped_grayscale:
         official = ", as the official ImageNet set does" if report.layout == "imagenet" else ""

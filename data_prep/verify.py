@@ -8,17 +8,16 @@ from pathlib import Path
 import tqdm
 
 from data_prep import labels
-from data_prep.images import decode, pixel_digest
+from data_prep.images import decode_quietly, pixel_digest
 from data_prep.journal import FIRST_LINK, last_link, next_link
 from data_prep.parallel import chunks, default_workers, ordered_map
-from data_prep.sources.base import FolderFiles, ZipFiles, read_image
+from data_prep.sources.base import read_image
 from data_prep.transforms import is_usable
 from dnnlib import UserError
 from dnnlib.util import list_some
 from training.data.labels import METADATA_NAME
 from training.data.report import read_report
-
-SERVED_MODES = ("RGB", "L")         # What training accepts.
+from training.data.stores import FolderStore, ZipStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +44,12 @@ def look(data: bytes | str) -> Look:
     if isinstance(data, str):
         return Look(data)
     try:
-        image = decode(data)
+        image = decode_quietly(data).image
     except ValueError as err:
         return Look(str(err))
-    if image.mode not in SERVED_MODES:
-        return Look(f"pixels are {image.mode}, but must be RGB or grayscale of 8 bits")
     if image.width != image.height or not is_usable(image.width):
         return Look(f"{image.width}x{image.height} pixels, but the size must be square and a power of two")
-    return Look("", image.width, pixel_digest(image.convert("RGB")))
+    return Look("", image.width, pixel_digest(image))
 
 
 def look_chunk(chunk: list[bytes | str]) -> list[Look]:
@@ -60,7 +57,7 @@ def look_chunk(chunk: list[bytes | str]) -> list[Look]:
     return [look(data) for data in chunk]
 
 
-def _looks(store: FolderFiles | ZipFiles, workers: int) -> Generator[Look, None, None]:
+def _looks(store: FolderStore | ZipStore, workers: int) -> Generator[Look, None, None]:
     files = (read_image(store, i) for i in range(len(store.names)))
     for block in ordered_map(look_chunk, chunks(files, len), workers):
         yield from block
@@ -80,7 +77,7 @@ def verify(path: str, workers: int | None = None, tell: Callable[[str], None] = 
     if not Path(path).exists():
         raise UserError(f"{path}: no such archive or folder: check the path")
     try:
-        store = FolderFiles(path) if Path(path).is_dir() else ZipFiles(path)
+        store = FolderStore(path) if Path(path).is_dir() else ZipStore(path)
     except OSError as err:
         raise UserError(f"{path}: cannot be read ({err.strerror or err}): check its permissions") from err
     if not len(store.names):

@@ -1,17 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parsers and the command class that every script shares."""
+"""Types of options and the command class that every script shares.
+
+Every number, seed and path on a command line has its type here, so that what no script can use is refused in one place:
+numbers that are not finite, numbers without end, addresses where a file must lie on this machine.
+"""
+import contextlib
 import errno
+import os
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from dnnlib.errors import UserError
+from dnnlib.util import existing_spelling, is_address, printable
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
+MAX_FLOAT = 3.4e38          # The largest float32: beyond it a tensor holds infinity.
+MAX_INT = 2 ** 31 - 1
+MAX_SEED = 2 ** 64 - 1      # What PyTorch and the counter-based generators take.
+MAX_LIST = 1_000_000        # Numbers in a list on the command line.
+
 #----------------------------------------------------------------------------
+# The command.
+
+# What helps against the errors that a path on a command line can meet.
+REMEDIES = {
+    errno.ENOENT: "name one that is there",
+    errno.ENOTDIR: "a part of this path is a file: name a path that leads through folders",
+    errno.EISDIR: "this is a folder: name a file",
+    errno.EEXIST: "something else has this name: name another place",
+    errno.EACCES: "name a place that you may read and write",
+    errno.EPERM: "name a place that you may read and write",
+    errno.EROFS: "name a place on a disk that can be written to",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ELOOP: "its links lead in a circle: name the file itself",
+    errno.ENOSPC: "make room, then run the same command again",
+    errno.EDQUOT: "your share of the disk is used up: make room, then run the same command again",
+    errno.EFBIG: "name a place on a disk that takes large files",
+    errno.EIO: "the disk fails: check it, then run the same command again",
+    errno.ESTALE: "the server of this disk lost it: mount it again, then run the same command again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: close other programs",
+}
+# Errors that belong to a file also where Python does not say which file it was.
+WITHOUT_NAME = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE,
+                          errno.ENFILE})
+
 
 class _Mistake(click.ClickException):
     """One line on stderr, and the exit code of mistakes that the user can mend."""
@@ -22,39 +61,123 @@ class _Mistake(click.ClickException):
 
 
 class Command(click.Command):
-    """A click command that turns `UserError` and a full disk into one line on stderr and exit code 2."""
+    """A click command that turns `UserError`, and an error of a file, into one line on stderr and exit code 2."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _print_every_name()
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as err:
-            raise _Mistake(" ".join(str(err).split("\n")), err.exit_code) from err
+            raise _Mistake(printable(str(err)), err.exit_code) from err
         except OSError as err:
-            if err.errno != errno.ENOSPC:
+            if (line := _explain(err, ctx)) is None:
                 raise
-            raise _Mistake(f"{err.filename or 'writing a file'}: {err.strerror}: make room, then run the same command "
-                           "again") from err
+            raise _Mistake(printable(line)) from err
+
+
+def _print_every_name() -> None:
+    """Names of files and classes may have letters that the terminal's encoding lacks: they are shown as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _explain(error: OSError, ctx: click.Context) -> str | None:
+    """An error of a file in a line that names the option, the path and a remedy; None where no file is concerned."""
+    name = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None
+    if error.errno is None or (name is None and error.errno not in WITHOUT_NAME):
+        return None
+    path = None if name is None else os.fsdecode(name)
+    what = "writing a file" if path is None else _with_option(path, ctx)
+    return f"{what}: {error.strerror}: {REMEDIES.get(error.errno, 'name another place')}"
+
+
+def _with_option(path: str, ctx: click.Context) -> str:
+    """'--outdir=runs: runs/00000': the path, with the option that names it, a folder above it, or a place below it."""
+    above: list[tuple[int, str]] = []
+    below: list[str] = []
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        if not isinstance(param, click.Option) or not isinstance(param.type, PathType) or not isinstance(value, str):
+            continue
+        flag = f"{max(param.opts, key=len)}={value}"
+        if value == path:
+            return flag
+        if Path(value) in Path(path).parents:
+            above.append((len(value), f"{flag}: {path}"))
+        elif Path(path) in Path(value).parents:
+            below.append(f"{flag}: {path}")
+    if above:
+        return max(above)[1]
+    return below[0] if len(below) == 1 else path
 
 #----------------------------------------------------------------------------
+# Numbers.
+
+class FloatRange(click.FloatRange):
+    """A finite number: neither nan nor inf, nor one that only a float64 holds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(click.FLOAT.convert(value, param, ctx))
+        if not abs(number) <= MAX_FLOAT:        # Also nan.
+            self.fail(f"{value} is not a finite number (at most {MAX_FLOAT:g})", param, ctx)
+        return float(super().convert(number, param, ctx))
+
+
+class IntRange(click.IntRange):
+    """A whole number of 32 bits."""
+
+    highest = MAX_INT
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = int(super().convert(value, param, ctx))
+        if abs(number) > self.highest:
+            self.fail(f"{value} is too large: at most {self.highest}", param, ctx)
+        return number
+
+
+class Seed(IntRange):
+    """A random seed: 0 to 2^64 - 1."""
+
+    highest = MAX_SEED
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
 
 class IntList(click.ParamType):
-    """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10]."""
+    """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10].
+
+    Args:
+        highest: Of the numbers.
+    """
 
     name = "[LIST|RANGE]"
+
+    def __init__(self, highest: int = MAX_INT):
+        self.highest = highest
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if isinstance(value, list):
             return value
-        numbers: list[int] = []
+        ranges: list[range] = []
         for part in str(value).split(","):
-            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            match = re.fullmatch(r"\s*(\d{1,40})(?:-(\d{1,40}))?\s*", part)
             if match is None:
                 self.fail(f"{value!r} is not a list such as 0,3,5-10", param, ctx)
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 self.fail(f"the range {part.strip()!r} runs backwards", param, ctx)
-            numbers.extend(range(first, last + 1))
-        return numbers
+            if last > self.highest:
+                self.fail(f"{last} is too large: at most {self.highest}", param, ctx)
+            ranges.append(range(first, last + 1))
+        if (count := sum(numbers.stop - numbers.start for numbers in ranges)) > MAX_LIST:
+            self.fail(f"{value!r} is {count} numbers, at most {MAX_LIST} are taken at once: give a part of them",
+                      param, ctx)
+        return [number for numbers in ranges for number in numbers]
 
 
 class IntOrAuto(click.ParamType):
@@ -65,8 +188,25 @@ class IntOrAuto(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == "auto":
             return "auto"
-        return int(click.IntRange(min=1).convert(value, param, ctx))
+        return IntRange(min=1).convert(value, param, ctx)
 
+
+class Vec2(click.ParamType):
+    """'0.3,1' -> (0.3, 1.0)."""
+
+    name = "X,Y"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if len(parts) != 2:
+            self.fail(f"{value!r} is not a pair of numbers such as 0.3,1", param, ctx)
+        x, y = (FloatRange().convert(part, param, ctx) for part in parts)
+        return x, y
+
+#----------------------------------------------------------------------------
+# Names and paths.
 
 class StrList(click.ParamType):
     """'a,b' -> ['a', 'b']; '' or 'none' -> []."""
@@ -81,33 +221,44 @@ class StrList(click.ParamType):
         return [part.strip() for part in value.split(",") if part.strip()]
 
 
-class Vec2(click.ParamType):
-    """'0.3,1' -> (0.3, 1.0)."""
+class PathType(click.ParamType):
+    """A file or folder: '~/x' is below the home folder, and a name that is there is found in both forms of Unicode.
 
-    name = "X,Y"
+    A name may stand beside paths ('data|random|FILE'): it passes unchanged.
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            x, y = (float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a pair of numbers such as 0.3,1", param, ctx)
-        return x, y
+    Args:
+        addresses: Also take https:// addresses, which `dnnlib.download.local_path` turns into a file.
+    """
+
+    name = "PATH"
+
+    def __init__(self, addresses: bool = False):
+        self.addresses = addresses
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text: str = os.fspath(value)
+        if not text.strip():
+            self.fail("is empty: name a file or folder (a variable of the shell may be unset)", param, ctx)
+        if "\0" in text:
+            self.fail(f"{text!r} has a zero byte, which no path has", param, ctx)
+        if is_address(text):
+            if self.addresses and text.startswith(("https://", "http://")):
+                return text
+            self.fail(f"{text} is an address, and here a file or folder on this machine is needed: "
+                      "download or mount it first", param, ctx)
+        path = os.path.expanduser(text)
+        if path.startswith("~") and not os.path.lexists(path):
+            self.fail(f"{text}: there is no such home folder: write ./{text} if the name begins with ~", param, ctx)
+        with contextlib.suppress(OSError):      # Whoever opens it says what is wrong.
+            path = existing_spelling(path)
+        return path
 
 
-class Resolution(click.ParamType):
-    """'32' or '32x32' -> 32."""
+class PathList(StrList):
+    """Names and paths, separated by commas; each is what `PathType` makes of it."""
 
-    name = "N|WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
-        if match is None or (match[2] and match[1] != match[2]) or int(match[1]) < 1:
-            self.fail(f"{value!r} is not a square size such as 32 or 32x32", param, ctx)
-        return int(match[1])
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        return [PathType().convert(part, param, ctx) for part in super().convert(value, param, ctx)]
 
 #----------------------------------------------------------------------------
 

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attribute dictionaries, formatting, hashing and atomic files."""
+"""Attribute dictionaries, formatting, names, hashing, atomic files and files that grow."""
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib
 import os
+import re
 import shutil
 import tempfile
+import threading
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,8 +74,48 @@ def first_line(error: BaseException) -> str:
     """What an error says first; its class if it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
+
+def printable(text: str) -> str:
+    """`text` in one line, with escapes for what would move the cursor or has no letter."""
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+
+#----------------------------------------------------------------------------
+# Names.
+
+def normalized_name(name: str) -> str:
+    """The one form (NFC) of names that look alike: an accent may be a part of its letter or a character after it.
+
+    What a command line in an ASCII locale holds as bytes becomes the letters that it stands for.
+    """
+    with contextlib.suppress(UnicodeError):     # Bytes that are no UTF-8 stay.
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8")
+    return unicodedata.normalize("NFC", name)
+
+
+def existing_spelling(path: str) -> str:
+    """`path` with those of its names that are on the disk in another form of Unicode spelled as they are there."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    folder, name = os.path.split(path.rstrip("/"))
+    if not name:
+        return path
+    folder = existing_spelling(folder)
+    with contextlib.suppress(OSError):          # No such folder yet, or none that may be listed.
+        found = [other for other in os.listdir(folder or ".") if normalized_name(other) == normalized_name(name)]
+        name = found[0] if found and name not in found else name
+    return os.path.join(folder, name)
+
+
+def is_address(path: str) -> bool:
+    """Whether a text is an address such as https://..., and no path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
 #----------------------------------------------------------------------------
 # Files.
+
+_position = threading.Lock()    # Of descriptors, where reading needs it.
+
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, as 64 hex digits."""
@@ -123,10 +167,20 @@ def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> I
     Args:
         path: The file.
         previous: Where the content that `path` had before stays.
+
+    Raises:
+        OSError: there is a folder, a device or a pipe of this name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    if path.exists() and not path.is_file():    # A rename would put a file in the place of a device like /dev/null.
+        number = errno.EISDIR if path.is_dir() else errno.EEXIST
+        raise OSError(number, f"{os.strerror(number)}, and it is no ordinary file", str(path))
+    try:
+        fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as err:
+        err.filename = str(path)        # The name that was asked for, not the temporary one.
+        raise
     try:
         with os.fdopen(fd, "w+b") as f:
             yield f
@@ -145,9 +199,30 @@ def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> I
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that readers see the old or the new content, never a part."""
+    """Write a text file in UTF-8 so that readers see the old or the new content, never a part."""
     with atomic_file(path) as f:
-        f.write(text.encode())
+        f.write(text.encode("utf-8", "backslashreplace"))       # Names of files need not be valid Unicode.
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Append lines to a text file in UTF-8.
+
+    A line that a crash cut off is ended first: it would swallow the next one.
+    """
+    with open(path, "a+b") as f:
+        if f.seek(0, os.SEEK_END) > 0:
+            f.seek(-1, os.SEEK_END)
+            text = text if f.read(1) == b"\n" else "\n" + text
+        f.write(text.encode("utf-8", "backslashreplace"))
+
+
+def read_at(fd: int, count: int, offset: int) -> bytes:
+    """Up to `count` bytes of an open file from `offset`, whatever the position of its descriptor."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, count, offset)
+    with _position:             # Windows, where a read starts at the descriptor's position.
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, count)
 
 
 def try_lock(fd: int, shared: bool = False) -> bool | None:
@@ -180,7 +255,7 @@ def file_lock(path: str | os.PathLike[str], seconds: float) -> Iterator[None]:
 
     After so many seconds, or where locks do not work, the block runs without it.
     """
-    with open(path, "w") as file:
+    with open(path, "wb") as file:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and try_lock(file.fileno()) is False:
             time.sleep(0.01)

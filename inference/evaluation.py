@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from dnnlib.classes import Classes
 from inference.image_inputs import DatasetSource
 from inference.sampling import GeneratorSource
 from metrics.metric_main import evaluate, preflight
 from metrics.options import MetricOptions
 from metrics.references import Reference
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 from training.networks_stylegan3 import Generator
 
 
@@ -30,13 +31,14 @@ def network_evaluator(names: Sequence[str], dataset: ImageDataset, detector: str
     options = MetricOptions(device=device, seed=seed, detector=detector, num=num)
     preflight(list(names), options)
     images = ImageDataset(dataset.path, use_labels=dataset.c_dim > 0)
+    follow_classes(images, "the run", Classes(dataset.class_names))
     labels = images.labels if images.c_dim > 0 else None
     reference = Reference(source=DatasetSource(images, str(dataset.path), labels, images.class_names))
     probs = dataset.label_distribution() if dataset.c_dim > 0 else None
 
     def score(G: Generator) -> list[dict[str, Any]]:
         def samples(count: int) -> GeneratorSource:
-            return GeneratorSource(G, count, seed, "dataset", probs)
+            return GeneratorSource(G, count, seed, "dataset", probs, class_names=dataset.class_names or None)
         return evaluate(list(names), samples, reference, options)
 
     return score

@@ -1,98 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in files to be scored: folders, zip and tar archives, with labels from dataset.json or from sub-folders."""
+"""Images in files as metrics take them: uint8 batches, with labels if there are any and somebody asks."""
+import collections
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.utils.data
 
+from data_prep.sources.base import Source
 from dnnlib import UserError
 from dnnlib.util import list_some
-from inference.npz_source import Batch, labels_sorted
-from inference.tar_store import TarStore
-from training.data.labels import class_list, label_table, labels_of
+from training.data.images import Decoded, changes_in_words, decode, decode_pixels
 from training.data.loading import obey_parent_only, start_loading
 from training.data.report import read_report
-from training.data.stores import DECODE_ERRORS, FolderStore, ZipStore, content_fingerprint, open_image
+from training.data.stores import content_fingerprint, read_file
 
 CHECKED_AT_START = 256      # Files looked at before anything is computed; the rest when they are read.
-# Folders that only hold a thousand files each and are no classes: of official data sets, and of EDM2's samples.
-NUMBERED = (re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+"), re.compile(r"(.*/)?(\d{3})000/\2\d{3}\.\w+"))
-PNG_START, PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24     # Pillow reduces 16-bit colours to 8 bits without a word.
-ImageStore = FolderStore | ZipStore | TarStore
-TO_RGB = "save it as 8-bit RGB, for example with PIL: image.convert('RGB').save('x.png')"
+Batch = tuple[torch.Tensor, torch.Tensor | None]            # uint8 [N, 3, H, W], int64 [N] or None
 
 #----------------------------------------------------------------------------
 
 class ImageFiles:
-    """Square 8-bit RGB or grayscale images of one size, any size. Item i is (uint8 [3, H, W], 0).
+    """Square images of one size, any size. Item i is (uint8 [3, H, W], 0).
 
-    A data set for training must have a size that is a power of two; images to be scored need not. Grayscale is served
-    as three equal channels. Nothing else is converted: how would be part of the result. Can be pickled.
+    A data set for training must have a size that is a power of two; images to be scored need not. What is no 8-bit RGB
+    is converted as `dataset_tool.py` does it (`training.data.images`). Can be pickled.
 
     Raises:
         UserError: an image is not as it must be; the message names the file.
     """
 
-    def __init__(self, store: ImageStore):
-        self._store = store
+    def __init__(self, source: Source):
+        self._store, self._indices = source.store, source.indices
+        self.changes = ""           # What is done to files when they are read, in words; "" if nothing.
+        self.lossy = ""             # The lossy compressions among the files looked at.
         self.resolution = self._look()
-        store.close()
+        self._store.close()
 
     def _look(self) -> int:
-        """Check some files spread over all; returns the resolution that all must have."""
+        """Check some files spread over all, and one of each suffix; returns the resolution that all must have."""
         step = max(len(self) / CHECKED_AT_START, 1)
-        numbers = np.arange(0, len(self), step).astype(np.int64).tolist()
-        sizes = {i: self._open(i).size for i in numbers}
+        suffixes: dict[str, int] = {}
+        for i in range(len(self)):
+            suffixes.setdefault(self.file_name(i).rpartition(".")[2], i)
+        numbers = sorted({*np.arange(0, len(self), step).astype(np.int64).tolist(), *suffixes.values()})
+        sizes, changes, lossy = {}, collections.Counter[str](), set()
+        for i in numbers:
+            found = self._open(i)
+            sizes[i] = found.image.size
+            changes.update(found.notes)
+            lossy.add(found.lossy)
+        self.changes, self.lossy = changes_in_words(changes, len(numbers)), ", ".join(sorted(lossy - {""}))
         width, height = sizes[0]
         if width != height:
-            raise UserError(f"{self._store.where(0)}: {width}x{height} pixels, but images must be square: crop them as "
-                            "the images they are compared with were cropped")
+            raise UserError(f"{self._where(0)}: {width}x{height} pixels, but images must be square: crop them as the "
+                            "images they are compared with were cropped")
         if others := [i for i in numbers if sizes[i] != sizes[0]]:
             named = list_some([f"{self.file_name(i)} ({sizes[i][0]}x{sizes[i][1]})" for i in others], 3)
             raise UserError(f"{self._store.path}: images of different sizes: {self.file_name(0)} has {width}x{height} "
                             f"pixels, but not {named}: make all of one size")
         return width
 
-    def _open(self, i: int) -> PIL.Image.Image:
-        where = self._store.where(i)
+    def _where(self, i: int) -> str:
+        return self._store.where(self._indices[i])
+
+    def _open(self, i: int) -> Decoded:
         try:
-            data = self._store.read(i)
-            image = open_image(data)
-        except DECODE_ERRORS as err:
-            raise UserError(f"{where}: cannot be decoded ({err}): replace the file") from err
-        if data.startswith(PNG_START) and data[PNG_DEPTH] == 16 or image.mode.startswith(("I", "F")):
-            raise UserError(f"{where}: has more than 8 bits per channel, and rounding is yours to choose: {TO_RGB}")
-        if image.mode not in ("L", "RGB") or image.has_transparency_data:
-            what = "a palette" if image.mode.startswith("P") else image.mode
-            alpha = " with transparency" if image.has_transparency_data else ""
-            raise UserError(f"{where}: pixels are {what}{alpha}, but must be RGB or grayscale: {TO_RGB}")
-        return image
+            return decode(read_file(self._store, self._indices[i]))
+        except (OSError, ValueError) as err:
+            raise self._cannot_decode(i, err) from err
+
+    def _cannot_decode(self, i: int, err: Exception) -> UserError:
+        return UserError(f"{self._where(i)}: cannot be decoded ({err}): replace the file")
 
     def __len__(self) -> int:
-        return len(self._store.names)
+        return len(self._indices)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        image = self._open(i)
-        if image.size != (self.resolution, self.resolution):
-            raise UserError(f"{self._store.where(i)}: {image.size[0]}x{image.size[1]} pixels, but {self.file_name(0)} "
+        try:
+            pixels = decode_pixels(read_file(self._store, self._indices[i]), self.resolution)       # [H, W, 3]
+        except (OSError, ValueError) as err:
+            raise self._cannot_decode(i, err) from err
+        if pixels.shape[:2] != (self.resolution, self.resolution):
+            raise UserError(f"{self._where(i)}: {pixels.shape[1]}x{pixels.shape[0]} pixels, but {self.file_name(0)} "
                             f"has {self.resolution}x{self.resolution}: make all of one size")
-        pixels = np.asarray(image.convert("RGB"))       # [H, W, 3]
         return pixels.transpose(2, 0, 1).copy(), 0
 
     def file_name(self, i: int) -> str:
         """Name of item i's file inside the folder or archive."""
-        return self._store.names[i]
+        return self._store.names[self._indices[i]]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes and CRC-32 of the files and of dataset.json: that of a data set for training."""
-        return content_fingerprint(self._store, range(len(self)), xflip=False)
+        return content_fingerprint(self._store, self._indices, xflip=False)
 
 #----------------------------------------------------------------------------
 
@@ -103,6 +107,11 @@ def crop_of_file(path: str | Path) -> str | None:
     except UserError:           # Only a warning hangs on it.
         return None
     return crop if isinstance(crop, str) else None
+
+
+def labels_sorted(labels: np.ndarray | None) -> bool:
+    """Whether labels come in ascending order with more than one class: scores that depend on order then mislead."""
+    return labels is not None and len(labels) > 0 and bool((np.diff(labels) >= 0).all() and labels[0] != labels[-1])
 
 #----------------------------------------------------------------------------
 
@@ -164,14 +173,14 @@ class DatasetSource:
         self.labels = labels
         self.workers = workers
         self.can_read_ahead = workers == 0      # Workers are ahead by themselves, and a thread must not start them.
+        self.label_values = None if labels is None else np.unique(labels)
         self.num_images = len(dataset)
         self.fingerprint = dataset.fingerprint
-        names = [dataset.file_name(i) for i in range(len(dataset))]
+        self.understood = ""                    # Splits and classes that were found, for people.
         self.description: dict[str, Any] = {
             "kind": "dataset", "format": "data set", "path": path, "num_images": self.num_images,
             "resolution": dataset.resolution, "class_names": class_names, "labels_sorted": labels_sorted(labels),
-            "crop": crop_of_file(path),
-            "has_jpeg": any(name.lower().endswith((".jpg", ".jpeg")) for name in names)}
+            "crop": crop_of_file(path)}
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All images in order."""
@@ -194,61 +203,25 @@ class DatasetSource:
 
 #----------------------------------------------------------------------------
 
-def folder_labels(dataset: ImageDatasetLike) -> tuple[np.ndarray, list[str]] | None:
-    """Labels from 'one sub-folder per class': the index of the folder in sorted order; None if there are none.
-
-    Folders that all files share ('out/samples/') are passed over. Numbered folders of a thousand files each, as
-    official data sets without labels and EDM2's samples have them, are not taken for classes.
-    """
-    names = [dataset.file_name(i) for i in range(len(dataset))]
-    if not all("/" in name for name in names):
-        return None
-    if any(all(pattern.fullmatch(name) for name in names) for pattern in NUMBERED):
-        return None
-    parts = [name.split("/")[:-1] for name in names]
-    depth = 0
-    while len({tuple(part[: depth + 1]) for part in parts}) == 1 and all(len(part) > depth + 1 for part in parts):
-        depth += 1
-    folders = [part[depth] for part in parts]
-    classes = sorted(set(folders))
-    index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[folder] for folder in folders], dtype=np.int64), classes
-
-
-def stored_labels(store: ImageStore) -> tuple[np.ndarray, list[str]] | None:
-    """Labels from dataset.json, int64 [N], and the names of the classes; None if there are none.
-
-    Raises:
-        UserError: they are broken, or some images have none.
-    """
-    table = label_table(store)
-    if table is None:
-        return None
-    labels = labels_of(store, table)
-    return labels, class_list(store) or [str(i) for i in range(int(labels.max()) + 1)]
-
-
-def open_files(store: ImageStore, form: str, labels: bool, workers: int) -> DatasetSource:
-    """A folder or archive of images.
+def source_of_files(source: Source, path: str, labels: np.ndarray | None, workers: int) -> DatasetSource:
+    """The images of a source, for metrics.
 
     Args:
-        store: Where the files are.
-        form: What it is called in the record: 'folder', 'zip archive', 'tar archive'.
-        labels: Serve labels, from dataset.json, else from sub-folders. Without it only their order is looked at.
+        source: The images.
+        path: For the record.
+        labels: To serve, int64 [N]; None: none.
         workers: Processes that decode.
 
     Raises:
-        UserError: unreadable, not square, not of one size, not 8-bit RGB or grayscale; broken labels that are wanted.
+        UserError: an image is unreadable or not square, or they are not of one size.
     """
-    files, found = ImageFiles(store), None
-    try:
-        found = stored_labels(store)
-    except UserError:
-        if labels:
-            raise
-    if found is None and (found := folder_labels(files)) is not None and len(found[1]) > 1:
+    files, form = ImageFiles(source), source.kind
+    if source.layout in ("folders", "imagenet") and source.classes is not None and len(source.classes) > 1:
         form += " with one sub-folder per class"
-    values, names = found if found is not None and labels else (None, None)
-    source = DatasetSource(files, str(store.path), values, names, workers)
-    source.description.update(format=form, labels_sorted=labels_sorted(found[0] if found else None))
-    return source
+    found = DatasetSource(files, path, labels, source.classes if labels is not None else None,
+                          0 if source.store.reads_in_order else workers)
+    order = None if source.labels is None else np.array(source.labels, dtype=np.int64)
+    found.description.update(
+        kind="samples" if source.layout == "array" else "dataset", format=form, labels_sorted=labels_sorted(order),
+        lossy=files.lossy, changes=files.changes, split=", ".join(source.chosen) or None)
+    return found

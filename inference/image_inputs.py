@@ -1,31 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images to be scored, whatever a user has them in: a folder, a folder per class, a zip, a tar, or an .npz of samples.
+"""Images to be scored, whatever a user has them in: all that `dataset_tool.py` reads (`data_prep.sources`).
 
-Each reader numbers its images and serves them as `metrics.sources` describes: uint8 batches with or without labels.
-What a path holds is found from its content, not from its name.
+They are served as `metrics.sources` describes: uint8 batches with or without labels. What a path holds is found from
+its content, not from its name.
 """
 import os
 import zipfile
+from pathlib import Path
 
+import numpy as np
+
+from data_prep.sources import SourceOptions, open_source
+from data_prep.sources.base import Source, class_counts, splits_in_words
+from data_prep.sources.kinds import kind_of_file
+from data_prep.sources.shards import is_pattern
 from dnnlib import UserError
+from dnnlib.util import list_some
 from inference.image_files import DatasetSource as DatasetSource
-from inference.image_files import folder_labels as folder_labels
-from inference.image_files import open_files
-from inference.npz_source import NpzSource as NpzSource
-from inference.tar_store import TarStore, is_tar
+from inference.image_files import source_of_files
 from metrics.references import is_statistics
-from training.data.stores import open_store
 
 #----------------------------------------------------------------------------
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """'statistics' (see `metrics.references`), 'samples' (other .npz) or 'dataset' (folder or archive of images).
+    """'statistics' (see `metrics.references`) or 'images'.
 
     Raises:
-        UserError: nothing is there, or it is none of these.
+        UserError: nothing is there, or it is neither.
     """
-    if os.path.isdir(path):
-        return "dataset"
+    name = os.fspath(path)
+    if os.path.isdir(path) or name.startswith("sklearn:") or is_pattern(name):
+        return "images"
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file or folder: check the path")
     try:
@@ -33,20 +38,17 @@ def kind_of(path: str | os.PathLike[str]) -> str:
             start = f.read(4)
         if is_statistics(path):
             return "statistics"
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-            return "samples" if names and all(name.endswith(".npy") for name in names) else "dataset"
-        if is_tar(path):
-            return "dataset"
+        if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+            raise UserError(f"{path}: a zip archive or .npz that is cut off: copy or make it again")
+        kind = kind_of_file(Path(path))
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as err:
         raise UserError(f"{path}: a damaged zip archive or .npz ({err}): copy or make it again") from err
     except OSError as err:
         raise UserError(f"{path}: cannot be read ({err.strerror or err}): check the path and its permissions") from err
-    if start == b"PK\x03\x04":
-        raise UserError(f"{path}: a zip archive or .npz that is cut off: copy or make it again")
-    raise UserError(f"{path}: neither a folder, a zip archive nor an .npz file, a tar archive or stored statistics: "
-                    "name one of these")
+    if kind is None:
+        raise UserError(f"{path}: neither a folder, a zip archive nor an .npz file, a tar archive, shards, a database "
+                        "or stored statistics: name one of these")
+    return "images"
 
 
 def has_samples(path: str | os.PathLike[str]) -> bool:
@@ -57,27 +59,48 @@ def has_samples(path: str | os.PathLike[str]) -> bool:
         return "arr_0.npy" in archive.namelist()
 
 
-def open_images(path: str | os.PathLike[str], labels: bool = False, workers: int = 0) -> DatasetSource | NpzSource:
-    """The images at `path`, whichever kind it is.
+def open_images(path: str | os.PathLike[str], labels: bool = False, workers: int = 0, split: str | None = None,
+                split_option: str = "--split") -> DatasetSource:
+    """The images at `path`, whatever they lie in.
 
     Args:
-        path: Folder, zip or tar archive, or .npz.
-        labels: Read labels where there are any.
+        path: See `data_prep.sources.open_source`.
+        labels: Read labels where there are any. Without it only their order is looked at.
         workers: Processes that decode.
+        split: Of a source that has several.
+        split_option: By which it is chosen.
 
     Raises:
-        UserError: nothing there, or no images in it.
+        UserError: nothing there, no images in it, a split must be chosen, or labels that are wanted are broken.
     """
-    if kind_of(path) != "dataset":
-        return NpzSource(path)
-    if os.path.isdir(path):
-        return open_files(open_store(path), "folder", labels, workers)
-    if zipfile.is_zipfile(path):
-        return open_files(open_store(path), "zip archive", labels, workers)
-    return open_files(TarStore(path), "tar archive", labels, workers)
+    name = os.fspath(path)
+    options = SourceOptions(split=split, split_option=split_option, allow_gaps=True)
+    try:
+        found = open_source(name, options)
+    except UserError:
+        if labels:
+            raise
+        found = open_source(name, SourceOptions(False, split=split, split_option=split_option))
+    served = np.array(found.labels, dtype=np.int64) if labels and found.labels is not None else None
+    source = source_of_files(found, name, served, workers)
+    source.understood = _understood(found)
+    return source
 
 
-def summary(source: DatasetSource | NpzSource) -> str:
+def _understood(source: Source) -> str:
+    """Splits and classes, for people."""
+    parts = []
+    if source.splits:
+        parts.append(splits_in_words(source))
+    counts = class_counts(source.labels, source.classes)
+    if counts:
+        parts.append(f"{len(counts)} classes: {list_some([f'{name} ({n})' for name, n in counts.items() if n], 5)}")
+    if source.not_read:
+        parts.append(f"not read: {list_some(source.not_read, 3)}")
+    return "; ".join(parts)
+
+
+def summary(source: DatasetSource) -> str:
     """What was found, in a few words: 'tar archive, 50000 images of 256x256 pixels, ordered by class'."""
     about = source.description
     order = ", ordered by class" if about.get("labels_sorted") else ""

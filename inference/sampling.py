@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import list_some
+from dnnlib.classes import Classes
 from torch_utils.images import to_uint8_metric
+from torch_utils.misc import random_state
 from training.data.randomness import CounterRNG
 from training.generator.layer_schedule import largest_batch
 from training.generator.synthesis import require_finite, synthesize
@@ -19,12 +20,12 @@ from training.networks_stylegan3 import Generator
 
 def seed_latent(seed: int, z_dim: int) -> torch.Tensor:
     """The official latent of a seed: float32 [z_dim], standard normal."""
-    return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim)[0]).float()
+    return torch.from_numpy(random_state(seed).randn(1, z_dim)[0]).float()
 
 
 def seed_label(seed: int, c_dim: int) -> int:
     """The official class of a seed for which none was asked."""
-    return int(np.random.RandomState(seed).randint(0, c_dim, 1)[0])
+    return int(random_state(seed).randint(0, c_dim, 1)[0])
 
 
 def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int:
@@ -35,15 +36,13 @@ def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int
     """
     if c_dim == 0:
         raise UserError(f"--class={value}: the network is unconditional: leave --class out")
-    names = list(class_names or [])
-    if value in names:
-        return names.index(value)
-    if value.isdigit():
-        if int(value) < c_dim:
-            return int(value)
-        raise UserError(f"--class={value}: the network has {c_dim} classes, 0 to {c_dim - 1}")
-    known = f"names are {list_some(names, 10)}" if names else f"use a number from 0 to {c_dim - 1}"
-    raise UserError(f"--class={value}: no class of this name: {known}")
+    classes = Classes(class_names, c_dim)
+    found = classes.find(value)
+    if found is None:
+        numbers = "" if classes.are_numbers else f" or a number from 0 to {c_dim - 1}"
+        raise UserError(f"--class={value}: no class of this name: the network has {c_dim} classes, {classes}: "
+                        f"give one of these names{numbers}")
+    return found
 
 
 def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: int, truncation_psi: float = 1.0,
@@ -83,6 +82,7 @@ class GeneratorSource:
         truncation_psi: float = 1.0,
         fingerprint: str = "",                      # Of the network's file.
         precision: str = "auto",                    # A key of `PRECISIONS`.
+        class_names: Sequence[str] | None = None,   # Of the network's classes.
     ):
         if label_policy not in LABEL_POLICIES:
             raise UserError(f"--labels={label_policy}: choose from {', '.join(LABEL_POLICIES)}")
@@ -98,7 +98,10 @@ class GeneratorSource:
         self.fingerprint, self.precision = fingerprint, precision
         self.rng = CounterRNG(seed)
         self.description: dict[str, Any] = {"kind": "network", "labels": self.label_policy, "seed": seed,
-                                            "truncation_psi": truncation_psi, "precision": precision}
+                                            "truncation_psi": truncation_psi, "precision": precision,
+                                            "class_names": class_names}
+        drawn = np.ones(G.c_dim) if self.probs is None else self.probs
+        self.label_values = np.flatnonzero(drawn) if G.c_dim > 0 else None
 
     def latents(self, positions: np.ndarray, stream: str = "metric/z") -> torch.Tensor:
         """Latents float32 [N, z_dim] of the images at `positions`; another stream gives others."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from dnnlib import UserError
 from metrics.frechet import frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel_distance import kernel_distance
@@ -27,8 +26,6 @@ ADM_SPLIT = 5000        # Images per split of ADM's inception score.
 def frechet(output: str, ddof: int) -> Formula:
     """Frechet distance of one output of the detector, both covariances divided by N - `ddof`."""
     def formula(gen: Collected, real: RealSide, options: MetricOptions) -> Answer:
-        if gen.num_images <= ddof:
-            raise UserError(f"{gen.num_images} generated image has no covariance: use two or more")
         mean, covariance = gen.moments[output]
         covariance = covariance * (gen.num_images / (gen.num_images - ddof))
         other = real.moments[output]

@@ -52,7 +52,8 @@ def plan(names: Iterable[str], options: MetricOptions) -> list[Job]:
     """
     jobs = []
     for metric in (METRICS[name] for name in expand(names)):
-        num = options.num or metric.num_gen or DEFAULT_NUM_GEN
+        there = options.num_images if metric.takes_all else None
+        num = options.num or metric.num_gen or there or DEFAULT_NUM_GEN
         mark = f"@num={num}" if metric.num_gen not in (None, num) else ""
         detector = detector_of(metric, options)
         mirror = options.mirror and metric.takes_mirror

@@ -7,11 +7,13 @@ import collections
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from dnnlib import UserError
-from dnnlib.util import list_some
+from dnnlib.classes import Classes, match
 from metrics import records
 from metrics.crops import crop_warnings
 from metrics.detectors import Detector, load_detector, require
@@ -22,7 +24,7 @@ from metrics.passes import Collected, Wants, class_scores, collect, on_rank0
 from metrics.protocols import INCEPTION, METRICS, NOTHING, GeneratorKind, MetricKind, expand
 from metrics.real_side import RealSide, RealWants, load_real_side
 from metrics.references import Reference, check_statistics
-from metrics.sources import ImageSource
+from metrics.sources import ImageSource, label_values
 from torch_utils import distributed
 
 SourceFactory = Callable[[int], ImageSource]    # Number of images -> a source of just so many.
@@ -116,6 +118,7 @@ def evaluate(names: Iterable[str], generated: SourceFactory, reference: Referenc
     for job in jobs:
         if job.image_kind is not None:
             _check_detector(job, job.image_kind.gen, detectors[job.detector], reference)
+            _check_numbers(job, job.image_kind, detectors[job.detector], reference)
     real = {} if reference is None else {
         key: load_real_side(reference, detectors[key[0]], needs, key[1], key[2], options)
         for key, needs in _real_wants(jobs).items()}
@@ -123,8 +126,9 @@ def evaluate(names: Iterable[str], generated: SourceFactory, reference: Referenc
     for num in sorted({job.num for job in jobs}):
         group = [job for job in jobs if job.num == num]
         source = generated(num)
-        _check_source(source, reference, group, detectors)
-        gen = _collect_generated(source, group, detectors, options)
+        _check_source(source, reference, group)
+        columns = _columns_of_labels(source, group, detectors)
+        gen = _collect_generated(source, group, detectors, columns, options)
         for job in group:
             answer = _answer(job, source, gen.get(job.detector), real.get(job.real, RealSide()), options)
             done[job.metric.name] = records.result(job, *answer, detectors.get(job.detector), source, reference,
@@ -156,7 +160,7 @@ def _real_wants(jobs: list[Job]) -> dict[RealKey, RealWants]:
 
 
 def _collect_generated(source: ImageSource, jobs: list[Job], detectors: dict[str, Detector],
-                       options: MetricOptions) -> dict[str, Collected]:
+                       columns: dict[str, np.ndarray], options: MetricOptions) -> dict[str, Collected]:
     """One walk over the generated images for all detectors that these metrics use."""
     wanted: dict[str, Wants] = collections.defaultdict(Wants)
     for job in jobs:
@@ -166,7 +170,7 @@ def _collect_generated(source: ImageSource, jobs: list[Job], detectors: dict[str
         return {}
     asked = {spec: (detectors[spec], wants) for spec, wants in wanted.items()}
     return collect(source, asked, options.device, options.batch_size,
-                   progress="generated images" if options.verbose else None)
+                   progress="generated images" if options.verbose else None, columns=columns)
 
 #----------------------------------------------------------------------------
 # Checks that come before hours of work.
@@ -204,7 +208,10 @@ def _check_detector(job: Job, gen: Wants, detector: Detector, reference: Referen
     for output in job.outputs:
         stored = reference.statistics_for(detector.name, output)
         if stored is not None:
-            _warn(check_statistics(stored, detector))
+            _warn(check_statistics(stored, detector, output))
+            if stored.num_images is None and job.metric.protocol == "free":
+                _warn(f"{stored.path} does not say of how many images it is: its covariance is used as stored, usually "
+                      f"divided by N - 1, while {name} divides by N: pytorch_fid and adm_fid50k divide by N - 1")
         elif reference.source is None:
             raise UserError(f"--metrics={name}: not computable from {path_of(reference)}, which holds statistics of "
                             f"{reference.holdings()}, but not {output} of {detector.name}: name the images themselves "
@@ -214,9 +221,34 @@ def _check_detector(job: Job, gen: Wants, detector: Detector, reference: Referen
                   f"{reference.source.num_images} images")
 
 
-def _check_source(source: ImageSource, reference: Reference | None, jobs: list[Job],
-                  detectors: dict[str, Detector]) -> None:
-    """Sizes must agree, and so must the meaning of labels where both sides give names to their classes."""
+def _same_size(ours: int, theirs: int) -> str:
+    """How generated and real images of different sizes can be compared: dataset_tool.py makes powers of two only."""
+    if theirs & (theirs - 1) != 0 and ours & (ours - 1) == 0:
+        return f"convert the images of the reference with dataset_tool.py --resolution={ours}"
+    if ours & (ours - 1) != 0 and theirs & (theirs - 1) == 0:
+        return f"convert the generated images with dataset_tool.py --resolution={theirs}"
+    if ours & (ours - 1) != 0:
+        return "resize one of them to the size of the other (dataset_tool.py makes powers of two only)"
+    return f"make both of one size, for example the reference with dataset_tool.py --resolution={ours}"
+
+
+def _check_numbers(job: Job, kind: MetricKind, detector: Detector, reference: Reference | None) -> None:
+    """Both sides must have as many images as the formula takes."""
+    sides = {"generated": [job.num]}
+    if reference is not None and job.has_real_side:
+        stored = [reference.statistics_for(detector.name, output) for output in job.outputs]
+        sides["real"] = [entry.num_images for entry in stored if entry is not None and entry.num_images is not None]
+        if reference.source is not None and (kind.real.wants.features or not all(stored)):
+            sides["real"].append(reference.source.num_images * (2 if job.real[1] else 1))
+    for side, numbers in sides.items():
+        num = min(numbers, default=kind.min_images)
+        if num < kind.min_images:
+            raise UserError(f"--metrics={job.metric.name}: {num} {side} image{'s are' if num > 1 else ' is'} too few: "
+                            f"give {kind.min_images} or more")
+
+
+def _check_source(source: ImageSource, reference: Reference | None, jobs: list[Job]) -> None:
+    """Sizes must agree; what moves a value without being wrong is warned of."""
     for job in jobs:
         if job.image_kind is None:
             check_latents(source, job.metric.name)
@@ -229,18 +261,29 @@ def _check_source(source: ImageSource, reference: Reference | None, jobs: list[J
     ours, theirs = source.description.get("resolution"), reference.resolution if reference else None
     if ours and theirs and ours != theirs:
         raise UserError(f"the generated images have {ours}x{ours} pixels, the reference {theirs}x{theirs}: "
-                        f"make both of one size, for example with dataset_tool.py --resolution={ours}")
-    names = source.description.get("class_names") or []
-    for judge in [detectors[job.detector] for job in jobs if job.image_kind is not None and job.image_kind.gen.correct]:
-        known = judge.class_names or []
-        if _are_names(names) and _are_names(known) and list(names) != list(known):
-            raise UserError(f"--detector={judge.name}: knows the classes {list_some(list(known))}, the images have "
-                            f"{list_some(list(names))}: use a judge trained on the same classes in the same order")
+                        + _same_size(ours, theirs))
 
 
-def _are_names(names: Sequence[str]) -> bool:
-    """Whether classes have names and not only numbers."""
-    return any(not str(name).isdigit() for name in names)
+def _columns_of_labels(source: ImageSource, jobs: list[Job], detectors: dict[str, Detector]) -> dict[str, np.ndarray]:
+    """By detector that is a judge: the column of its logits that stands for each label of the images.
+
+    Raises:
+        UserError: a label means a class that the judge does not know.
+    """
+    columns = {}
+    for job in jobs:
+        if job.image_kind is None or not job.image_kind.gen.correct:
+            continue
+        judge, values = detectors[job.detector], label_values(source)
+        count = judge.num_classes if values is None else int(values.max(initial=-1)) + 1
+        found = match(
+            str(source.description.get("path") or "the images"), Classes(source.description.get("class_names"), count),
+            f"the judge --detector={judge.name}", Classes(judge.class_names, judge.num_classes),
+            "use a judge trained on these classes, or call the classes alike on both sides",
+            None if values is None else values.tolist())
+        _note(found.note)
+        columns[job.detector] = np.array(found.indices, dtype=np.int64)
+    return columns
 
 
 def _warn_few(record: dict[str, Any], job: Job, detector: Detector) -> None:
@@ -254,6 +297,11 @@ def _warn_few(record: dict[str, Any], job: Job, detector: Detector) -> None:
 def _warn(message: str | None) -> None:
     if message:
         distributed.print0(f"Warning: {message}", file=sys.stderr)
+
+
+def _note(message: str | None) -> None:
+    if message:
+        distributed.print0(f"Note: {message}", file=sys.stderr)
 
 
 def unused_mirror(names: Iterable[str], options: MetricOptions) -> str | None:

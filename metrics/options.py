@@ -13,6 +13,7 @@ class MetricOptions:
     device: torch.device = torch.device("cpu")  # Of this process.
     batch_size: int = 64                        # Images per batch that sources are asked for; moves no result.
     num: int | None = None                      # Generated images; None: as many as the name says, 50,000 else.
+    num_images: int | None = None               # Generated images there are, for names that take all; None: any number.
     seed: int = 0                               # Of the random choices of a metric (subsets, shuffling).
     detector: str | None = None                 # Of the free names; None: inception, for pr vgg16.
     weights_dir: str | None = None              # Where files of weights are looked for first.

@@ -2,7 +2,7 @@
 """One walk over a source of images, shared by all detectors and metrics that need it, and by all processes."""
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -69,7 +69,8 @@ class Collected:
 class _Keeper:
     """Keeps the answers of one detector during one walk, on one process."""
 
-    def __init__(self, detector: Detector, wants: Wants, num_images: int, places: np.ndarray, num_captured: int):
+    def __init__(self, detector: Detector, wants: Wants, num_images: int, places: np.ndarray, num_captured: int,
+                 columns: np.ndarray | None):
         self.detector = detector
         self.wants = wants
         self.num_images = num_images
@@ -79,6 +80,7 @@ class _Keeper:
         self.features = {key: Rows(num_captured) for key in sorted(wants.features)}
         self.logits = Rows(num_images)
         self.correct: torch.Tensor | int = 0
+        self.columns = None if columns is None else torch.from_numpy(columns)   # Of the logits, by label of the images.
 
     def append(self, positions: np.ndarray, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         outputs = self.detector.features(images, self.outputs)
@@ -101,10 +103,11 @@ class _Keeper:
         if labels is None:
             raise UserError("accuracy: the images have no labels: give a data set with labels, a folder with one "
                             "sub-folder per class, or a conditional network")
-        if len(labels) and int(labels.max()) >= self.detector.num_classes:
+        known = self.detector.num_classes if self.columns is None else len(self.columns)
+        if len(labels) and int(labels.max()) >= known:
             raise UserError(f"accuracy: an image has label {int(labels.max())}, but the judge {self.detector.name} "
-                            f"knows {self.detector.num_classes} classes: use a judge trained on the same data")
-        return labels
+                            f"knows {known} classes: use a judge trained on the same data")
+        return labels if self.columns is None else self.columns[labels.cpu()]
 
     def finish(self, device: torch.device) -> Collected:
         """Bring the processes together; every process must call it."""
@@ -138,6 +141,7 @@ def collect(
     indices: np.ndarray | None = None,          # Image numbers to walk over, ascending; None: all.
     captured: np.ndarray | None = None,         # Positions whose features are kept, ascending; None: all.
     progress: str | None = None,                # Title of a progress bar.
+    columns: Mapping[str, np.ndarray] | None = None,    # Column of the logits for each label, by the same names.
 ) -> dict[str, Collected]:
     """Read every image once, show it to every detector once, and keep what is wanted. All processes take part.
 
@@ -147,7 +151,8 @@ def collect(
     captured = np.arange(num) if captured is None else captured
     places = np.full(num, -1, dtype=np.int64)
     places[captured] = np.arange(len(captured))
-    keepers = {key: _Keeper(detector, wants, num, places, len(captured)) for key, (detector, wants) in wanted.items()}
+    keepers = {key: _Keeper(detector, wants, num, places, len(captured), (columns or {}).get(key))
+               for key, (detector, wants) in wanted.items()}
     chunks = chunks_of_rank(num, DETECTOR_BATCH, distributed.rank(), distributed.world_size())
     bar = tqdm.tqdm(total=num, desc=progress, unit="img", disable=progress is None or distributed.rank() != 0)
     batches = read_chunks(source, batch_size, chunks, indices)

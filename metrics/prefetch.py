@@ -103,8 +103,10 @@ def listing(needs: Sequence[Need]) -> str:
 @click.command(cls=dnnlib.cli.Command)
 @click.option("--metrics", metavar="NAME,NAME...", type=dnnlib.cli.StrList(), required=True,
               help="Metrics of the run, as for calc_metrics.py")
-@click.option("--detector", metavar="NAME", help="Detector of the metrics that leave it open")
-@click.option("--weights", metavar="DIR", help="Folder to look in first and to put downloads in  [default: the cache]")
+@click.option("--detector", metavar="NAME", type=dnnlib.cli.PathType(),
+              help="Detector of the metrics that leave it open")
+@click.option("--weights", metavar="DIR", type=dnnlib.cli.PathType(),
+              help="Folder to look in first and to put downloads in  [default: the cache]")
 @click.option("--offline", is_flag=True, help="Never download")
 @click.option("--dry-run", is_flag=True, help="List only")
 @click.option("--allow-unverified-weights", is_flag=True, help="Accept files that are not the published ones")

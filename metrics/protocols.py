@@ -7,6 +7,7 @@
 | stylegan-legacy | the names without `_full`: a limited number of real images, with their mirror images if asked |
 | adm | what guided-diffusion's evaluator prints: ddof 1, sFID in the order H, W, C, inception score in file order |
 | clean-fid | clean-fid's resize, ddof 1 |
+| pytorch-fid | what pytorch-fid prints: its resize, all images of either side, ddof 1; also of its earlier layers |
 | fd-dinov2 | DINOv2 ViT-L/14 at 224 pixels, ddof 1, as EDM2 has it |
 | own | defined here |
 | free | detector and number of images are the caller's choice; the record says which they were |
@@ -20,12 +21,13 @@ import torch
 from dnnlib.download import Asset
 from dnnlib.registry import Registry
 from metrics import formulas, generator_formulas
-from metrics.detectors import VGG16_FILE
+from metrics.detectors import INCEPTION_LAYERS, VGG16_FILE
 from metrics.detectors.lpips import LPIPS_FILE
 from metrics.formulas import Answer, Formula
 from metrics.latents import LatentSource
 from metrics.options import MetricOptions
 from metrics.passes import Wants
+from metrics.precision_recall import K_NEIGHBOURS
 from metrics.real_side import MAX_FEATURES, RealWants
 
 INCEPTION = "inception-2015-12-05"
@@ -43,6 +45,8 @@ class MetricKind:
     default_detector: str | None        # Of the free name. None: the caller must name one.
     compute: Formula
     is_ordered: bool = False            # The order of the images moves the value.
+    min_images: int = 1                 # Of either side.
+    lower_is_better: bool = False       # Distances want to be low.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class GeneratorKind:
     compute: Callable[[LatentSource, MetricOptions], Answer]
     require: Callable[[MetricOptions], Any] | None = None   # Finds or fetches the files it needs, or raises UserError.
     assets: tuple[Asset, ...] = ()                          # These files, for `metrics.prefetch`.
+    lower_is_better: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,22 +71,25 @@ class Metric:
     num_real: int | None = None         # At most so many real images, a seeded choice; None: all.
     protocol: str = "free"
     takes_mirror: bool = False          # Whether --mirror adds the mirrored real images.
+    takes_all: bool = False             # It scores all images that there are, unless the caller says how many.
 
     @property
     def is_official(self) -> bool:
-        """Whether the name fixes detector and number of images."""
-        return self.num_gen is not None
+        """Whether the name fixes detector and number of images, be it all there are."""
+        return self.num_gen is not None or self.takes_all
 
 #----------------------------------------------------------------------------
 # Formulas with what they need.
 
 def _fid(free_name: str, output: str, ddof: int, default_detector: str | None = INCEPTION) -> MetricKind:
     wants = Wants(moments=frozenset({output}))
-    return MetricKind(free_name, wants, RealWants(wants), default_detector, formulas.frechet(output, ddof))
+    return MetricKind(free_name, wants, RealWants(wants), default_detector, formulas.frechet(output, ddof),
+                      min_images=1 + ddof, lower_is_better=True)
 
 
 def _pr(limit: int, dtype: torch.dtype) -> MetricKind:
-    return MetricKind("pr", POOL, RealWants(POOL, limit), "vgg16", formulas.neighbours(limit, dtype))
+    return MetricKind("pr", POOL, RealWants(POOL, limit), "vgg16", formulas.neighbours(limit, dtype),
+                      min_images=K_NEIGHBOURS + 1)
 
 
 POOL = Wants(features=frozenset({"pool"}))
@@ -89,20 +97,22 @@ NOTHING = RealWants()
 
 FID, FID_DDOF1 = _fid("fid", "pool", ddof=0), _fid("fid", "pool", ddof=1)
 SFID, SFID_DDOF1 = _fid("sfid", "spatial", ddof=0), _fid("sfid", "spatial", ddof=1)
-KID = MetricKind("kid", POOL, RealWants(POOL, MAX_FEATURES), INCEPTION, formulas.kernel(MAX_FEATURES))
+KID = MetricKind("kid", POOL, RealWants(POOL, MAX_FEATURES), INCEPTION, formulas.kernel(MAX_FEATURES), min_images=2,
+                 lower_is_better=True)
 PR, ADM_PR = _pr(MAX_FEATURES, torch.float16), _pr(ADM_REAL_FEATURES, torch.float32)
 IS = MetricKind("is", Wants(probs=True), NOTHING, INCEPTION, formulas.shuffled_score)
 ADM_IS = MetricKind("is", Wants(probs=True), NOTHING, INCEPTION, formulas.score_in_order, is_ordered=True)
 ACCURACY = MetricKind("accuracy", Wants(correct=True), NOTHING, None, formulas.accuracy)
 
-PPL = GeneratorKind(generator_formulas.ppl2_wend, generator_formulas.require_lpips, (VGG16_FILE, LPIPS_FILE))
+PPL = GeneratorKind(generator_formulas.ppl2_wend, generator_formulas.require_lpips, (VGG16_FILE, LPIPS_FILE),
+                    lower_is_better=True)
 EQT_INT = GeneratorKind(generator_formulas.equivariance_in("eqt_int"))
 EQT_FRAC = GeneratorKind(generator_formulas.equivariance_in("eqt_frac"))
 EQR = GeneratorKind(generator_formulas.equivariance_in("eqr"))
 
 #----------------------------------------------------------------------------
 
-METRICS = Registry("metric")
+METRICS: Registry[Metric] = Registry("metric")
 
 
 def register(metric: Metric) -> None:
@@ -140,6 +150,9 @@ _protocol(
     ("adm_pr50k", ADM_PR, INCEPTION, 50_000, None),
 )
 _protocol("clean-fid", ("clean_fid50k", FID_DDOF1, "inception-2015-12-05-clean", 50_000, None))
+for _output, _mark in (("pool", ""), *((output, f"_{width}") for output, width in INCEPTION_LAYERS.items())):
+    register(Metric(f"pytorch_fid{_mark}", _fid("fid", _output, ddof=1), "inception-2015-12-05-pytorch_fid",
+                    protocol="pytorch-fid", takes_all=True))
 _protocol("fd-dinov2", ("fd_dinov2_50k", FID_DDOF1, "dinov2-vitl14", 50_000, None))
 _protocol("own", ("rfid_random", FID, "inception-random-seed0", 50_000, None))
 

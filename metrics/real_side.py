@@ -77,7 +77,10 @@ def load_real_side(
 
 
 def _check_stored(stored: Statistics, mirror: bool, limit: int | None) -> None:
-    if mirror:
+    if stored.mirror and not mirror:
+        raise UserError(f"--ref={stored.path}: was saved with --mirror=1, but the metric takes real images as they "
+                        "are: save it without, or use --metrics=fid --mirror=1")
+    if mirror and not stored.mirror:
         raise UserError(f"--mirror: {stored.path} holds statistics, which cannot be mirrored: name the images "
                         "themselves, or leave --mirror out")
     if limit is not None and (stored.num_images is None or stored.num_images > limit):
@@ -144,9 +147,9 @@ def _walk(source: ImageSource, detector: Detector, wants: Wants, max_features: i
           options: MetricOptions) -> Collected:
     """One walk: over all images, or over those alone whose features are kept."""
     subset = seeded_indices(source.num_images, max_features, SUBSET_SEED)
-    places: dict[str, np.ndarray] = {"captured": subset} if wants.moments else {"indices": subset}
-    return collect(source, {"real": (detector, wants)}, options.device, options.batch_size,
-                   progress="real images" if options.verbose else None, **places)["real"]
+    indices, captured = (None, subset) if wants.moments else (subset, None)
+    return collect(source, {"real": (detector, wants)}, options.device, options.batch_size, indices, captured,
+                   "real images" if options.verbose else None)["real"]
 
 
 def _write(got: Collected, moments_files: dict[str, Path], features_files: dict[str, Path]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import format_time
+from dnnlib.util import append_text, format_time
 from metrics.detectors import Detector
 from metrics.jobs import Job
 from metrics.references import Reference
@@ -36,7 +36,8 @@ def code_version() -> dict[str, str | None]:
     if (ROOT / ".git").exists():
         try:
             command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
-            answer = subprocess.run(command, cwd=ROOT, timeout=20, capture_output=True, text=True, check=False)
+            answer = subprocess.run(command, cwd=ROOT, timeout=20, capture_output=True, encoding="utf-8",
+                                    errors="replace", check=False)
             commit = answer.stdout.strip() or None
         except (OSError, subprocess.TimeoutExpired):
             commit = None
@@ -65,6 +66,7 @@ def result(job: Job, values: dict[str, float], settings: dict[str, Any], detecto
         "results": {job.metric.name + suffix + job.mark: value for suffix, value in values.items()},
         "metric": job.name,
         "protocol": job.metric.protocol,
+        "lower_is_better": job.metric.kind.lower_is_better,
         "total_time": seconds,
         "total_time_str": format_time(seconds),
         "num_gpus": distributed.world_size(),
@@ -114,8 +116,7 @@ def append_line(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
     """Append a record to metric-<name>.jsonl in `folder`; earlier lines stay."""
     path = Path(folder) / f"metric-{record['metric']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json_line(record) + "\n")
+    append_text(path, json_line(record) + "\n")
 
 
 # What ADM's evaluator prints, and the result that it stands for.

@@ -21,7 +21,8 @@ class ImageSource(Protocol):
     """A numbered collection of images. Number i is the same image however often and in whatever batches it is read.
 
     A source may set `can_read_ahead = True` where another thread may run its iterators: it reads files and leaves
-    networks alone.
+    networks alone. One with labels may say in `label_values` which of them occur; names of the classes, where there are
+    any, are `class_names` in its description. What a label means is decided by `dnnlib.classes`.
     """
 
     num_images: int
@@ -31,6 +32,12 @@ class ImageSource(Protocol):
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All images in order, at most `batch_size` at a time."""
         ...
+
+
+def label_values(source: ImageSource) -> np.ndarray | None:
+    """Which labels occur, ascending; None where the source does not say."""
+    values: np.ndarray | None = getattr(source, "label_values", None)
+    return values
 
 
 @runtime_checkable
@@ -119,6 +126,7 @@ class Subset:
         self.fingerprint = digest.hexdigest()
         self.description = {**source.description, "num_images": self.num_images, **(note or {})}
         self.can_read_ahead = getattr(source, "can_read_ahead", False)
+        self.label_values = label_values(source)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         return self.batches_at(batch_size, range(self.num_images))
@@ -157,6 +165,7 @@ class Mirrored:
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + b"|mirrored").hexdigest()
         self.description = {**source.description, "num_images": self.num_images, "mirror": True}
         self.can_read_ahead = getattr(source, "can_read_ahead", False)
+        self.label_values = label_values(source)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         return self.batches_at(batch_size, range(self.num_images))

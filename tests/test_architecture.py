@@ -13,18 +13,20 @@ SOURCES = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py")) + sorted(
 OURS = {*FOLDERS, "legacy", "train", "gen_images", "calc_metrics", "dataset_tool", "demo"}
 
 # Arrows point one way: dnnlib <- torch_utils <- {training, metrics} <- inference <- legacy <- scripts;
-# data_prep, which makes data sets, stands beside inference; transport, the studies, stands above them, and nothing, not
-# even a script, imports it.
+# data_prep, which makes data sets, stands above training and below inference, which takes no more of it than the reader
+# of sources (INFERENCE_MAY_READ_BY); transport, the studies, stands above them, and nothing, not even a script, imports
+# it.
 MAY_IMPORT = {
     "dnnlib": {"dnnlib"},
     "torch_utils": {"dnnlib", "torch_utils"},
     "training": {"dnnlib", "torch_utils", "training"},
     "metrics": {"dnnlib", "torch_utils", "metrics"},
-    "inference": {"dnnlib", "torch_utils", "training", "metrics", "inference"},
+    "inference": {"dnnlib", "torch_utils", "training", "metrics", "data_prep", "inference"},
     "legacy": {"dnnlib", "torch_utils", "training"},
     "data_prep": {"dnnlib", "torch_utils", "training", "data_prep"},
     "transport": {"dnnlib", "torch_utils", "training", "metrics", "inference", "legacy", "transport"},
 }
+INFERENCE_MAY_READ_BY = "data_prep.sources"
 # The parts of training/, modules and sub-packages, in the order in which one builds on the other: each may import only
 # what stands above it here, and of that what its line names.
 TRAINING = {
@@ -47,7 +49,7 @@ TRAINING = {
 }
 # All that a step may use besides those parts: nothing in it saves, reports or knows a folder.
 STEP_MAY_USE = {"collections.abc", "dataclasses", "functools", "math", "time", "typing", "numpy", "torch",
-                "torch_utils.distributed", "torch_utils.misc", "torch_utils.ops"}
+                "torch_utils.distributed", "torch_utils.images", "torch_utils.misc", "torch_utils.ops"}
 # Within transport a study knows what all studies share, and no other study. Modules beside the folders are commands:
 # they may import any folder, and nothing imports them.
 STUDIES = ("san", "ttc", "congested", "latent1d")
@@ -60,10 +62,11 @@ CONFINED = {
     "timm": {"training/feature_networks/", "metrics/detectors/"},
     "torch_fidelity": {"metrics/detectors/"},
     "requests": {"dnnlib/download.py"},
+    "urllib3": {"dnnlib/download.py"},
     "matplotlib": {"training/watch/html_report.py", "transport/common/plotting.py"},
     "ot": {"transport/latent1d/semidiscrete.py"},
     "wandb": {"training/watch/reporting.py"},
-    "tarfile": {"inference/tar_store.py"},
+    "tarfile": set(),
     "lmdb": {"data_prep/sources/tables.py"},
     "pyarrow": {"data_prep/sources/tables.py"},
 }
@@ -128,6 +131,21 @@ def imported_modules(path: Path) -> set[str]:
 def part_of(module: str) -> str:
     """Of the package: what stands directly below it."""
     return module.split(".")[1]
+
+
+def test_pixels_are_scaled_in_one_place():
+    """Of images to [-1, 1] and back: two ways of rounding, and one way in."""
+    for path in SOURCES:
+        if relative(path) != "torch_utils/images.py":
+            assert not re.search(r"/ ?127\.5 ?- ?1\b", path.read_text()), relative(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "inference").rglob("*.py")), ids=relative)
+def test_inference_reads_and_makes_no_data_sets(path):
+    parts = {name for name in imported_modules(path) if name.split(".")[0] == "data_prep"}
+    strange = {name for name in parts if name != INFERENCE_MAY_READ_BY
+               and not name.startswith(INFERENCE_MAY_READ_BY + ".")}
+    assert not strange, f"imports {sorted(strange)}"
 
 
 def test_every_part_of_training_has_its_place():
@@ -223,6 +241,74 @@ def test_habits(path):
                 assert not isinstance(default, ast.List | ast.Dict | ast.Set), f"{node.name}: mutable default"
         if isinstance(node, ast.keyword) and node.arg == "weights_only":
             assert ast.unparse(node.value) == "True", f"line {node.lineno}"
+
+
+def opens_text_without_encoding(node: ast.AST) -> bool:
+    """Whether a call reads or writes text in the encoding of the user's locale, which may know ASCII only."""
+    if not isinstance(node, ast.Call):
+        return False
+    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+    if "encoding" in given or None in given:
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return len(node.args) < (2 if name == "write_text" else 1)
+    if name in ("TextIOWrapper", "open") and (name != "open" or isinstance(node.func, ast.Name)):
+        mode = given.get("mode", ast.unparse(node.args[1]) if len(node.args) > 1 else "r")
+        return name != "open" or any("b" not in word for word in re.findall(r"'([^']*)'", mode) or [mode])
+    return "text" in given or "universal_newlines" in given         # Of subprocess.
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
+def test_text_is_in_utf_8(path):
+    lines = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if opens_text_without_encoding(node)]
+    assert not lines, "say encoding='utf-8'"
+
+
+def test_text_without_encoding_is_found():
+    for code in ("open(p)", "open(p, 'a')", "p.read_text()", "p.write_text(x)", "io.TextIOWrapper(f)",
+                 "open(p, mode='w')", "open(p, 'w' if new else 'ab')", "run(c, text=True)",
+                 "p.read_text(errors='replace')"):
+        assert opens_text_without_encoding(ast.parse(code, mode="eval").body), code
+    for code in ("open(p, 'rb')", "open(p, mode='ab')", "open(p, 'a', encoding='utf-8')", "os.open(p, 0)",
+                 "archive.open(name)", "p.read_text('utf-8')", "open(p, 'ab' if old else 'wb')", "f.text(text(x))"):
+        assert not opens_text_without_encoding(ast.parse(code, mode="eval").body), code
+
+
+# What Python has on some systems only.
+SYSTEM_MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "pty", "tty", "posix", "syslog", "msvcrt", "winreg"}
+SYSTEM_NAMES = {
+    "os": {
+        "pread", "pwrite", "sysconf", "sched_getaffinity", "sched_setaffinity", "fork", "forkpty", "killpg", "setsid",
+        "getpgid", "setpgid", "getuid", "geteuid", "getgid", "statvfs", "fstatvfs", "posix_fallocate",
+        "posix_fadvise", "mkfifo", "nice", "getloadavg", "uname", "wait4", "waitid", "fchown", "chown",
+        "register_at_fork", "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "WNOHANG", "sendfile", "copy_file_range",
+        "memfd_create", "openpty"
+    },
+    "signal": {
+        "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD", "SIGPIPE", "SIGQUIT", "SIGSTOP", "SIGTSTP",
+        "SIGCONT", "pthread_sigmask", "pthread_kill", "setitimer", "alarm", "sigwait", "sigtimedwait", "pause"
+    },
+}
+STILL_LINUX = {"training/run/batch_size.py", "training/run/bench.py"}       # Until they take torch_utils.memory.
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_what_some_systems_lack_is_asked_for(path):
+    """A module only some systems have is imported in a `try`; of a name a file asks before with hasattr or getattr."""
+    tree = ast.parse(path.read_text())
+    tried = {child for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
+    asked = {(call.args[0].id, call.args[1].value) for call in ast.walk(tree)
+             if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("hasattr", "getattr")
+             and isinstance(call.args[0], ast.Name) and isinstance(call.args[1], ast.Constant)}
+    for node in ast.walk(tree):
+        if relative(path) in STILL_LINUX:
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom) and imports(node) & SYSTEM_MODULES:
+            assert node in tried, f"line {node.lineno}: {sorted(imports(node))}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.attr in SYSTEM_NAMES.get(node.value.id, ()):
+                assert (node.value.id, node.attr) in asked, f"line {node.lineno}: {ast.unparse(node)}"
 
 
 def test_no_private_torch_and_no_removed_packages():

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of tensors and plain values: written atomically, read without running any code."""
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -10,7 +8,13 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import atomic_file
+from torch_utils import safe_pickle
+from torch_utils.pickle_values import TensorRecord
+from torch_utils.schema import COUNTERS, FLOATS, MAX_DEPTH, Unfit, shown
 
+PLAIN = (type(None), bool, int, float, str)
+
+#----------------------------------------------------------------------------
 
 def save(path: str | os.PathLike[str], content: dict[str, Any], previous: Path | None = None) -> None:
     """Write a dict of tensors and plain values (None, bool, int, float, str, list, tuple, dict).
@@ -33,7 +37,8 @@ def save(path: str | os.PathLike[str], content: dict[str, Any], previous: Path |
                 raise recorded.error
     except OSError as err:
         raise UserError(f"{path}: cannot be written ({os.strerror(err.errno or 0)}): files written before are whole: "
-                        "make room and run the same command again, it continues from them") from err
+                        "mend that (a full disk needs room) and run the same command again, it continues from them"
+                        ) from err
 
 
 class _ErrorKeeper:
@@ -65,34 +70,80 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
         return f.read(4) == b"PK\x03\x04"
 
 
-def load(path: str | os.PathLike[str], expected_format: str, mmap: bool = False,
-         verify: bool = False) -> dict[str, Any]:
-    """Read a file that `save` wrote, to the CPU.
+def load(path: str | os.PathLike[str], expected_format: str, mmap: bool = False) -> dict[str, Any]:
+    """Read a file that `save` wrote, to the CPU. What its keys hold is for a schema to check (`torch_utils.schema`).
+
+    Nothing is unpacked, and tensors take no more memory than the file: what claims more is refused.
 
     Args:
         path: The file.
         expected_format: Value that its key 'format' must have.
-        mmap: Read tensors only when they are used: for files of which little is wanted.
-        verify: Compare all bytes with their checksums, which torch.load does not.
+        mmap: Read tensors only when they are used: for files of which little is wanted. Otherwise all of their bytes
+            are compared with their checksums.
 
     Raises:
-        UserError: no such file; damaged or cut off; holds anything but tensors and plain values; another format.
+        UserError: no such file; damaged or cut off; holds anything but dense tensors of numbers and plain values;
+            another format.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        if verify:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(damaged)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as err:
-        raise UserError(f"{path}: holds more than tensors and plain values and was not read: "
-                        "use a snapshot that train.py wrote, or an official pickle") from err
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as err:
-        raise UserError(f"{path}: damaged or cut off (size {os.path.getsize(path)} bytes): "
-                        "copy it again, or take an earlier snapshot of the run") from err
+        content = _convert(safe_pickle.read_torch_zip(path, verify=not mmap), mmap)
+    except Unfit as err:
+        raise UserError(f"{path}: {err}: use a snapshot that train.py wrote, or an official pickle") from err
     if not isinstance(content, dict) or content.get("format") != expected_format:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path}: expected a file of format {expected_format!r}, found {found!r}")
+        found = content.get("format") if isinstance(content, dict) else content
+        raise UserError(f"{path}: expected a file of format {expected_format!r}, found {shown(found)}")
     return content
+
+
+def load_plain(path: str | os.PathLike[str], mmap: bool = False) -> Any:
+    """Read a file of either format of `torch.save` that holds only tensors and plain values, such as weights.
+
+    Args:
+        path: The file.
+        mmap: As in `load`.
+
+    Raises:
+        UserError: as in `load`.
+    """
+    root = safe_pickle.read_torch_zip(path, verify=not mmap) if is_checkpoint(path) else safe_pickle.read(path)
+    try:
+        return _convert(root, mmap)
+    except Unfit as err:
+        raise UserError(f"{path}: {err}: fetch it again, or save its tensors as a plain state dict") from err
+
+
+def _convert(root: Any, mmap: bool) -> Any:
+    """Notes of `safe_pickle` as values. What was one object remains one.
+
+    Raises:
+        Unfit: more than tensors and plain values, or containers in themselves.
+    """
+    done: dict[int, Any] = {}       # By identity; `root` keeps the objects alive.
+
+    def convert(value: Any, depth: int) -> Any:
+        if type(value) in PLAIN:
+            return value
+        if id(value) in done:
+            return done[id(value)]
+        if depth > MAX_DEPTH:
+            raise Unfit("is nested beyond measure")
+        made: Any
+        if isinstance(value, TensorRecord):
+            if value.dtype not in FLOATS + COUNTERS:
+                raise Unfit(f"holds a tensor of type {value.dtype}, which no network has")
+            made = value.load(mapped=mmap)
+        elif isinstance(value, dict):
+            if not all(type(key) in (str, int) for key in value):
+                raise Unfit("has keys that are neither names nor numbers")
+            made = {key: convert(item, depth + 1) for key, item in value.items()}
+        elif isinstance(value, list | tuple):
+            made = [convert(item, depth + 1) for item in value]
+            made = tuple(made) if isinstance(value, tuple) else made
+        else:
+            raise Unfit("holds more than tensors and plain values and was not read")
+        done[id(value)] = made
+        return made
+
+    return convert(root, 0)

@@ -24,7 +24,7 @@ from dnnlib.util import first_line
 from torch_utils.launch import Launch, end_with_launcher, leaves_exit_code, read_launch
 from torch_utils.launch import leave_exit_code as leave_exit_code  # For whoever imports this module alone.
 from torch_utils.launch import run_local_processes as run_local_processes
-from torch_utils.watch import Watch
+from torch_utils.peer_monitor import PeerMonitor
 
 TIMEOUT = datetime.timedelta(minutes=30)    # Of one collective. Who waits for rank 0's long work waits at a barrier.
 START_SECONDS = 60.0                        # For all processes to come, and for the first message between them.
@@ -46,7 +46,7 @@ class _Group:
     def reset(self) -> None:
         """As without a group."""
         self.store: Any = None
-        self.watch: Watch | None = None
+        self.monitor: PeerMonitor | None = None
         self.launch: Launch | None = None
         self.barriers = 0
         self.is_alone = False       # Inside `alone()`.
@@ -89,13 +89,13 @@ def _join(launch: Launch, device: torch.device) -> None:
     end_with_launcher()
     limit, host = start_seconds(), socket.gethostname()
     store = _meet(_open_store(launch, limit), launch, host, limit)
-    watch = Watch(store.clone(), launch.rank, launch.world_size, host)
-    watch.start()
-    _group.store, _group.watch, _group.launch, _group.barriers = store, watch, launch, 0
+    monitor = PeerMonitor(store.clone(), launch.rank, launch.world_size, host)
+    monitor.start()
+    _group.store, _group.monitor, _group.launch, _group.barriers = store, monitor, launch, 0
 
     names = {r: f"{r} on {store.get(f'here/{r}').decode()}" for r in range(launch.world_size)}
     asker = store.clone()
-    watch.set_deadline(limit, lambda: _explain_silence(asker, names, limit))
+    monitor.set_deadline(limit, lambda: _explain_silence(asker, names, limit))
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(
         backend, store=torch.distributed.PrefixStore("group", store), rank=launch.rank, world_size=launch.world_size,
@@ -105,7 +105,7 @@ def _join(launch: Launch, device: torch.device) -> None:
     if int(count) != launch.world_size:
         raise RuntimeError(f"the first all-reduce gave {int(count)} for {launch.world_size} processes. {HINTS}")
     store.set(f"connected/{launch.rank}", "")
-    watch.set_deadline(None)
+    monitor.set_deadline(None)
 
 
 def _open_store(launch: Launch, limit: float) -> Any:
@@ -173,10 +173,10 @@ def _explain_silence(store: Any, names: dict[int, str], limit: float) -> str:
 
 def shutdown() -> None:
     """Leave the process group, if one was joined. All processes must call it."""
-    watch, launch = _group.watch, _group.launch
-    if watch is not None and launch is not None:
+    monitor, launch = _group.monitor, _group.launch
+    if monitor is not None and launch is not None:
         barrier()
-        watch.stop()
+        monitor.stop()
         if not launch.hosts_store:
             _group.store.set(f"left/{rank()}", "")
         elif world_size() > 1:              # The others must not find its end before they have left.
@@ -209,21 +209,21 @@ def run_in_group(device_type: str, body: Callable[[torch.device], int]) -> int:
 
 def _fail(error: Exception) -> None:
     """Report an exception to the group."""
-    if _group.watch is None:
+    if _group.monitor is None:
         return
-    _group.watch.set_deadline(LEAVE_SECONDS, lambda: "did not end by itself after its failure")
+    _group.monitor.set_deadline(LEAVE_SECONDS, lambda: "did not end by itself after its failure")
     where = f"rank {rank()} on {socket.gethostname()}"
-    if isinstance(error, RuntimeError) and (blamed := _group.watch.blame_the_silent()) is not None:
+    if isinstance(error, RuntimeError) and (blamed := _group.monitor.blame_the_silent()) is not None:
         print(f"{where} ends, because {blamed} shows no sign of life: it was killed or stopped, or its node is gone "
               f"(here: {first_line(error)})", file=sys.stderr, flush=True)
         return
-    first = _group.watch.report(error)
+    first = _group.monitor.report(error)
     if not first:
-        time.sleep(LEAVE_SECONDS)           # The watch ends this process, with the name of the one that failed first.
+        time.sleep(LEAVE_SECONDS)           # The monitor ends this process, with the name of the one that failed first.
     if not isinstance(error, UserError):
         print(f"{where} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
     if _group.launch is not None and _group.launch.hosts_store:
-        _group.watch.wait_for_readers()
+        _group.monitor.wait_for_readers()
 
 #----------------------------------------------------------------------------
 # Facts.

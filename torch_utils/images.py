@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors to 8-bit images. The two official roundings differ and each has its place (spec: conventions that bite)."""
+"""Tensors from and to 8-bit images. The two official roundings differ and each has its place."""
 import os
 
 import numpy as np
@@ -7,6 +7,16 @@ import PIL.Image
 import torch
 
 from dnnlib.util import atomic_file
+
+
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1], `x / 127.5 - 1`: what networks see of an image. Shape and device are kept."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8_nearest(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] float -> uint8, rounded to the nearest, so that what `from_uint8` made comes back. Shape is kept."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_uint8_sample(images: torch.Tensor) -> torch.Tensor:

@@ -10,16 +10,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 from dnnlib import UserError
-from dnnlib.util import atomic_file, file_sha256
+from dnnlib.util import atomic_file, file_sha256, list_some
+from torch_utils.images import from_uint8
+from torch_utils.schema import (
+    MAX_ITEMS,
+    StoredShape,
+    Unfit,
+    check_finite,
+    check_tensors,
+    compare_shapes,
+    exactly,
+    items,
+    nothing_or,
+    plain,
+    record,
+    shown,
+    text,
+    whole,
+)
+from torch_utils.weights import open_safetensors
 
 FORMAT = "stylesan-xl/local-network/1"
 HEADER_KEY = "stylesan_xl"      # The header's only entry: the order of several would differ from file to file.
+MAX_WIDTH, MAX_STAGES, MAX_RESOLUTION = 8192, 12, 4096
+MAX_MAP = 1 << 24               # Elements of a map per image. A small file may ask for large ones.
 
 #----------------------------------------------------------------------------
 
@@ -35,6 +54,11 @@ def local_config(num_classes: int, input_resolution: int = 32, widths: Sequence[
     if input_resolution < 2 ** len(widths):
         raise UserError(f"local network: {len(widths)} stages halve {input_resolution} pixels to less than one: "
                         f"take a resolution of at least {2 ** len(widths)} or fewer widths")
+    largest = max(width * (input_resolution / 2 ** (i + 1)) ** 2 for i, width in enumerate(widths))
+    if len(widths) > MAX_STAGES or max(widths) > MAX_WIDTH or input_resolution > MAX_RESOLUTION or largest > MAX_MAP:
+        raise UserError(f"local network: widths {list_some(widths)} at {input_resolution} pixels: give at most "
+                        f"{MAX_STAGES} widths of at most {MAX_WIDTH}, at most {MAX_RESOLUTION} pixels, and at most "
+                        f"{MAX_MAP} numbers in the map of a stage")
     return {"input_resolution": int(input_resolution), "widths": widths, "num_classes": int(num_classes),
             "class_names": names, "in_channels": int(in_channels)}
 
@@ -83,7 +107,7 @@ class LocalNet(torch.nn.Module):
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] -> float in [-1, 1], resized to the input resolution."""
-        return self.prepare_float(images.to(torch.float32) / 127.5 - 1)
+        return self.prepare_float(from_uint8(images))
 
     def prepare_float(self, images: torch.Tensor) -> torch.Tensor:
         """float [N, 3, H, W] in [-1, 1] -> resized to the input resolution.
@@ -140,30 +164,52 @@ def save_local_network(path: str | os.PathLike[str], net: LocalNet, metadata: di
     return file_sha256(path)
 
 
+HEADER = record({
+    "format": exactly(FORMAT),
+    "config": record({"num_classes": whole(1, MAX_ITEMS), "input_resolution": whole(2, MAX_RESOLUTION),
+                      "widths": items(whole(1, MAX_WIDTH), 1, MAX_STAGES)},
+                     {"class_names": nothing_or(items(text)), "in_channels": whole(3, 3)}),
+}, {"metadata": record({}, others=plain)})
+
+
 def load_local_network(path: str | os.PathLike[str]) -> LocalNet:
     """Read a network: on the CPU, in eval mode, frozen.
 
     Raises:
-        UserError: no such file; damaged; not a local network.
+        UserError: no such file; damaged; not a local network; not what its header says; weights that are not finite.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file: train one with python -m training.feature_networks.train")
-    try:
-        with safetensors.safe_open(path, framework="pt") as f:
-            header = json.loads((f.metadata() or {}).get(HEADER_KEY, "{}"))
-            tensors = {name: f.get_tensor(name) for name in f.keys()}   # noqa: SIM118 (it is no dict)
-    except (safetensors.SafetensorError, OSError, ValueError) as err:
-        raise UserError(f"{path}: damaged or cut off (size {os.path.getsize(path)} bytes): "
-                        "copy it again or train it again") from err
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: expected a file of format {FORMAT!r}, found {found!r}: name a file that "
-                        "python -m training.feature_networks.train wrote")
-    try:
-        net = LocalNet(header["config"])
-        net.load_state_dict(tensors)
-    except (UserError, KeyError, TypeError, ValueError, RuntimeError) as err:
-        raise UserError(f"{path}: damaged: its configuration and its tensors do not agree: train it again") from err
+    with open_safetensors(path) as file:
+        header = _header(path, file)
+        try:
+            HEADER(header, "its header")
+            with torch.device("meta"):
+                net = LocalNet(header["config"])
+            stored = {name: file.get_slice(name) for name in file.keys()}       # noqa: SIM118 (it is no dict)
+            compare_shapes({name: StoredShape(tuple(part.get_shape())) for name, part in stored.items()}, "the file",
+                           net.state_dict())
+            state = {name: file.get_tensor(name) for name in stored}
+            check_tensors(state, "its content", net.state_dict())
+            check_finite(state)
+        except (UserError, Unfit) as err:
+            raise UserError(f"{path}: not a usable local network, because its configuration and its tensors do not "
+                            f"agree: {err}: train it again") from err
+    net = net.to_empty(device="cpu")
+    net.load_state_dict(state)
     net.metadata = header.get("metadata", {})
     net.sha256 = file_sha256(path)
     return net.eval().requires_grad_(False)
+
+
+def _header(path: str | os.PathLike[str], file: Any) -> Any:
+    """The JSON in a file's header, which is of our format."""
+    try:
+        header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+    except (ValueError, RecursionError):
+        header = None
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: expected a file of format {FORMAT!r}, found {shown(found)}: name a file that "
+                        "python -m training.feature_networks.train wrote")
+    return header

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices, shape checks, module summaries and scoped changes of global settings."""
+"""Devices, shape checks, seeds, module summaries and scoped changes of global settings."""
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from dnnlib import UserError
@@ -48,6 +49,11 @@ def one_hot(labels: torch.Tensor, c_dim: int) -> torch.Tensor:
     if c_dim == 0:
         return torch.zeros([len(labels), 0], device=labels.device)
     return torch.nn.functional.one_hot(labels.to(torch.int64), c_dim).to(torch.float32)
+
+
+def random_state(seed: int) -> np.random.RandomState:
+    """NumPy's legacy generator, which the official scripts use, for all seeds of 64 bits; it takes 32 by itself."""
+    return np.random.RandomState(seed if seed < 1 << 32 else [seed % (1 << 32), seed >> 32])
 
 
 def count_parameters(module: torch.nn.Module, trainable_only: bool = False) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from torch_utils.pickle_values import Call, Symbol, TensorRecord
+from torch_utils.schema import Unfit
 
 # A published discriminator has about 1,000 modules. Modules that share modules could multiply for ever.
 MAX_MODULES = 20_000
@@ -20,11 +21,6 @@ MAX_DEPTH = 50
 MAX_NAME = 200
 MAX_SIZE = 1 << 20              # Channels, pixels, classes: far above any network, far below trouble.
 MAX_PLAIN = 10_000              # Values in one group of settings.
-
-#----------------------------------------------------------------------------
-
-class Unfit(Exception):
-    """What the file holds is not what a network needs; the message says where."""
 
 #----------------------------------------------------------------------------
 # Plain values.

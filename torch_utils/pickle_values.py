@@ -20,6 +20,7 @@ from dnnlib import EasyDict, UserError
 MAX_OPCODES = 5_000_000
 # Copies made of the file's bytes (arrays, loaded tensors): several views may share bytes, but not without end.
 COPIES_PER_BYTE, COPIES_EXTRA = 4, 64 << 20
+OPCODE_BYTES = 128              # What one opcode, a byte of the file, leaves in memory: a set more, a tuple less.
 MAX_DIMENSIONS = 16
 MAX_KEY_PARTS = 64              # Of a tuple used as a key: hashing deep ones would exhaust the interpreter's stack.
 
@@ -38,12 +39,13 @@ class Limits:
         self.opcodes = 0
         self.copied = 0
         self.max_copied = COPIES_PER_BYTE * nbytes + COPIES_EXTRA
+        self.max_opcodes = min(MAX_OPCODES, self.max_copied // OPCODE_BYTES)
 
     def step(self) -> None:
         """Count an opcode."""
         self.opcodes += 1
-        if self.opcodes > MAX_OPCODES:
-            raise Refused(f"holds more than {MAX_OPCODES} objects, which no network file needs")
+        if self.opcodes > self.max_opcodes:
+            raise Refused(f"holds more than {self.max_opcodes} objects, which no network file of its size needs")
 
     def copy(self, nbytes: int) -> None:
         """Count a copy of `nbytes` bytes before it is made."""
@@ -140,8 +142,11 @@ class TensorRecord:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def load(self) -> torch.Tensor:
-        """A contiguous copy on the CPU.
+    def load(self, mapped: bool = False) -> torch.Tensor:
+        """The tensor on the CPU: a contiguous copy.
+
+        Args:
+            mapped: Where the file's bytes can be written to, which changes nothing in the file, take them as they are.
 
         Raises:
             UserError: the data are missing, or the tensors of the file share bytes beyond measure.
@@ -157,10 +162,13 @@ class TensorRecord:
         except Refused as err:
             raise UserError(f"{limits.name}: {err}") from None
         first = self.offset * itemsize
-        raw = np.frombuffer(self.storage.view[first:first + span * itemsize], dtype=np.uint8).copy()
+        raw = np.frombuffer(self.storage.view[first:first + span * itemsize], dtype=np.uint8)
         # Any byte but 0 and 1 in a bool tensor would be undefined behaviour.
-        values = torch.from_numpy(raw != 0) if self.dtype == torch.bool else torch.from_numpy(raw).view(self.dtype)
-        return values.as_strided(self.shape, self.stride).contiguous()
+        if self.dtype == torch.bool:
+            return torch.from_numpy(raw != 0).as_strided(self.shape, self.stride).contiguous()
+        if mapped and raw.flags.writeable and raw.ctypes.data % itemsize == 0:
+            return torch.from_numpy(raw).view(self.dtype).as_strided(self.shape, self.stride)
+        return torch.from_numpy(raw.copy()).view(self.dtype).as_strided(self.shape, self.stride).contiguous()
 
 
 def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -168,7 +176,10 @@ def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
-def _rebuild_tensor(_limits: Limits, storage: Any, offset: Any, shape: Any, stride: Any, *_rest: Any) -> TensorRecord:
+def _rebuild_tensor(_limits: Limits, storage: Any, offset: Any, shape: Any, stride: Any, _requires_grad: Any = None,
+                    _hooks: Any = None, metadata: Any = None) -> TensorRecord:
+    if metadata:
+        raise Refused("holds a tensor whose values are to be conjugated or negated, which no network file needs")
     if not isinstance(storage, Storage) or storage.dtype is None:
         raise TypeError("a tensor without a typed storage")
     return _tensor(storage, storage.dtype, offset, shape, stride)

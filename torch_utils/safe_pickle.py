@@ -11,14 +11,16 @@ of a network has no use for them, so the file is not one. Pickles, `torch.save` 
 inside pickles go through the same machine.
 """
 import codecs
+import contextlib
 import io
+import mmap
 import os
 import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -390,30 +392,66 @@ class _Storages:
         return known[-1]
 
 
-def _read_torch_zip(data: memoryview, limits: Limits, allowed: Callable[[str, str], bool]) -> Any:
-    limits.copy(len(data))
+class _View(io.RawIOBase):
+    """A file for `zipfile` over bytes that are in memory or mapped, without a copy of them."""
+
+    def __init__(self, data: memoryview):
+        self.data, self.position = data, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: len(self.data)}[whence]
+        if start + offset < 0:
+            raise ValueError("a position before the file")
+        self.position = start + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.data[self.position:self.position + len(buffer)]
+        buffer[:len(found)] = found
+        self.position += len(found)
+        return len(found)
+
+
+def _member(data: memoryview, info: zipfile.ZipInfo, verify: bool) -> memoryview:
+    """The bytes of an archive's member, where they lie. torch.save packs nothing, so nothing is unpacked."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise Refused("holds packed members, which torch.save does not write")
+    source = _Source(data)
+    source.position = info.header_offset
+    header = source.view(30)
+    if bytes(header[:4]) != b"PK\x03\x04":
+        raise ValueError("a member without a header")
+    source.view(sum(struct.unpack("<HH", header[26:30])))       # Its name once more, and further fields.
+    found = source.view(info.file_size)
+    if verify and zlib.crc32(found) != info.CRC:
+        raise zipfile.BadZipFile(info.filename)
+    return found
+
+
+def _read_torch_zip(data: memoryview, limits: Limits, allowed: Callable[[str, str], bool], verify: bool = True) -> Any:
     storages = _Storages(limits)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with zipfile.ZipFile(io.BufferedReader(_View(data))) as archive:
         files = {info.filename: info for info in archive.infolist()}
-        pickles = [name for name in files if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("an archive without a data.pkl")
-        prefix = pickles[0].removesuffix("data.pkl")
-
-        def member(name: str) -> memoryview:
-            info = files[prefix + name]
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
-                raise ValueError("a compressed member")
-            limits.copy(info.file_size)
-            return memoryview(archive.read(info))
-
-        if prefix + "byteorder" in files and bytes(member("byteorder")) != b"little":
-            raise Refused("was written on a big-endian machine")
-        root = _Machine(_Source(member("data.pkl")), limits, allowed, storages.find).run()
-        for key, known in storages.by_key.items():
-            view = member(f"data/{key}")
-            for storage in known:
-                storage.fill(view)
+    pickles = [name for name in files if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("an archive without a data.pkl")
+    prefix = pickles[0].removesuffix("data.pkl")
+    if prefix + "byteorder" in files and bytes(_member(data, files[prefix + "byteorder"], True)) != b"little":
+        raise Refused("was written on a big-endian machine")
+    root = _Machine(_Source(_member(data, files[pickles[0]], True)), limits, allowed, storages.find).run()
+    for key, known in storages.by_key.items():
+        view = _member(data, files[f"{prefix}data/{key}"], verify)
+        for storage in known:
+            storage.fill(view)
     return root
 
 
@@ -460,6 +498,20 @@ def _read_storage(limits: Limits, payload: Any) -> Storage:
 
 #----------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def _errors_as_one_line(name: str, size: int) -> Iterator[None]:
+    """What is wrong with a file, whatever went wrong while it was read. Raises UserError."""
+    try:
+        yield
+    except Refused as err:
+        raise UserError(f"{name}: {err}: nothing was run, and the file is not used. "
+                        "Take one from a source you trust") from err
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError, RuntimeError, MemoryError,
+            struct.error, zipfile.BadZipFile) as err:
+        raise UserError(f"{name}: damaged or cut off (size {size} bytes), or not a pickle at all: "
+                        "copy it again from where it came") from err
+
+
 def read(path: str | os.PathLike[str]) -> Any:
     """Read a pickle or a torch.save file without running anything from it.
 
@@ -470,24 +522,40 @@ def read(path: str | os.PathLike[str]) -> Any:
     Raises:
         UserError: no such file; damaged or cut off; asks for anything that a network file does not need.
     """
+    data = _mapped(path)
+    limits = Limits(str(path), len(data))
+    with _errors_as_one_line(str(path), len(data)):
+        return _read_any(data, limits, is_allowed)
+
+
+def read_torch_zip(path: str | os.PathLike[str], verify: bool = True) -> Any:
+    """The same for a file that torch.save wrote in its present format.
+
+    Args:
+        path: The file.
+        verify: Compare the bytes of tensors with their checksums; else they are not touched before they are used.
+    """
+    data = _mapped(path, writable=not verify)
+    limits = Limits(str(path), len(data))
+    with _errors_as_one_line(str(path), len(data)):
+        return _read_torch_zip(data, limits, is_allowed, verify)
+
+
+def _mapped(path: str | os.PathLike[str], writable: bool = False) -> memoryview:
+    """The bytes of a file, which come to memory as they are read. Writing to them changes a copy, not the file."""
+    access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as f:
+            is_empty = os.fstat(f.fileno()).st_size == 0        # Which cannot be mapped.
+            return memoryview(b"" if is_empty else mmap.mmap(f.fileno(), 0, access=access))
     except (FileNotFoundError, IsADirectoryError) as err:
         raise UserError(f"{path}: no such file") from err
     except OSError as err:
         raise UserError(f"{path}: cannot be read ({err.strerror})") from err
-    return read_bytes(data, str(path))
 
 
 def read_bytes(data: bytes, name: str) -> Any:
-    """The same for the content of a file; `name` is for messages. Raises UserError."""
+    """As `read`, for the content of a file; `name` is for messages."""
     limits = Limits(name, len(data))
-    try:
+    with _errors_as_one_line(name, len(data)):
         return _read_any(memoryview(data), limits, is_allowed)
-    except Refused as err:
-        raise UserError(f"{name}: {err}: nothing was run, and the file is not used. "
-                        "Take a snapshot from a source you trust") from err
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError, RuntimeError, MemoryError,
-            struct.error, zipfile.BadZipFile) as err:
-        raise UserError(f"{name}: damaged or cut off (size {len(data)} bytes), or not a pickle at all: "
-                        "copy it again from where it came") from err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of a sentinel (`torch_utils.watch.Sentinel`): kills the process that started it when that is silent.
+"""The program of a sentinel (`torch_utils.peer_monitor.Sentinel`): kills the process that started it when that is mute.
 
 Usage: sentinel.py LABEL SECONDS, with signs of life on its input. It knows nothing of the project, so that it starts at
 once and takes no memory.

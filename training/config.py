@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every setting of a run, typed, in frozen dataclasses that go to JSON and back.
+"""The typed settings of a run, in frozen dataclasses that go to JSON and back.
 
 The same dictionaries describe networks inside snapshots, so a snapshot needs no other file to be rebuilt.
 """
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dnnlib import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+FORMER_NAMES = {"split_group": "ghost_batch"}   # Names of settings in files of earlier versions -> those of now.
 
 #----------------------------------------------------------------------------
 # Generator.
@@ -31,10 +38,10 @@ class LayerSpec:
     out_half_width: float
     is_torgb: bool
     is_critically_sampled: bool
-    use_fp16: bool                  # On CUDA devices; elsewhere everything is float32 unless another type is asked for.
+    use_fp16: bool                  # On CUDA devices; elsewhere layers are float32 unless another type is asked for.
     conv_kernel: int = 3            # 3 for config T, 1 for config R and ToRGB. A stage may mix both kinds.
-    use_radial_filters: bool = False    # Config R: radial downsampling, but not at critically sampled layers.
-    is_clamped: bool = True         # To the generator's conv_clamp. Layers made with --fp32=1 are not, as officially.
+    use_radial_filters: bool = False    # Config R downsamples radially, but not at critically sampled layers.
+    is_clamped: bool = True         # The generator's conv_clamp holds here. It does not in layers made with --fp32=1.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,8 @@ class InputSpec:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    """A generator, whole: the layer table is spelled out, so that stages, whatever they were grown from, look alike."""
+    """Everything about a generator. The layer table is spelled out, so that all stages look alike, whatever they were
+    grown from."""
 
     img_resolution: int
     input: InputSpec
@@ -65,9 +73,9 @@ class GeneratorConfig:
     conv_clamp: float | None = 256
     magnitude_ema_beta: float = 0.999
     output_scale: float = 0.25
-    margin_size: int = 10           # Needed again when a super-resolution stage is grown.
-    channel_base: int = 65536       # Of the layers that this stage added, and of the next one's.
-    channel_max: int = 1024
+    margin_size: int = 10           # Extra pixels around feature maps; a stage grown on this one needs it again.
+    channel_base: int = 65536       # Widths of the layers that this stage added (see `stem_config`), and, where heads
+    channel_max: int = 1024         # are of the same kind, of those that the next stage adds.
     num_frozen_layers: int = 0      # Leading L* layers that a super-resolution stage keeps from its stem, frozen.
 
     @property
@@ -90,10 +98,9 @@ class DiscriminatorConfig:
     proj_channels: int = 64         # Channels of the shallowest mixed map; deeper ones have 1, 2, 4 times as many.
     max_channels: int = 512         # Cap on the channels of the small discriminators.
     diffaug: tuple[str, ...] = ("color", "translation", "cutout")
-    bn_warmup: bool = True          # The official construction-time forward of zeros (spec/model: the quirk).
-    seed: int = 0                   # Of the frozen random projections.
-    # Heads normalise over this many consecutive samples, so that nothing depends on how a batch is cut; 0: officially.
-    split_group: int = 0
+    bn_warmup: bool = True          # See `training.feature_networks.backbones.warm_up_batch_norm`.
+    seed: int = 0                   # Draws the frozen random projections.
+    ghost_batch: int = 0            # Samples in a ghost batch, over which heads normalise; 0: over a micro-batch.
 
 #----------------------------------------------------------------------------
 # Loss, optimisation, data, run.
@@ -114,7 +121,7 @@ class LossConfig:
     diversity_weight: float = 0.0   # Not official; per sample. See training.step.diversity.
 
 
-OFFICIAL_PROCESSES = 8              # Of the published runs: their effective eps follows from it, see `gradient_scale`.
+OFFICIAL_PROCESSES = 8              # The published runs had so many, and their effective eps follows from it.
 
 
 def gradient_scale(batch: int) -> float:
@@ -128,13 +135,13 @@ def gradient_scale(batch: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Adam; the lazy-regularisation interval corrects lr and betas even where the regulariser is empty.
+    """Settings of Adam. The interval of lazy regularisation corrects lr and betas even where the regulariser is empty.
 
     `OptimConfig.official(batch)` has the official rules for what depends on the batch.
     """
 
-    eps: float                      # Of Adam, for gradients that are means over the global batch.
-    ema_kimg: float                 # Half-life of G_ema.
+    eps: float                      # Adam's, for gradients that are means over the global batch.
+    ema_kimg: float                 # Half-life of the average G_ema.
     G_lr: float = 0.0025
     D_lr: float = 0.002
     betas: tuple[float, float] = (0.0, 0.99)
@@ -164,12 +171,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SavingConfig:
-    """What is kept, when states are written and when a stage ends. None of it moves a result."""
+    """Settings that say what is kept, when states are written and when a stage ends. None changes a result."""
 
     keep: int = 10                  # Network snapshots; 0: all.
-    keep_every: float = 0.0         # kimg: one snapshot for each multiple stays; 0: no grid.
-    state_minutes: float = 10.0     # Between training states; 0: only with snapshots.
-    background: bool = True         # Write while training goes on, where memory allows a copy.
+    keep_every: float = 0.0         # One snapshot per so many kimg stays for ever; 0: none does.
+    state_minutes: float = 10.0     # Time between training states; 0: they come only with snapshots.
+    background: bool = True         # Files are written while training goes on, if memory has room for a copy.
     best_metric: str | None = None  # Which metric decides; None: the first.
     stop_patience: int = 0          # Evaluations without improvement that end the stage; 0: never.
 
@@ -191,16 +198,16 @@ class TrainConfig:
     metrics: tuple[str, ...] = ()
     embedding: str = "data"         # data | random | a file.
     path_stem: str | None = None
-    resume: str | None = None       # Weights of this snapshot, all of which must fit.
-    init_from: str | None = None    # What fits of this snapshot's weights.
+    resume: str | None = None       # The run begins with the weights of this snapshot, all of which must fit.
+    init_from: str | None = None    # The run begins with those weights of this snapshot that fit.
     seed: int = 0
-    precision: str = "auto"             # auto | fp32 | bf16, of G; auto: fp16 on GPUs, as officially, else fp32.
+    precision: str = "auto"             # auto | fp32 | bf16, for G; auto: fp16 on GPUs, as officially, else fp32.
     feature_precision: str = "fp32"     # fp32 | tf32 | bf16, inside the frozen feature networks of D.
     cudnn_benchmark: bool = True
     restart_every: int = 0          # Seconds after which the run saves and exits; 0 means never.
     on_collapse: str = "warn"       # warn | stop, with exit code 5.
     wandb: str | None = None        # Project of Weights & Biases.
-    diagnose: int = 0               # Images per side in the diagnosis of D at snapshots; 0: none. Moves no result.
+    diagnose: int = 0               # Images per side in the diagnosis of D at snapshots; 0: no diagnosis.
     saving: SavingConfig = SavingConfig()
 
     @property
@@ -211,13 +218,22 @@ class TrainConfig:
 #----------------------------------------------------------------------------
 # JSON.
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: "DataclassInstance") -> dict[str, Any]:
     """A dataclass as a dict of plain values."""
     return dataclasses.asdict(config)
 
 
-def from_dict(kind: type, values: dict[str, Any]) -> Any:
+def present_names(settings: Any) -> Any:
+    """A dict of settings with the names that they have now, which files of earlier versions may not have; anything else
+    comes back as it is."""
+    if not isinstance(settings, dict):
+        return settings
+    return {FORMER_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     """A dict of plain values as the dataclass `kind`. Unknown or missing names are an error that lists them."""
+    values = present_names(values)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(values) - set(fields)):
@@ -231,7 +247,7 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 def _convert(hint: Any, value: Any) -> Any:
     """Plain value -> the annotated type: nested dataclasses and tuples."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:

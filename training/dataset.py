@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image data sets in the official format: the order in which images are shown, the stream of micro-batches, and how far
 the images of a class are apart."""
+import collections
 import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.utils.data
 
 from dnnlib import UserError
+from dnnlib.classes import Classes, match
+from training.data.images import Decoded, changes_in_words, decode, decode_pixels
 from training.data.inventory import Inventory, inventory
-from training.data.labels import read_labels
+from training.data.labels import METADATA_NAME, read_labels
 from training.data.loading import Loading, obey_parent_only, shared, start_loading
-from training.data.png import decode_plain_png
 from training.data.randomness import permutation
-from training.data.stores import DECODE_ERRORS, METADATA_NAME, content_fingerprint, open_image, open_store
+from training.data.splits import find_splits, in_words
+from training.data.stores import content_fingerprint, open_store, read_file
 
 CHECKED_AT_START = 256      # Files whose size and mode are looked at before training; the rest when they are read.
 MIN_RESOLUTION = 4
@@ -26,9 +28,10 @@ NUM_PAIRS = 1024            # Pairs of images whose distance is measured, at mos
 #----------------------------------------------------------------------------
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Square RGB or grayscale images in a zip archive or a folder, with optional class labels in dataset.json.
+    """Square images in a zip archive or a folder, with optional class labels in dataset.json.
 
-    Item i is (uint8 [3, resolution, resolution], class index; 0 without labels). Files are in the order of their names.
+    Files of other kinds than 8-bit RGB are converted as dataset_tool.py does it (`training.data.images`). Item i is
+    (uint8 [3, resolution, resolution], class index; 0 without labels). Files are in the order of their names.
     Can be pickled; worker processes open the archive for themselves.
 
     Raises:
@@ -47,6 +50,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.name = os.path.splitext(os.path.basename(os.path.normpath(self.path)))[0]
         self.xflip = xflip
         self._store = open_store(path)
+        self._check_splits()
         self._use_labels = use_labels
         self._image_labels, self.class_names = self._read_labels() if use_labels else (None, [])
         self._chosen = np.arange(len(self._store.names))        # Images served, as indices into the stored ones.
@@ -55,7 +59,15 @@ class ImageDataset(torch.utils.data.Dataset):
                 raise UserError(f"{path}: at least one image is needed, but max_size is {max_size}")
             np.random.RandomState(seed % (1 << 31)).shuffle(self._chosen)
             self._chosen = np.sort(self._chosen[:max_size])
+        self.changes = ""               # What is done to files when they are read, in words; '' if nothing.
         self.resolution = self._check_images()
+
+    def _check_splits(self) -> None:
+        """Images for training and others must not be mixed unseen; a dataset.json that lists all means all."""
+        splits = None if self._store.lists_labels else find_splits(self._store.names)
+        if splits is not None and len(splits.counts) > 1:
+            raise UserError(f"{self.path}: has the splits {in_words(splits.counts, 'images')}: name the folder of one, "
+                            f"or make a data set with dataset_tool.py --split={next(iter(splits.counts))}")
 
     def _read_labels(self) -> tuple[np.ndarray, list[str]]:
         """Labels of all stored images, integers, and the names of the classes."""
@@ -65,45 +77,39 @@ class ImageDataset(torch.utils.data.Dataset):
                             f"from a folder that has one sub-folder per class, or train with --cond=0")
         return found
 
+    def renumber(self, indices: Sequence[int], class_names: list[str]) -> None:
+        """Serve `indices[label]` instead of each label; the names are by those."""
+        self._image_labels, self.class_names = np.array(indices)[self._image_labels], class_names
+
     def _check_images(self) -> int:
         """Look at some files spread over the data set; returns the resolution that all must have."""
-        size, first = self._open(self._chosen[0]).size, self._store.where(self._chosen[0])
-        resolution = size[0]
-        if size[0] != size[1]:
-            raise UserError(f"{first}: {size[0]}x{size[1]} pixels, but images must be square: "
+        (width, height), first = self._decode(self._chosen[0]).image.size, self._store.where(self._chosen[0])
+        if width != height:
+            raise UserError(f"{first}: {width}x{height} pixels, but images must be square: "
                             f"convert with dataset_tool.py --transform=center-crop --resolution=N")
-        if resolution < MIN_RESOLUTION or resolution & (resolution - 1):
-            raise UserError(f"{first}: {resolution}x{resolution} pixels, but the size must be a power of two: "
-                            f"convert with dataset_tool.py --resolution={1 << max(resolution.bit_length() - 1, 2)}")
-        step = max(len(self._chosen) / CHECKED_AT_START, 1)
-        for k in np.arange(0, len(self._chosen), step).astype(np.int64):
-            self._check(self._open(self._chosen[k]), self._chosen[k], resolution)
+        if width < MIN_RESOLUTION or width & (width - 1):
+            raise UserError(f"{first}: {width}x{width} pixels, but the size must be a power of two: "
+                            f"convert with dataset_tool.py --resolution={1 << max(width.bit_length() - 1, 3)}")
+        step, conversions = max(len(self._chosen) / CHECKED_AT_START, 1), collections.Counter[str]()
+        places = np.arange(0, len(self._chosen), step).astype(np.int64)
+        for k in places:
+            found = self._decode(self._chosen[k])
+            self._check(found.image.size, self._chosen[k], width)
+            conversions.update(found.notes)
+        self.changes = changes_in_words(conversions, len(places))
         self._store.close()
-        return resolution
+        return width
 
-    def _check(self, image: PIL.Image.Image, index: int, resolution: int) -> None:
-        where = self._store.where(index)
-        if image.size != (resolution, resolution):
-            raise UserError(f"{where}: {image.size[0]}x{image.size[1]} pixels, but {self.file_name(0)} has "
+    def _check(self, size: tuple[int, int], index: int, resolution: int) -> None:
+        if size != (resolution, resolution):
+            raise UserError(f"{self._store.where(index)}: {size[0]}x{size[1]} pixels, but {self.file_name(0)} has "
                             f"{resolution}x{resolution}: convert with dataset_tool.py --transform=center-crop "
                             f"--resolution={resolution}")
-        if image.mode not in ("L", "RGB"):
-            raise UserError(f"{where}: pixels are {image.mode}, but must be RGB or grayscale of 8 bits: "
-                            f"convert with dataset_tool.py")
 
-    def _open(self, index: int) -> PIL.Image.Image:
-        return self._decode(self._read(index), index)
-
-    def _read(self, index: int) -> bytes:
+    def _decode(self, index: int) -> Decoded:
         try:
-            return self._store.read(index)
-        except OSError as err:
-            raise self._cannot_decode(index, err) from err
-
-    def _decode(self, data: bytes, index: int) -> PIL.Image.Image:
-        try:
-            return open_image(data)
-        except DECODE_ERRORS as err:
+            return decode(read_file(self._store, index))
+        except (OSError, ValueError) as err:
             raise self._cannot_decode(index, err) from err
 
     def _cannot_decode(self, index: int, err: Exception) -> UserError:
@@ -126,13 +132,12 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _pixels(self, index: int) -> np.ndarray:
         """A stored image, uint8 [H, W, 3]."""
-        data = self._read(index)
-        pixels = decode_plain_png(data, self.resolution)
-        if pixels is None:
-            image = self._decode(data, index)
-            self._check(image, index, self.resolution)
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-        return pixels if pixels.shape[2] == 3 else np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+        try:
+            pixels = decode_pixels(read_file(self._store, index), self.resolution)
+        except (OSError, ValueError) as err:
+            raise self._cannot_decode(index, err) from err
+        self._check((pixels.shape[1], pixels.shape[0]), index, self.resolution)
+        return pixels
 
     def file_name(self, i: int) -> str:
         """Name of item i's file inside the data set."""
@@ -182,6 +187,28 @@ class ImageDataset(torch.utils.data.Dataset):
     def inventory(self) -> Inventory:
         """What it consists of, file by file."""
         return inventory(self._store, self.labels, self.class_names)
+
+def follow_classes(dataset: ImageDataset, whose: str, known: Classes) -> str | None:
+    """Number the classes of a data set as a network or run does that knows them, found by their names.
+
+    Args:
+        dataset: It is changed.
+        whose: Who knows them, for messages: 'the stem'.
+        known: The classes there.
+
+    Returns:
+        What was taken for granted, if anything.
+
+    Raises:
+        UserError: an image is of a class that is not known there.
+    """
+    if dataset.c_dim == 0:
+        return None
+    used = np.flatnonzero(dataset.label_counts).tolist()
+    found = match(f"--data={dataset.path}", Classes(dataset.class_names), whose, known, "use the data set that it was "
+                  "trained on, or call the classes so in \"classes\" of dataset.json", used)
+    dataset.renumber(found.indices, known.names if known.has_names else dataset.class_names)
+    return found.note
 
 #----------------------------------------------------------------------------
 

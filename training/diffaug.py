@@ -56,7 +56,7 @@ def _cutout(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     for axis, column in ((2, 5), (3, 6)):
         size = x.shape[axis]
         side = int(size * CUTOUT_RATIO + 0.5)
-        # An even square has its centre between two pixels: one more place.
+        # An even square has its centre between two pixels, so it has one more place.
         first = _whole_number(u[:, column], size + 1 - side % 2) - side // 2
         position = torch.arange(size, device=x.device) - first.reshape(-1, 1)           # [N, size]
         hit.append((position >= 0) & (position < side))
@@ -82,7 +82,7 @@ def diff_augment(images: torch.Tensor, policy: Sequence[str], u: torch.Tensor) -
         UserError: unknown name in `policy`.
     """
     assert u.shape == (images.shape[0], NUM_UNIFORMS), f"uniforms {list(u.shape)} for images {list(images.shape)}"
-    u = u.to(torch.promote_types(u.dtype, images.dtype))    # Factors and summands as precise as the images.
+    u = u.to(torch.promote_types(u.dtype, images.dtype))    # Factors and summands are as precise as the images.
     for name in policy:
         if name not in POLICIES:
             raise UserError(f"diffaug: unknown augmentation {name!r}: choose from {', '.join(POLICIES)}")

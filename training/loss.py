@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training phases' forward and backward passes.
+"""The forward and backward passes of the training phases.
 
 Every term is a mean over the samples of the global batch, so gradients do not depend on how a batch is split. Guidance
 and path-length weights keep their official meaning at micro-batch 8: officially adversarial terms are summed over a
@@ -31,7 +31,7 @@ class StyleSanLoss:
         device: torch.device,
         classifier: Callable[[torch.Tensor], torch.Tensor] | None = None,   # Images in [-1, 1] -> logits [N, c_dim].
         report: Callable[[str, torch.Tensor], None] = lambda name, value: None,
-        precision: str = "auto",                # Of G: a key of `training.networks_stylegan3.PRECISIONS`.
+        precision: str = "auto",                # How G computes: a key of `training.networks_stylegan3.PRECISIONS`.
         real_distance: float = 0.0,             # `training.dataset.real_pair_distance`, for the diversity term.
     ):
         self.G, self.D, self.config, self.classifier = G, D, config, classifier
@@ -40,19 +40,19 @@ class StyleSanLoss:
         self.pl_mean = torch.zeros([], dtype=G.mapping.w_avg.dtype, device=device)
         self.blur_sigma = 0.0
         self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []   # w and classes of this step, for the mean of w.
-        self._lengths: list[torch.Tensor] = []                      # Path lengths of this step; only with groups.
+        self._lengths: list[torch.Tensor] = []      # Path lengths of this step; only with ghost batches.
 
     def set_progress(self, cur_nimg: int) -> None:
         """Set what depends on the number of images seen in this stage."""
         self.blur_sigma = blur_sigma(cur_nimg, self.config.blur_init_sigma, self.config.blur_fade_kimg)
 
     def path_length_is_active(self, cur_nimg: int) -> bool:
-        """Stems only, and only from `pl_start_kimg` on."""
+        """Whether the path-length phase runs: in stems only, and only from `pl_start_kimg` on."""
         is_stem = self.G.config.num_frozen_layers == 0
         return self.config.pl_weight > 0 and is_stem and cur_nimg >= self.config.pl_start_kimg * 1e3
 
     def _report_scores(self, kind: str, logits: list[torch.Tensor], features: Features) -> None:
-        """Mean score and mean sign: over all heads, per backbone, and per scale of a backbone."""
+        """Report mean score and mean sign: over all heads, per backbone, and per scale of a backbone."""
         for name, x, sizes in zip(self.D.backbone_names, logits, self.D.scale_sizes(features), strict=True):
             signs = x.detach().sign()
             self.report(f"Loss/scores/{kind}", x)
@@ -88,18 +88,18 @@ class StyleSanLoss:
         """Path-length regularisation (Karras et al. 2020, equation 4) on part of the micro-batch.
 
         The running mean is updated first and enters the penalty with its gradient; the penalty is not multiplied by the
-        interval of the phase (StyleGAN3 does that; StyleGAN-XL does not). With `split_group` samples are chosen per
-        group, and the mean is the one before the step and moves after it: neither depends on micro-batches.
+        interval of the phase (StyleGAN3 does that; StyleGAN-XL does not). With ghost batches samples are chosen from
+        each, and the mean is the one before the step and moves after it: neither depends on micro-batches.
         """
-        group = self.D.config.split_group
-        count = max((group or len(batch.z)) // self.config.pl_batch_shrink, 1)
-        # By slices: a list of positions would be copied to the device, which waits for it.
-        z, c, noise = (x.unflatten(0, (-1, group))[:, :count].flatten(0, 1) if group else x[:count]
-                       for x in (batch.z, batch.gen_c, batch.pl_noise))
+        ghost = self.D.config.ghost_batch
+        count = max((ghost or len(batch.z)) // self.config.pl_batch_shrink, 1)
+        # These are slices, because a list of positions would be copied to the device, which waits for it.
+        z, c, noise = (x.unflatten(0, (-1, ghost))[:, :count].flatten(0, 1) if ghost else x[:count]
+                       for x in (batch.z, batch.gen_c, batch.noise()))
         ws = self.G.mapping(z, c)
         images = self.G.synthesis(ws, **self.precision)
         lengths = path_lengths(images, ws, noise)
-        if self.D.config.split_group:
+        if ghost:
             self._lengths.append(lengths.detach())
             mean = self.pl_mean
         else:
@@ -107,19 +107,19 @@ class StyleSanLoss:
         penalty = (lengths - mean).square()
         self.report("Loss/pl_penalty", penalty)
         weight = self.config.pl_weight / self.config.reference_micro_batch
-        # The mean over the samples used here, weighted by this micro-batch's share of the global batch.
+        # This is the mean over the samples used here, weighted by the micro-batch's share of the global batch.
         loss = penalty.mean() * weight * (len(batch.z) / global_batch)
         self.report("Loss/G/reg", penalty.detach() * weight)
         loss.backward()
 
     def forget_step(self) -> None:
-        """Drop what micro-batches have left for the end of their step: after a step that failed half-way."""
+        """Drop what micro-batches have left for the end of their step; call it after a step that failed half-way."""
         self._drawn.clear()
         self._lengths.clear()
 
     def _moved_mean(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The running mean of path lengths, moved by these."""
-        # The value of the mean is that over all processes, so that they agree; its gradient is this process's.
+        """Move the running mean of path lengths by these; returns it with its gradient."""
+        # Its value is the mean over all processes, so that they agree; its gradient is that of this process alone.
         local = lengths.mean()
         average = distributed.all_reduce_sum(local.detach().clone()) / distributed.world_size()
         mean = self.pl_mean.lerp(local + (average - local.detach()), self.config.pl_decay)
@@ -127,7 +127,7 @@ class StyleSanLoss:
         return mean
 
     def end_path_length(self) -> None:
-        """After the last micro-batch: with groups, move the running mean of path lengths once."""
+        """Move the running mean of path lengths once, after the last micro-batch, if there are ghost batches."""
         if self._lengths:
             average = distributed.all_reduce_sum(torch.cat(self._lengths).mean()) / distributed.world_size()
             self.pl_mean.lerp_(average, self.config.pl_decay)
@@ -135,14 +135,15 @@ class StyleSanLoss:
 
     def discriminator_main(self, batch: MicroBatch, global_batch: int) -> None:
         """Tell generated from real images, and turn the SAN directions towards where they differ most."""
+        real_img, real_c = batch.real()
         with torch.no_grad():
             ws = self.G.mapping(batch.z, batch.gen_c)
             self._drawn.append((ws[:, 0], batch.gen_c))
             fake = self.G.synthesis(ws, **self.precision)
             # The frozen part takes generated and real images in one batch; batch statistics exist only behind it.
-            both = blur(torch.cat([fake, batch.real_img]), self.blur_sigma)
+            both = blur(torch.cat([fake, real_img]), self.blur_sigma)
             augment = None
-            if batch.augment_fake is not None:
+            if batch.augment_fake is not None and batch.augment_real is not None:
                 augment = torch.cat([batch.augment_fake, batch.augment_real], dim=1)
             features = self.D.features(both, augment)
             features_fake, features_real = self.D.split_features(features, len(fake))
@@ -152,7 +153,7 @@ class StyleSanLoss:
         loss_fake = discriminator_loss_fake(outputs)
         (loss_fake.sum() / global_batch).backward()
 
-        outputs = self.D.heads_san(features_real, batch.real_c)
+        outputs = self.D.heads_san(features_real, real_c)
         self._report_scores("real", [out.fun for out in outputs], features_real)
         loss_real = discriminator_loss_real(outputs)
         (loss_real.sum() / global_batch).backward()
@@ -160,12 +161,12 @@ class StyleSanLoss:
 
     @torch.no_grad()
     def end_discriminator_main(self) -> None:
-        """After the last micro-batch: move the running mean of w by every process's samples, in their order."""
+        """Move the running mean of w by the samples of all processes, in their order, after the last micro-batch."""
         ws, cs = (distributed.all_gather(torch.stack(parts)) for parts in zip(*self._drawn, strict=True))
         self._drawn.clear()
         # [processes * micro-batches, N, ...] -> [micro-batches, processes * N, ...]: the order of positions.
         ws, cs = (x.unflatten(0, (distributed.world_size(), -1)).transpose(0, 1).flatten(1, 2) for x in (ws, cs))
-        if self.D.config.split_group:       # Without classes the mean moves once per call.
+        if self.D.config.ghost_batch:       # Without classes the mean moves once per call.
             ws, cs = ws.flatten(0, 1)[None], cs.flatten(0, 1)[None]
         for w, c in zip(ws, cs, strict=True):
             self.G.mapping.update_w_avg(w, c)

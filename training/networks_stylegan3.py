@@ -5,7 +5,7 @@ Parameter names are the official ones, so that official checkpoints fit. One cla
 stages: they differ only in their layer table (`training.config.GeneratorConfig`).
 """
 import math
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import scipy.signal
@@ -58,6 +58,8 @@ class FullyConnectedLayer(torch.nn.Module):
 class MappingNetwork(torch.nn.Module):
     """(z, c) -> w, repeated for every layer; keeps a running mean of w per class for truncation."""
 
+    w_avg: torch.Tensor         # [c_dim, w_dim], or [w_dim] when unconditional.
+
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim, self.num_ws = config.z_dim, config.c_dim, config.w_dim, config.num_ws
@@ -85,18 +87,25 @@ class MappingNetwork(torch.nn.Module):
             truncation_cutoff: Only the first so many layers are pulled; None means all.
         """
         assert_shape(z, [None, self.z_dim])
-        x = unit_rms(z.to(self.fc0.weight.dtype))
+        x = unit_rms(z.to(self.w_avg.dtype))
+        classes = None
         if self.c_dim > 0:
-            assert_shape(c, [None, self.c_dim])
-            x = torch.cat([x, unit_rms(self.embed_proj(self.embed(c.argmax(dim=1))))], dim=1)
+            classes = self._labels(c).argmax(dim=1)
+            x = torch.cat([x, unit_rms(self.embed_proj(self.embed(classes)))], dim=1)
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)
         ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)       # [N, num_ws, w_dim]
         if truncation_psi == 1:
             return ws
-        mean = self.w_avg[c.argmax(dim=1)].unsqueeze(1) if self.c_dim > 0 else self.w_avg
+        mean = self.w_avg if classes is None else self.w_avg[classes].unsqueeze(1)
         cut = self.num_ws if truncation_cutoff is None else truncation_cutoff
         return torch.cat([mean.lerp(ws[:, :cut], truncation_psi), ws[:, cut:]], dim=1)
+
+    def _labels(self, c: torch.Tensor | None) -> torch.Tensor:
+        """The labels of a conditional generator, which must be there: one-hot [N, c_dim]."""
+        assert c is not None, "a conditional generator needs class labels"
+        assert_shape(c, [None, self.c_dim])
+        return c
 
     @torch.no_grad()
     def update_w_avg(self, w: torch.Tensor, c: torch.Tensor | None) -> None:
@@ -109,7 +118,7 @@ class MappingNetwork(torch.nn.Module):
         if self.c_dim == 0:
             self.w_avg.copy_(w.mean(dim=0).lerp(self.w_avg, beta))
             return
-        c = c.to(w.dtype)                                           # The powers of beta are as precise as w.
+        c = self._labels(c).to(w.dtype)                             # The powers of beta are as precise as w.
         same = c @ c.t()                                            # [N, N]: 1 where the classes agree.
         later = torch.triu(same, diagonal=1).sum(dim=1)             # Samples of the same class that come after.
         share = (1 - beta) * beta ** later                          # [N]
@@ -121,16 +130,20 @@ class MappingNetwork(torch.nn.Module):
 class SynthesisInput(torch.nn.Module):
     """Fourier features, rotated and translated by w and by the user (Karras et al. 2021, section 3.2, appendix F)."""
 
+    transform: torch.Tensor     # [3, 3], from output to input: the inverse of what the user asks for.
+    freqs: torch.Tensor         # [channels, 2]
+    phases: torch.Tensor        # [channels]
+
     def __init__(self, spec: InputSpec, w_dim: int):
         super().__init__()
         self.spec = spec
-        # Frequencies uniform in a disc, phases uniform in a period.
+        # Frequencies are uniform in a disc, phases in a period.
         freqs = torch.randn([spec.channels, 2])
         radii = freqs.square().sum(dim=1, keepdim=True).sqrt()
         freqs = freqs / (radii * radii.square().exp().pow(0.25)) * spec.bandwidth
         self.weight = torch.nn.Parameter(torch.randn([spec.channels, spec.channels]))
         self.affine = FullyConnectedLayer(w_dim, 4, weight_init=0, bias_init=[1, 0, 0, 0])
-        self.register_buffer("transform", torch.eye(3))     # The user's transform, inverted: output -> input.
+        self.register_buffer("transform", torch.eye(3))
         self.register_buffer("freqs", freqs)
         self.register_buffer("phases", torch.rand([spec.channels]) - 0.5)
 
@@ -152,13 +165,13 @@ class SynthesisInput(torch.nn.Module):
         amplitudes = amplitudes.clamp(0, 1)                                                 # [N, C]
 
         scale = 0.5 * spec.size / spec.sampling_rate
-        theta = torch.eye(2, 3, device=w.device, dtype=w.dtype) * scale     # Made there: a copy would be waited for.
+        theta = torch.eye(2, 3, device=w.device, dtype=w.dtype) * scale     # No copy, which would be waited for.
         grid = F.affine_grid(theta[None], [1, 1, spec.size, spec.size], align_corners=False)    # [1, H, W, 2]
         x = grid.reshape(1, -1, 2) @ freqs.transpose(1, 2) + phases.unsqueeze(1)            # [N, H*W, C]
         x = torch.sin(x * (2 * math.pi)) * amplitudes.unsqueeze(1)
         x = x @ (self.weight / math.sqrt(spec.channels)).t()
-        # A view, which is channels last.
-        return x.transpose(1, 2).reshape(-1, spec.channels, spec.size, spec.size)
+        image: torch.Tensor = x.transpose(1, 2).reshape(-1, spec.channels, spec.size, spec.size)
+        return image            # This is a view, so it is channels last in memory.
 
 #----------------------------------------------------------------------------
 
@@ -174,7 +187,7 @@ def design_lowpass_filter(num_taps: int, cutoff: float, width: float, sampling_r
     if not radial:
         taps = scipy.signal.firwin(num_taps, cutoff, width=width, fs=sampling_rate)
         return torch.as_tensor(taps, dtype=torch.float32)
-    # Jinc: the radially symmetric counterpart of the sinc, windowed by the outer product of the 1-D window.
+    # This is a jinc, the radially symmetric counterpart of the sinc, under the outer product of the 1-D window.
     x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
     r = np.hypot(*np.meshgrid(x, x))
     f = scipy.special.j1(2 * cutoff * (np.pi * r)) / (np.pi * r)
@@ -186,6 +199,10 @@ def design_lowpass_filter(num_taps: int, cutoff: float, width: float, sampling_r
 
 class SynthesisLayer(torch.nn.Module):
     """Modulated convolution, then bias and leaky ReLU between an upsampling and a downsampling filter."""
+
+    magnitude_ema: torch.Tensor             # A number: the mean square of the layer's input.
+    up_filter: torch.Tensor | None
+    down_filter: torch.Tensor | None
 
     def __init__(self, spec: LayerSpec, config: GeneratorConfig):
         super().__init__()
@@ -210,7 +227,7 @@ class SynthesisLayer(torch.nn.Module):
             down_taps, spec.out_cutoff, spec.out_half_width * 2, rate,
             radial=spec.use_radial_filters and not spec.is_critically_sampled))
 
-        # Padding that turns in_size (grown by the convolution) into out_size; an odd rest goes to the far side.
+        # Padding turns in_size (grown by the convolution) into out_size; an odd rest goes to the far side.
         total = (spec.out_size - 1) * self.down + 1 - (spec.in_size + kernel - 1) * self.up + up_taps + down_taps - 2
         low = (total + self.up) // 2
         self.padding = [low, total - low] * 2
@@ -235,8 +252,8 @@ class SynthesisLayer(torch.nn.Module):
             styles = styles / math.sqrt(spec.in_channels * self.conv_kernel ** 2)
         if low_dtype is None and x.device.type == "cuda" and self.weight.dtype == torch.float32:
             low_dtype = torch.float16       # A network in double precision is meant to stay in it.
-        is_low = spec.use_fp16 and not force_fp32 and low_dtype is not None
-        x = x.to(low_dtype if is_low else self.weight.dtype)
+        may_be_low = spec.use_fp16 and not force_fp32
+        x = x.to(low_dtype if may_be_low and low_dtype is not None else self.weight.dtype)
         x = modulated_conv2d(x, self.weight, styles, demodulate=not spec.is_torgb, padding=self.conv_kernel - 1,
                              input_gain=self.magnitude_ema.rsqrt())
         bias = fit_channels(self.bias.to(x.dtype), x.shape[1], dim=0)
@@ -251,7 +268,14 @@ class SynthesisLayer(torch.nn.Module):
 
 #----------------------------------------------------------------------------
 
-PRECISIONS: dict[str, dict[str, Any]] = {       # --precision -> settings of the synthesis.
+class Precision(TypedDict, total=False):
+    """Arguments of the synthesis that decide about half precision; see `SynthesisNetwork.forward`."""
+
+    force_fp32: bool
+    low_dtype: torch.dtype
+
+
+PRECISIONS: dict[str, Precision] = {            # --precision -> arguments of the synthesis.
     "auto": {},                                 # Half precision on CUDA devices in the layers that are marked for it.
     "fp32": {"force_fp32": True},
     "bf16": {"low_dtype": torch.bfloat16},      # In these layers, on any device.
@@ -290,8 +314,9 @@ class SynthesisNetwork(torch.nn.Module):
         for name, w in zip(self.layer_names, rest, strict=True):
             keep_zeros = name != self.layer_names[-1]
             x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema, low_dtype, keep_zeros)
-        # Type and layout in one pass over the image.
-        return x.to(self.input.weight.dtype, memory_format=torch.contiguous_format) * self.output_scale
+        # One call converts type and layout, so that the image is read and written once.
+        image: torch.Tensor = x.to(self.input.weight.dtype, memory_format=torch.contiguous_format) * self.output_scale
+        return image
 
 #----------------------------------------------------------------------------
 
@@ -311,7 +336,8 @@ class Generator(torch.nn.Module):
                 low_dtype: torch.dtype | None = None) -> torch.Tensor:
         """z [N, z_dim], one-hot c [N, c_dim] -> images [N, 3, R, R], about [-1, 1]."""
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
-        return self.synthesis(ws, force_fp32=force_fp32, low_dtype=low_dtype)
+        images: torch.Tensor = self.synthesis(ws, force_fp32=force_fp32, low_dtype=low_dtype)
+        return images
 
     def frozen_prefixes(self) -> tuple[str, ...]:
         """Prefixes of the tensors that a super-resolution stage keeps from its stem: the mapping with its embedding and
@@ -327,5 +353,5 @@ class Generator(torch.nn.Module):
 
     def moving_buffers(self) -> list[torch.Tensor]:
         """The buffers that training changes: the mean of w, in super-resolution stages too. (`magnitude_ema` moves only
-        where a caller of the synthesis asks for it, and training does not.)"""
+        where a caller of the synthesis asks for it, and training does not ask.)"""
         return [self.mapping.w_avg]

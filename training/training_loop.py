@@ -48,11 +48,15 @@ def training_loop(plan: RunPlan, device: torch.device, stop: StopRequests, evalu
         ticks.save_state_if_due()
         trainer.step(batches, ticks.phase)
         failed = trainer.failed_phase()
-        if failed is not None:
+        if failed is not None:      # Nothing is saved from here on: what is in the folder is better.
             break
         tick_is_over = ticks.are_due()
         request = stop.poll()       # A state may be of any iteration: the next start goes on there.
         end = stage_end(plan.config, trainer.progress) or request.finish
+        if tick_is_over or end is not None or request.restart is not None:
+            failed = ticks.broken_phase()
+            if failed is not None:
+                break
         if tick_is_over or end is not None:
             end = ticks.tick(end, request)
     if failed is None and request.restart is None:

@@ -3,6 +3,7 @@
 
 training/watch/discriminator_diagnosis.py says what is measured. The table goes to stderr, one line of JSON to stdout.
 """
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ import click
 import torch
 
 from dnnlib import EasyDict, UserError, cli
+from dnnlib.classes import Classes
 from legacy import find_snapshot, open_snapshot
 from torch_utils import misc
+from torch_utils.schema import Unfit, check_tensors
 from training.config import DiscriminatorConfig, LossConfig, from_dict
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 from training.discriminators.projected import ProjectedDiscriminator, module_keys
 from training.feature_networks.registry import load_backbone
 from training.networks_stylegan3 import Generator
@@ -24,7 +27,7 @@ from training.step.blur import blur_sigma
 from training.watch.discriminator_diagnosis import LEVELS, Diagnosis, Settings, diagnose
 from transport.common import plotting
 
-DEFAULT_BATCH = 8           # Of the published runs, for files that do not say theirs.
+DEFAULT_BATCH = 8           # The published runs had this micro-batch; it stands in for files that do not name theirs.
 COLUMNS = {"inner_product": "ip", "floor": "floor", "gap": "gap", "separability": "S", "separability_optimal": "S opt",
            "w1_learned": "W1", "w1_optimal": "W1 opt", "w1_max": "max-ASW", "w1_floor": "W1 floor",
            "pair_ratio": "pairs", "tangent_ratio": "tangent"}
@@ -43,12 +46,12 @@ def load_discriminator(snapshot: dict[str, Any], file: Path, names: Sequence[str
     """D of a snapshot, on the CPU.
 
     Args:
-        snapshot: Of `legacy.open_snapshot`.
-        file: Where it came from, for messages.
+        snapshot: The result of `legacy.open_snapshot`.
+        file: The file that it came from, for messages.
         names: Where the backbones are now, in the order of the snapshot; none: where they were.
 
     Raises:
-        UserError: there is no D; it does not fit its settings; backbones that are others, or not to be had.
+        UserError: there is no D; it does not fit its settings; backbones are missing, or are not those of the snapshot.
     """
     if not snapshot.get("D") or not snapshot.get("discriminator_config"):
         notes = "; ".join(snapshot.get("notes") or [])
@@ -65,16 +68,24 @@ def load_discriminator(snapshot: dict[str, Any], file: Path, names: Sequence[str
                             "--backbones")
         backbones[old] = load_backbone(new)
         _check_backbone(new, backbones[old].sha256, snapshot.get("backbones", {}).get(key))
+    # Without memory first: a file may state widths that its tensors do not have. The warm-up needs a real network.
+    with torch.device("meta"):
+        claimed = ProjectedDiscriminator(dataclasses.replace(config, bn_warmup=False), backbones).own_state_dict()
+    try:
+        check_tensors(snapshot["D"], "D", claimed)
+    except Unfit as err:
+        raise UserError(f"--network={file}: its discriminator does not fit its settings: {err}: take another snapshot "
+                        "of the run") from err
     D = ProjectedDiscriminator(config, backbones)
     D.load_own_state_dict(snapshot["D"])
     return D.eval().requires_grad_(False)
 
 
-def load_data(path: str, G: Generator) -> ImageDataset:
-    """Real images for a generator.
+def load_data(path: str, G: Generator, class_names: Sequence[str] | None) -> ImageDataset:
+    """Real images for a generator, labelled as it numbers its classes.
 
     Raises:
-        UserError: images of another size; no labels, or other classes.
+        UserError: the images have another size, no labels, or other classes.
     """
     size, conditional = G.config.img_resolution, G.c_dim > 0
     dataset = ImageDataset(path)
@@ -88,15 +99,17 @@ def load_data(path: str, G: Generator) -> ImageDataset:
     if conditional and dataset.c_dim != G.c_dim:
         raise UserError(f"--data={path}: has {dataset.c_dim} classes, the network {G.c_dim}: name the data that it was "
                         "trained on")
+    follow_classes(dataset, "the network", Classes(class_names, G.c_dim))
     return dataset
 
 
 def settings_of(snapshot: dict[str, Any], D: ProjectedDiscriminator, opts: EasyDict) -> Settings:
-    """What the run did to images at this snapshot, as far as the file says it."""
+    """Settings that do to images what the run did at this snapshot, as far as the file says it."""
     options = snapshot.get("options") or {}
-    batch = opts.batch or options.get("batch_gpu") or D.config.split_group or DEFAULT_BATCH
-    if D.config.split_group and batch % D.config.split_group:
-        raise UserError(f"--batch={batch}: heads normalise over groups of {D.config.split_group}: take a multiple")
+    batch = opts.batch or options.get("batch_gpu") or D.config.ghost_batch or DEFAULT_BATCH
+    if D.config.ghost_batch and batch % D.config.ghost_batch:
+        raise UserError(f"--batch={batch}: heads normalise over ghost batches of {D.config.ghost_batch} images: take a "
+                        "multiple")
     sigma = 0.0
     if "loss" in options:
         loss, seen = from_dict(LossConfig, options["loss"]), snapshot.get("progress", {}).get("cur_nimg", 0)
@@ -149,14 +162,14 @@ def draw(diagnosis: Diagnosis, path: Path) -> Path:
 #----------------------------------------------------------------------------
 
 def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
-    """The diagnosis that the options ask for, and what it is of."""
+    """The diagnosis that the options ask for, and the facts about the snapshot that stand beside it."""
     file, device = find_snapshot(opts.network), torch.device(misc.select_device(opts.device))
     snapshot = open_snapshot(file)
     D = load_discriminator(snapshot, file, opts.backbones).to(device)
     if snapshot.get(opts.which) is None:
         raise UserError(f"--which={opts.which}: {file} does not hold it: take --which=G_ema")
     G = build_generator(snapshot, opts.which).eval().requires_grad_(False).to(device)
-    dataset, settings = load_data(opts.data, G), settings_of(snapshot, D, opts)
+    dataset, settings = load_data(opts.data, G, snapshot.get("class_names")), settings_of(snapshot, D, opts)
     about = {"study": "diagnose", "network": str(file), "which": opts.which, "san": D.config.san,
              "kimg": snapshot.get("progress", {}).get("cur_nimg", 0) / 1e3, "batch": settings.batch,
              "seed": settings.seed}
@@ -164,22 +177,23 @@ def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
 
 
 @click.command(cls=cli.Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--network", metavar="PKL|DIR", required=True, help="A network snapshot with its discriminator, or a run")
-@click.option("--data", metavar="ZIP|DIR", required=True, help="The images that it was trained on")
+@click.option("--network", metavar="PKL|DIR", type=cli.PathType(addresses=True), required=True,
+              help="A network snapshot with its discriminator, or a run")
+@click.option("--data", metavar="ZIP|DIR", type=cli.PathType(), required=True, help="The images that it was trained on")
 @click.option("--which", type=click.Choice(["G", "G_ema"]), default="G", show_default=True,
               help="Whose images: D was trained against those of G")
-@click.option("--backbones", metavar="NAME,...", type=cli.StrList(), default="",
+@click.option("--backbones", metavar="NAME,...", type=cli.PathList(), default="",
               help="Where the feature networks of D are now  [default: where they were]")
-@click.option("--num", metavar="INT", type=click.IntRange(min=1), default=2048, show_default=True,
+@click.option("--num", metavar="INT", type=cli.IntRange(min=1), default=2048, show_default=True,
               help="Images per side, at most those of --data")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1),
+@click.option("--batch", metavar="INT", type=cli.IntRange(min=1),
               help="Images over which heads normalise  [default: the run's micro-batch]")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Of images, latents and augmentation")
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True,
+              help="Decides images, latents and augmentation")
 @cli.device_option()
-@click.option("--outdir", metavar="DIR", help="Where diagnosis.png goes; default: nowhere")
+@click.option("--outdir", metavar="DIR", type=cli.PathType(), help="Where diagnosis.png goes; default: nowhere")
 def main(**kwargs: Any) -> None:
-    """What a discriminator's last layers know: is each direction optimal, the slice separable, the features injective?
+    """Diagnose a discriminator's last layers: is each direction optimal, the slice separable, the features injective?
 
     The table goes to stderr, one line of JSON to stdout; docs/transport.md explains the numbers.
     """

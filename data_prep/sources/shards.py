@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.sources.tars import Member, OpenTar, is_tar_name
+from data_prep.sources.base import NoMetadata, printable
+from data_prep.sources.tars import Member, OpenTar
 from dnnlib import UserError
 from dnnlib.util import list_some
 from training.data.labels import METADATA_NAME, is_image_name, parse_metadata
+from training.data.wrapping import metadata_folder, put_in_folder
 
 MAX_SIDE_FILE = 1 << 20             # Of a .cls or .json beside an image.
 MAX_METADATA = 1 << 30
@@ -21,31 +23,56 @@ LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index", "class_name")
 WNID = re.compile(r"n\d{8}")
 
 
-class TarStore:
-    """The images in one or more tar archives, sorted by archive and name. Only one archive is open at a time."""
+def folder_names(path: Path, files: Sequence[Path]) -> list[str]:
+    """What stands for each file in the names of its images: its name, with its folder where names come twice."""
+    stems = [file.name.partition(".tar")[0].removesuffix(".parquet") for file in files]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [f"{file.parent.name}_{stem}" for file, stem in zip(files, stems, strict=True)]
 
-    def __init__(self, path: str | os.PathLike[str], tars: Sequence[Path]):
+
+class TarStore(NoMetadata):
+    """The images in one or more tar archives, sorted by archive and name. Only one archive is open at a time.
+
+    It can be pickled, and used after a fork.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tars: Sequence[Path], first: OpenTar | None = None):
+        """Args:
+            path: For messages.
+            tars: The archives.
+            first: The first of them, if it is open already; it is closed with this store.
+        """
         self.path, self._tars = Path(path), list(tars)
-        self.metadata: dict[str, Any] = {}
+        self._folders = folder_names(self.path, self._tars)
+        self._metadata: dict[str, Any] = {}
         self.web_labels: dict[str, Any] = {}            # Image name -> value of its .cls or .json.
-        self._open: tuple[int, OpenTar] | None = None
+        self._open: tuple[int, OpenTar] | None = None if first is None else (0, first)
         found: dict[str, tuple[int, int, int]] = {}
         try:
             for number in range(len(self._tars)):
                 self._index(number, found)
-        finally:
+        except BaseException:
+            self.close()
+            raise
+        if len(self._tars) > 1:
             self.close()
         self.names = sorted(found)
         self._entries = np.array([found[name] for name in self.names], dtype=np.int64).reshape(-1, 3)
 
-    def _prefix(self, tar: Path) -> str:
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The content of the dataset.json of a single archive."""
+        return self._metadata
+
+    def _prefix(self, number: int) -> str:
         """What comes before the names of an archive: class archives stand for folders, shards keep names apart."""
-        stem = tar.name.split(".tar")[0]
+        stem = self._folders[number]
         return f"{stem}/" if len(self._tars) > 1 or WNID.fullmatch(stem) else ""
 
     def _index(self, number: int, found: dict[str, tuple[int, int, int]]) -> None:
         """Add the images of one archive, and the labels that lie beside them."""
-        tar, prefix = self._tar(number), self._prefix(self._tars[number])
+        tar, prefix = self._tar(number), self._prefix(number)
         side: dict[str, list[Member]] = {}
         images: list[str] = []
         for member in tar.members():
@@ -58,9 +85,8 @@ class TarStore:
                 raise UserError(f"{self._tars[number]}: holds {member.name} twice: make the archive again")
             found[name] = (number, member.offset, member.size)
             images.append(name)
-        for member in side.pop(_key(prefix + METADATA_NAME), []):
-            if member.name == METADATA_NAME and len(self._tars) == 1 and member.size <= MAX_METADATA:
-                self.metadata = parse_metadata(f"{self.path}: {METADATA_NAME}", self._read(tar, member))
+        if len(self._tars) == 1:
+            self._take_metadata(tar, side, [name.removeprefix(prefix) for name in sorted(images)], prefix)
         values: dict[str, Any] = {}
         for name in images:
             key = _key(name)
@@ -69,6 +95,20 @@ class TarStore:
             if values.get(key) is not None:
                 self.web_labels[name] = values[key]
 
+    def _take_metadata(self, tar: OpenTar, side: dict[str, list[Member]], names: list[str], prefix: str) -> None:
+        """The dataset.json of the archive, taken out of the files beside images."""
+        found = {member.name: member for members in side.values() for member in members
+                 if member.name.endswith(METADATA_NAME)}
+        folder = metadata_folder(self.path, found, names)
+        if folder is None:
+            return
+        member = found[folder + METADATA_NAME]
+        side.pop(_key(prefix + member.name))
+        if member.size > MAX_METADATA:
+            raise UserError(f"{self.path}: {member.name}: of {member.size} bytes, which no labels need: make it again")
+        self._metadata = put_in_folder(parse_metadata(f"{self.path}: {METADATA_NAME}", self._read(tar, member)),
+                                       prefix + folder)
+
     def _side_value(self, tar: OpenTar, members: list[Member]) -> Any:
         """The label in the files beside an image, or None."""
         for member in sorted(members, key=lambda m: m.name):
@@ -76,8 +116,7 @@ class TarStore:
                 continue
             data = self._read(tar, member)
             if member.name.endswith(".cls"):
-                text = data.decode("utf-8", "replace").strip()
-                return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+                return data.decode("utf-8", "replace").strip()
             try:
                 content = json.loads(data)
             except (ValueError, RecursionError) as err:
@@ -99,15 +138,19 @@ class TarStore:
             self._open = (number, OpenTar(self._tars[number]))
         return self._open[1]
 
+    def first_tar(self) -> OpenTar:
+        """The first archive, open."""
+        return self._tar(0)
+
     def inner_names(self) -> list[str]:
         """Names as they say classes: without the names of shards, but with those of class archives."""
-        if len(self._tars) == 1 or all(WNID.fullmatch(t.name.split(".tar")[0]) for t in self._tars):
+        if len(self._tars) == 1 or all(WNID.fullmatch(folder) for folder in self._folders):
             return list(self.names)
         return [name.partition("/")[2] for name in self.names]
 
     def where(self, index: int) -> str:
-        tar = self._tars[int(self._entries[index, 0])]
-        return f"{tar}: {self.names[index].removeprefix(self._prefix(tar))}"
+        number = int(self._entries[index, 0])
+        return f"{self._tars[number]}: {printable(self.names[index].removeprefix(self._prefix(number)))}"
 
     def size(self, index: int) -> int:
         return int(self._entries[index, 2])
@@ -120,6 +163,9 @@ class TarStore:
         if self._open is not None:
             self._open[1].close()
             self._open = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
 
     def __del__(self) -> None:
         if getattr(self, "_open", None) is not None:
@@ -135,15 +181,6 @@ def _key(name: str) -> str:
 def web_values(store: TarStore) -> list[Any] | None:
     """The label value beside every image, None where there is none; None if no image has any."""
     return [store.web_labels.get(name) for name in store.names] if store.web_labels else None
-
-
-def tar_paths(path: Path) -> list[Path]:
-    """The tar archives in a folder that holds no images of its own; [] if it is no such folder."""
-    with os.scandir(path) as entries:
-        files = sorted(entry.name for entry in entries if entry.is_file())
-    if any(is_image_name(name) for name in files):
-        return []
-    return [path / name for name in files if is_tar_name(name) and not name.startswith(".")]
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -167,10 +204,10 @@ def matching(source: str) -> list[Path]:
         paths = [Path(p) for p in _braces(source)]
         missing = [str(p) for p in paths if not p.is_file()]
         if missing:
-            raise UserError(f"--source={source}: {len(missing)} of {len(paths)} files are missing: "
+            raise UserError(f"{source}: {len(missing)} of {len(paths)} files are missing: "
                             f"{list_some(missing)}")
         return paths
     paths = [Path(p) for p in sorted(glob.glob(source)) if os.path.isfile(p)]
     if not paths:
-        raise UserError(f"--source={source}: no file fits the pattern: check the path")
+        raise UserError(f"{source}: no file fits the pattern: check the path")
     return paths

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from data_prep import labels
-from data_prep.sources.base import Source
+from data_prep.sources.base import NoMetadata, Source
+from data_prep.sources.shards import folder_names
 from dnnlib import UserError
 from dnnlib.util import list_some
 
@@ -30,35 +31,38 @@ def _need(package: str, source: str | os.PathLike[str]) -> Any:
         import pyarrow.parquet
         return pyarrow.parquet
     except ImportError as err:
-        raise UserError(f"--source={source}: needs the package {package}: pip install {package}, "
-                        f'or pip install "stylesan-xl[data]"') from err
+        raise UserError(f"{source}: needs the package {package}: pip install {package}") from err
 
 #----------------------------------------------------------------------------
 # LSUN.
 
-class LmdbStore:
-    """The values of an lmdb database, which are image files, sorted by key."""
+class LmdbStore(NoMetadata):
+    """The values of an lmdb database, image files, sorted by key. It can be pickled, and used after a fork."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._lmdb, self._env = _need("lmdb", path), None
+        self._env: tuple[int, Any] | None = None        # The process that opened it, and the database.
+        lmdb = _need("lmdb", path)
         try:
             with self._environment().begin(buffers=True) as view:
                 self._keys = [bytes(key) for key, _value in view.cursor()]
-        except self._lmdb.Error as err:
+        except lmdb.Error as err:
             raise UserError(f"{path}: cannot be read as an lmdb database ({err}): copy it again") from err
         self.names = [key.decode("ascii") if key.isascii() else key.hex() for key in self._keys]
 
     def _environment(self) -> Any:
-        if self._env is None:
-            self._env = self._lmdb.open(str(self.path), readonly=True, lock=False, readahead=False, max_readers=1)
-        return self._env
+        if self._env is None or self._env[0] != os.getpid():        # Another process must not use it.
+            env = _need("lmdb", self.path).open(str(self.path), subdir=self.path.is_dir(), readonly=True, lock=False,
+                                                readahead=False, max_readers=1)
+            self._env = (os.getpid(), env)
+        return self._env[1]
 
     def _value(self, index: int) -> bytes:
+        lmdb = _need("lmdb", self.path)
         try:
             with self._environment().begin() as view:
                 value = view.get(self._keys[index])
-        except self._lmdb.Error as err:
+        except lmdb.Error as err:
             raise OSError(f"the database is damaged ({err})") from err
         if value is None:
             raise OSError("the database has changed: the key is gone")
@@ -74,9 +78,12 @@ class LmdbStore:
         return self._value(index)
 
     def close(self) -> None:
-        if self._env is not None:
-            self._env.close()
-            self._env = None
+        if self._env is not None and self._env[0] == os.getpid():
+            self._env[1].close()
+        self._env = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_env": None}
 
 
 def lsun(path: Path) -> Source:
@@ -84,17 +91,20 @@ def lsun(path: Path) -> Source:
     store = LmdbStore(path)
     if not store.names:
         raise UserError(f"{path}: the database is empty: copy it again")
-    return Source(store, range(len(store.names)), layout="lmdb")
+    return Source(store, range(len(store.names)), layout="lmdb", kind="lmdb database")
 
 #----------------------------------------------------------------------------
 # Parquet.
 
-class ParquetStore:
-    """The images in a column of Parquet files, in the order of files and rows. One row group is in memory at a time."""
+class ParquetStore(NoMetadata):
+    """The images in a column of Parquet files, in the order of files and rows. One row group is in memory at a time.
+
+    It can be pickled, and used after a fork.
+    """
 
     def __init__(self, path: str | os.PathLike[str], files: Sequence[Path]):
         self.path, self._files = Path(path), list(files)
-        self._parquet = _need("pyarrow", path)
+        _need("pyarrow", path)
         self.values: list[Any] = []                 # Of the column of labels.
         self.classes: list[str] | None = None
         self.column = ""
@@ -102,24 +112,18 @@ class ParquetStore:
         self._group: tuple[int, int, list[Any]] | None = None
         self.names: list[str] = []
         entries: list[tuple[int, int, int]] = []    # File, row group and row in it.
+        folders = folder_names(self.path, self._files)
         for number, file in enumerate(self._files):
             for group, rows in enumerate(self._index(file)):
                 entries.extend((number, group, row) for row in range(rows))
             known = len(self.names)
-            self.names.extend(f"{file.stem}/{i:08d}.png" for i in range(len(entries) - known))
+            self.names.extend(f"{folders[number]}/{i:08d}.png" for i in range(len(entries) - known))
         self._entries = np.array(entries, dtype=np.int64).reshape(-1, 3)
-
-    def _open(self, file: Path) -> Any:
-        import pyarrow
-        try:
-            return self._parquet.ParquetFile(file)
-        except (pyarrow.ArrowException, OSError, ValueError) as err:
-            raise UserError(f"{file}: cannot be read as Parquet ({_line(err)}): copy it again") from err
 
     def _index(self, file: Path) -> list[int]:
         """Rows of every row group; takes the labels with it."""
         import pyarrow
-        with self._open(file) as table:
+        with _open_parquet(file) as table:
             schema = table.schema_arrow
             if not self.column:
                 self.column = _image_column(file, schema)
@@ -141,8 +145,8 @@ class ParquetStore:
         number, group, row = self._entries[index].tolist()
         if self._group is None or self._group[:2] != (number, group):
             try:
-                with self._open(self._files[number]) as table:
-                    self._group = (number, group, table.read_row_group(group, columns=[self.column])[self.column])
+                with _open_parquet(self._files[number]) as table:
+                    self._group = (number, group, self._column(table, group))
             except (pyarrow.ArrowException, UserError, ValueError) as err:
                 raise OSError(f"the file is damaged ({_line(err)})") from err
         value = self._group[2][row].as_py()
@@ -150,6 +154,10 @@ class ParquetStore:
         if not isinstance(data, bytes):
             raise OSError("the row holds no image" if data is None else "the row names a file instead of an image")
         return data
+
+    def _column(self, table: Any, group: int) -> Any:
+        # Without threads, which a process that came by a fork does not have.
+        return table.read_row_group(group, columns=[self.column], use_threads=False)[self.column]
 
     def where(self, index: int) -> str:
         number = int(self._entries[index, 0])
@@ -163,6 +171,9 @@ class ParquetStore:
 
     def close(self) -> None:
         self._group = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None}
 
 
 def _line(err: Exception) -> str:
@@ -200,7 +211,23 @@ def parquet(path: str | os.PathLike[str], files: Sequence[Path], use_labels: boo
     if not store.names:
         raise UserError(f"{path}: no rows in it: copy it again")
     if store.label_column is None or not use_labels:
-        return Source(store, range(len(store.names)), layout="parquet")
+        return Source(store, range(len(store.names)), layout="parquet", kind="Parquet")
     where = f"{path}: column {store.label_column}"
     values, classes = labels.encode(where, store.names, store.values, store.classes, allow_gaps)
-    return Source(store, range(len(store.names)), values, classes, "parquet")
+    return Source(store, range(len(store.names)), values, classes, "parquet", "Parquet")
+
+
+def _open_parquet(file: Path) -> Any:
+    """A Parquet file, open. Raises UserError."""
+    parquet = _need("pyarrow", file)
+    import pyarrow
+    try:
+        return parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError, ValueError) as err:
+        raise UserError(f"{file}: cannot be read as Parquet ({_line(err)}): copy it again") from err
+
+
+def num_rows(file: Path) -> int:
+    """Rows of a Parquet file. Raises UserError."""
+    with _open_parquet(file) as table:
+        return int(table.metadata.num_rows)

@@ -2,7 +2,8 @@
 """Tar archives, read in place: an index of names, offsets and sizes, also of tars inside tars.
 
 Headers are parsed here because the standard library keeps a kilobyte per member, which is more than a gigabyte for
-ImageNet. Formats: ustar, GNU long names, pax (its path and size records). Links and devices are passed over.
+ImageNet. Formats: ustar, GNU long names, pax (its path and size records). Images that are links, devices or sparse
+files are refused: passed over, they would be missing.
 """
 import bz2
 import contextlib
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from dnnlib import UserError
 from dnnlib.util import format_bytes
-from training.data.labels import clean_name
+from training.data.labels import clean_name, is_image_name
 
 BLOCK = 512
 MAX_NAME_BYTES = 65536
@@ -25,6 +26,10 @@ MAX_DEPTH = 2                       # A tar of tars, and no deeper.
 MAX_EXPANSION = 200                 # Unpacked bytes per packed byte; images hardly shrink at all.
 FREE_EXPANSION = 64 << 20           # Allowed in any case.
 _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+
+
+class NoPlainFile(ValueError):
+    """An image in a tar is a link or a device: the archive is whole, but not all in it."""
 
 
 class Member(NamedTuple):
@@ -96,6 +101,8 @@ def _headers(file: BinaryIO, start: int, end: int) -> Iterator[tuple[str, str, i
                 pax = _pax_records(data)
             continue
         prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+        if any(key.startswith("GNU.sparse.") for key in pax):
+            kind = "S"
         name = pax.get("path") or long_name or (f"{prefix}/" if prefix else "") + _text(header[:100])
         long_name, pax = None, {}
         yield name, kind, content, size
@@ -115,6 +122,9 @@ def _stem(name: str) -> str:
 def _walk(file: BinaryIO, start: int, end: int, prefix: str, depth: int) -> Iterator[Member]:
     for raw, kind, offset, size in _headers(file, start, end):
         if kind not in "0\0" + "7" or raw.endswith("/"):
+            if kind != "5" and is_image_name(raw):
+                raise NoPlainFile(f"{raw!a} is a link, a device or a sparse file: pack plain files only, with tar's "
+                                  f"--dereference and --hard-dereference")
             continue
         if not raw.isascii() and any("\ud800" <= c <= "\udfff" for c in raw):
             raw = raw.encode("utf-8", "surrogateescape").decode("latin1")       # Neither UTF-8 nor ASCII.
@@ -123,7 +133,7 @@ def _walk(file: BinaryIO, start: int, end: int, prefix: str, depth: int) -> Iter
             try:
                 yield from _walk(file, offset, offset + size, f"{prefix}{_stem(name)}/", depth + 1)
             except ValueError as err:
-                raise ValueError(f"{raw}: {err}") from err
+                raise type(err)(f"{raw}: {err}") from err
         else:
             yield Member(name, offset, size)
 
@@ -137,6 +147,8 @@ def members(path: str | os.PathLike[str], file: BinaryIO) -> Iterator[Member]:
     """
     try:
         yield from _walk(file, 0, file.seek(0, os.SEEK_END), "", 1)
+    except NoPlainFile as err:
+        raise UserError(f"{path}: {err}") from err
     except (ValueError, IndexError, OverflowError) as err:
         raise UserError(f"{path}: not a usable tar archive ({err}): copy or make it again") from err
 
@@ -159,15 +171,34 @@ def _unpacked(path: Path, opener: Callable[[Path], Any]) -> Iterator[BinaryIO]:
             if err.errno is not None:
                 raise
             raise UserError(f"{path}: not a whole archive ({err}): copy it again") from err
+        whole.flush()           # Reading goes past the buffer.
         yield whole
 
 
-def is_tar(path: Path) -> bool:
-    """Whether a file is a tar archive, by name or by content."""
-    if is_tar_name(path.name):
-        return True
+def first_bytes(path: str | os.PathLike[str], count: int = BLOCK) -> bytes:
+    """The beginning of a file, unpacked if it is packed with gzip, bzip2 or xz. Raises OSError."""
     with open(path, "rb") as f:
-        return f.read(BLOCK)[257:262] == b"ustar"
+        start = f.read(count)
+    opener = _opener(start)
+    if opener is None:
+        return start
+    try:
+        with opener(Path(path)) as packed:
+            return bytes(packed.read(count))
+    except (EOFError, OSError, lzma.LZMAError, zlib.error, ValueError):
+        return b""
+
+
+def _opener(start: bytes) -> Callable[[Path], Any] | None:
+    return next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
+
+
+def starts_like_a_tar(start: bytes) -> bool:
+    """Whether these may be the first bytes of a tar archive."""
+    try:
+        return len(start) >= BLOCK and any(start[:100]) and _number(_checked(start[:BLOCK])[124:136]) >= 0
+    except (ValueError, IndexError):
+        return False
 
 
 class OpenTar:
@@ -177,8 +208,7 @@ class OpenTar:
         self.path = Path(path)
         self._stack = contextlib.ExitStack()
         with open(self.path, "rb") as f:
-            start = f.read(6)
-        opener = next((o for magic, o in _COMPRESSED.items() if start.startswith(magic)), None)
+            opener = _opener(f.read(6))
         self.file = self._stack.enter_context(_unpacked(self.path, opener) if opener else open(self.path, "rb"))
 
     def members(self) -> Iterator[Member]:
@@ -186,8 +216,11 @@ class OpenTar:
 
     def read(self, member: Member) -> bytes:
         """Content of a member. Raises OSError if the archive is shorter than it was."""
-        self.file.seek(member.offset)
-        data = self.file.read(member.size)
+        if hasattr(os, "pread"):        # Without a position: processes that came by a fork share it.
+            data = os.pread(self.file.fileno(), member.size, member.offset)
+        else:
+            self.file.seek(member.offset)
+            data = self.file.read(member.size)
         if len(data) != member.size:
             raise OSError("the archive is shorter than it was")
         return data

@@ -5,6 +5,7 @@
 |---|---|---|
 | pool | [N, D] features | every detector |
 | spatial | [N, 2023] first seven channels of an inner map in the order H, W, C, as sFID is defined | inception |
+| pool64, pool192, pool768 | [N, D] averages over earlier maps, which pytorch-fid calls its feature layers | inception |
 | logits_unbiased | [N, 1008] class scores without the output bias, as the inception score is defined | inception |
 | logits | [N, C] class scores of the user's own classes | local judges |
 """
@@ -107,7 +108,7 @@ class DetectorKind:
     #                                                   The loaded network -> what `forward` takes, for this device.
 
 
-DETECTORS = Registry("detector")    # Name -> DetectorKind.
+DETECTORS: Registry[DetectorKind] = Registry("detector")
 
 #----------------------------------------------------------------------------
 

@@ -11,8 +11,10 @@
   With the sums of the 17x17 layers cut at MAX_TERMS the map that sFID takes is 9e-7 from that of the network as loaded,
   1.2e-6 without.
 """
+import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +164,16 @@ def _mixed_7(block: torch.nn.Module, largest: bool) -> Mixed:
     return Mixed(block, paths, largest)
 
 
+class Maps(NamedTuple):
+    """What is taken of the network's maps; all but the first are averages over positions."""
+
+    spatial: torch.Tensor       # First channels of the map of `Mixed_6d`: [N, num_channels, 17, 17].
+    pool64: torch.Tensor        # After the first pooling: [N, 64].
+    pool192: torch.Tensor       # After the second: [N, 192].
+    pool768: torch.Tensor       # Of `Mixed_6e`: [N, 768].
+    pool: torch.Tensor          # The features: [N, 2048].
+
+
 class FastInception(torch.nn.Module):
     """torch-fidelity's network rebuilt for speed."""
 
@@ -173,37 +185,40 @@ class FastInception(torch.nn.Module):
         super().__init__()
         self.is_on_cpu = device.type == "cpu"
         pool = torch.nn.MaxPool2d(3, 2)
-        self.to_map = torch.nn.Sequential(
-            *_chain(net, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"), pool,
-            *_chain(net, "Conv2d_3b_1x1", "Conv2d_4a_3x3"), pool,
-            _mixed_5(net.Mixed_5b), _mixed_5(net.Mixed_5c), _mixed_5(net.Mixed_5d), _mixed_6a(net.Mixed_6a),
-            _mixed_6(net.Mixed_6b), _mixed_6(net.Mixed_6c), _mixed_6(net.Mixed_6d))
-        self.to_features = torch.nn.Sequential(
-            _mixed_6(net.Mixed_6e), _mixed_7a(net.Mixed_7a), _mixed_7(net.Mixed_7b, largest=False),
-            _mixed_7(net.Mixed_7c, largest=True))
+        # What lies between the maps that somebody takes features from.
+        self.stages = torch.nn.ModuleList([
+            torch.nn.Sequential(*_chain(net, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"), pool),
+            torch.nn.Sequential(*_chain(net, "Conv2d_3b_1x1", "Conv2d_4a_3x3"), pool),
+            torch.nn.Sequential(
+                _mixed_5(net.Mixed_5b), _mixed_5(net.Mixed_5c), _mixed_5(net.Mixed_5d), _mixed_6a(net.Mixed_6a),
+                _mixed_6(net.Mixed_6b), _mixed_6(net.Mixed_6c), _mixed_6(net.Mixed_6d)),
+            _mixed_6(net.Mixed_6e),
+            torch.nn.Sequential(_mixed_7a(net.Mixed_7a), _mixed_7(net.Mixed_7b, largest=False),
+                                _mixed_7(net.Mixed_7c, largest=True))])
         self.register_buffer("fc_weight", net.fc.weight.detach().clone())
         if self.is_on_cpu:
-            for module in self.to_map[-4:].modules():
-                if isinstance(module, FoldedConv):
-                    module.cut(MAX_TERMS)
+            for block in list(self.stages[2])[-4:]:
+                for module in block.modules():
+                    if isinstance(module, FoldedConv):
+                        module.cut(MAX_TERMS)
             self.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor],
-                num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """First channels of the map of `Mixed_6d` [N, num_channels, 17, 17], and the features [N, 2048].
+                num_channels: int) -> Maps:
+        """What is taken of images.
 
         Args:
             images: [N, 3, H, W].
             prepare: From some of them to float [n, 3, 299, 299] in the network's range.
             num_channels: How many channels of the map are wanted.
         """
-        def run(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(part: torch.Tensor) -> Maps:
             x = prepare(part)
-            inner = self.to_map(x.contiguous(memory_format=torch.channels_last) if self.is_on_cpu else x)
-            spatial = inner[:, :num_channels].clone()           # A view would keep the whole map in memory.
-            return spatial, self.to_features(inner).mean(dim=(2, 3))
+            x = x.contiguous(memory_format=torch.channels_last) if self.is_on_cpu else x
+            maps = list(itertools.accumulate(self.stages, lambda x, stage: stage(x), initial=x))[1:]
+            spatial = maps[2][:, :num_channels].clone()         # A view would keep the whole map in memory.
+            return Maps(spatial, *(maps[i].mean(dim=(2, 3)) for i in (0, 1, 3, 4)))
 
         if not self.is_on_cpu:
             return run(images)
-        maps, features = zip(*side_by_side(run, images.split(CPU_BATCH)), strict=True)
-        return torch.cat(maps), torch.cat(features)
+        return Maps(*(torch.cat(parts) for parts in zip(*side_by_side(run, images.split(CPU_BATCH)), strict=True)))

@@ -22,13 +22,14 @@ RANDOM_INCEPTION_FILE = Asset(
     other_names=("inception_rand_full.safetensors",),
     obstacle="StyleGAN-XL publishes it as inception_rand_full.pkl, a dill pickle that runs code from the file when it "
              "is read, so it is not read here. Save its tensors as a plain state dict with torch-fidelity's names in a "
-             "folder named by --weights, or use --metrics=rfid_random, a random network that needs no file and whose "
-             "values are comparable among each other only")
+             "folder named by --weights or STYLESAN_WEIGHTS, or use --metrics=rfid_random, a random network that needs "
+             "no file and whose values are comparable among each other only")
 
 SIZE = 299
 POOL_DIM, NUM_LOGITS = 2048, 1008
 SPATIAL_CHANNELS, SPATIAL_SIZE = 7, 17
 SPATIAL_DIM = SPATIAL_CHANNELS * SPATIAL_SIZE ** 2      # 2023
+INCEPTION_LAYERS = {"pool64": 64, "pool192": 192, "pool768": 768}       # Earlier layers, pytorch-fid's too.
 
 #----------------------------------------------------------------------------
 
@@ -54,8 +55,9 @@ def _run(net: FastInception, images: torch.Tensor, prepare: Callable[[torch.Tens
     `spatial` is what ADM's evaluator calls mixed_6/conv: the first branch of `Mixed_6d` after normalisation and
     rectification, which is where the block's channels begin.
     """
-    spatial, pool = net(images, prepare, SPATIAL_CHANNELS)
-    return {"pool": pool, "spatial": spatial.permute(0, 2, 3, 1).flatten(1), "logits_unbiased": pool @ net.fc_weight.T}
+    maps = net(images, prepare, SPATIAL_CHANNELS)
+    return {"pool": maps.pool, "spatial": maps.spatial.permute(0, 2, 3, 1).flatten(1),
+            "logits_unbiased": maps.pool @ net.fc_weight.T, **{name: getattr(maps, name) for name in INCEPTION_LAYERS}}
 
 #----------------------------------------------------------------------------
 # From uint8 images to the network's range.
@@ -74,9 +76,10 @@ def _pytorch_fid(images: torch.Tensor) -> torch.Tensor:
 
 def _kind(asset: Asset | None, prepare: Callable[[torch.Tensor], torch.Tensor], resize: str) -> DetectorKind:
     return DetectorKind(
-        asset, POOL_DIM, ("pool", "spatial", "logits_unbiased"), make_inception,
+        asset, POOL_DIM, ("pool", "spatial", "logits_unbiased", *INCEPTION_LAYERS), make_inception,
         lambda net, images: _run(cast(FastInception, net), images, prepare),
-        dims={"spatial": SPATIAL_DIM, "logits_unbiased": NUM_LOGITS}, resize=f"{resize}_{SIZE}", rebuild=FastInception)
+        dims={"spatial": SPATIAL_DIM, "logits_unbiased": NUM_LOGITS, **INCEPTION_LAYERS}, resize=f"{resize}_{SIZE}",
+        rebuild=FastInception)
 
 
 DETECTORS.register("inception-2015-12-05")(_kind(INCEPTION_FILE, _tf1, "tf1_bilinear"))

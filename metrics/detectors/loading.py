@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from dnnlib import UserError
-from dnnlib.download import Asset, Found, find_asset
-from dnnlib.util import file_sha256, list_some
+from dnnlib.download import Asset, Found, find_asset, local_file
+from dnnlib.util import file_sha256, is_address, list_some
 from metrics.detectors.base import DETECTORS, Detector, DetectorKind, State
 from metrics.detectors.judges import load_judge
 from torch_utils import distributed
+from torch_utils.weights import read_weights
 
 RANDOM_SUFFIX = ":random"           # 'inception-2015-12-05:random': for tests, where no weights can be had.
 RANDOM_SEED = 0
@@ -22,7 +22,12 @@ RANDOM_SEED = 0
 # Names and files.
 
 def local_path(spec: str) -> Path | None:
-    """Path of a judge named as 'local:PATH' or 'PATH.safetensors'; None for the name of a registered detector."""
+    """Path of a judge named as 'local:PATH', 'PATH.safetensors' or an address, which is downloaded once.
+
+    None for the name of a registered detector.
+    """
+    if is_address(spec):
+        return local_file(spec)
     if spec.startswith("local:"):
         return Path(spec.removeprefix("local:"))
     return Path(spec) if spec.endswith(".safetensors") else None
@@ -105,15 +110,8 @@ def load_detector(spec: str, device: torch.device, weights_dir: str | None = Non
 
 
 def read_state(path: Path) -> State:
-    """A plain state dict, read without running code."""
-    try:
-        if path.suffix == ".safetensors":
-            state: State = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except Exception as err:                                            # Any failure means the same to the user.
-        raise UserError(f"{path}: not a readable file of weights ({type(err).__name__}): fetch it again") from err
+    """A plain state dict, read without running code. Raises UserError."""
+    return read_weights(path)
 
 
 def _fitting(kind: DetectorKind, state: State, net: torch.nn.Module, spec: str, path: Path) -> State:

@@ -5,6 +5,7 @@
 |---|---|
 | statistics.py | mean and covariance of a detector's output; the real side of a metric |
 | reading.py | files of statistics, ours and foreign ones, told apart by their content |
+| limits.py | what such files may say |
 | pickles.py | those that are pickles: EDM2's, StyleGAN's cache, torch-fidelity's cache |
 | writing.py | our own file: an .npz that other tools' readers take |
 | cache.py | what real images gave, kept between runs |

@@ -9,17 +9,21 @@ import hashlib
 import json
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dnnlib import UserError
 from dnnlib.download import cache_dir
 from dnnlib.util import atomic_file
 from metrics.detectors import Detector
+from torch_utils.arrays import open_npz
 
-CACHE_VERSION = 1                           # Raise it when the same inputs give other numbers.
-READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+CACHE_VERSION = 2                           # Raise it when the same inputs give other numbers.
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
+               NotImplementedError, UserError)
 
 
 def cache_path(detector: Detector, fingerprint: str, **what: Any) -> Path:
@@ -33,7 +37,7 @@ def cache_path(detector: Detector, fingerprint: str, **what: Any) -> Path:
 def read_cache(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of a cache file, or None."""
     with contextlib.suppress(*READ_ERRORS):
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
+        with open_npz(path) as file:
             return {key: file[key] for key in file.files}
     return None
 

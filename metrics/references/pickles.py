@@ -19,10 +19,17 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import list_some
-from metrics.references.statistics import DINOV2, INCEPTION, Statistics, make_statistics, statistics_of_features
+from metrics.references.statistics import (
+    DINOV2,
+    INCEPTION,
+    Statistics,
+    find_pair,
+    make_statistics,
+    statistics_of_features,
+)
 from torch_utils import safe_pickle
 from torch_utils.pickle_values import TensorRecord
+from torch_utils.schema import names_shown, shown
 
 # {data set}-{detector}-{md5 of the settings}.pkl
 STYLEGAN_NAME = re.compile(r".*-(inception-2015-12-05|vgg16|inception_rand_full)-[0-9a-f]{32}\.pkl")
@@ -48,14 +55,15 @@ def read_pickle(path: str) -> tuple[Statistics, ...]:
             return (_stylegan(path, root),)
         if root.keys() & EDM2_DETECTORS.keys():
             return _edm2(path, root)
-        if {"mu", "sigma"} <= root.keys():
-            more = {"format": "pickle with mu and sigma"}
+        if pair := find_pair(key for key in root if isinstance(key, str)):
+            names = " and ".join(pair)
+            more = {"format": f"pickle with {names}"}
             if (name := FIDELITY_NAME.fullmatch(Path(path).name)) and name[1] == "stat-fid":
                 more = {"format": "torch-fidelity cache", "detector": INCEPTION}
-            return (make_statistics(path, "mu and sigma", _array(path, root, "mu"), _array(path, root, "sigma"), None,
-                                    1, **more),)
-    keys = list_some(sorted(map(str, root))) if isinstance(root, Mapping) else type(root).__name__
-    raise UserError(f"{path}: a pickle without statistics (it holds {keys[:200]}): name statistics of EDM2, StyleGAN's "
+            return (make_statistics(path, names, _array(path, root, pair[0]), _array(path, root, pair[1]), None, 1,
+                                    **more),)
+    keys = names_shown(root) if isinstance(root, Mapping) else type(root).__name__
+    raise UserError(f"{path}: a pickle without statistics (it holds {keys}): name statistics of EDM2, StyleGAN's "
                     "cache or torch-fidelity's cache, or an .npz; a network goes to --network")
 
 
@@ -72,7 +80,7 @@ def _array(path: str, values: Mapping[Any, Any], key: str) -> np.ndarray:
 def _count(path: str, values: Mapping[Any, Any], key: str) -> int:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise UserError(f"{path}: {key} is {str(value)[:50]!a}, but must be a number of images: make the file again")
+        raise UserError(f"{path}: {key} is {shown(value)}, but must be a number of images: make the file again")
     return int(value)
 
 #----------------------------------------------------------------------------

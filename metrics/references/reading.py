@@ -5,7 +5,7 @@
 |---|---|---|
 | ours | mu, sigma, mu_s, sigma_s, mu_dinov2..., num_images, ddof, metadata | N - 1 |
 | ADM | mu, sigma, mu_s, sigma_s (sFID, order H, W, C), arr_0: images for precision and recall | N - 1, N not said |
-| pytorch-fid, clean-fid, EDM | mu, sigma | N - 1, N not said |
+| pytorch-fid, clean-fid, EDM | mu, sigma; of others also mean, cov, covariance | N - 1, N not said |
 | dgm-eval, clean-fid's KID files | reps or feats: features [N, D] | computed here |
 | EDM2, StyleGAN's cache, torch-fidelity's cache | pickles: see `metrics.references.pickles` | |
 """
@@ -15,13 +15,23 @@ import zipfile
 import zlib
 from typing import Any
 
-import numpy as np
 import torch
 
 from dnnlib import UserError
+from dnnlib.classes import whole_number
+from dnnlib.npy import npy_header
 from dnnlib.util import list_some
+from metrics.references.limits import check_metadata
 from metrics.references.pickles import read_pickle
-from metrics.references.statistics import DINOV2, INCEPTION, Statistics, make_statistics, statistics_of_features
+from metrics.references.statistics import (
+    DINOV2,
+    INCEPTION,
+    Statistics,
+    find_pair,
+    make_statistics,
+    statistics_of_features,
+)
+from torch_utils.arrays import open_npz
 
 OUR_FORMAT = "stylesan-xl/reference/2"
 ADM_CROP = "center-crop-dhariwal"       # How the images of ADM's reference files were cut out.
@@ -48,7 +58,7 @@ def is_statistics(path: str | os.PathLike[str]) -> bool:
         names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         torch_file = any(name.endswith("/data.pkl") for name in archive.namelist())
     ours = any(name.startswith(("mu_", "mu@")) for name in names)
-    return torch_file or ours or bool({"mu", "sigma", *FEATURE_KEYS} & names)
+    return torch_file or ours or find_pair(names) is not None or bool({"mu", "sigma", *FEATURE_KEYS} & names)
 
 
 def _is_pickle(path: str | os.PathLike[str]) -> bool:
@@ -74,7 +84,7 @@ def load_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, ...]:
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path}: not a readable file of statistics (neither a whole .npz nor a pickle): make it "
                             "again")
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as file:
+        with open_npz(path) as file:
             return _read_npz(path, file)
     except READ_ERRORS as err:
         raise UserError(f"{path}: not a readable file of statistics ({type(err).__name__}): make it again") from err
@@ -93,29 +103,42 @@ def _read_npz(path: str, file: Any) -> tuple[Statistics, ...]:
     metadata = _metadata(path, file) if "metadata" in keys else {}
     if metadata.get("format") == OUR_FORMAT:
         return _read_ours(path, file, metadata)
-    if "mu" in keys and "sigma" in keys:
+    if find_pair(keys) is not None:
         return _read_foreign(path, file)
     for key in FEATURE_KEYS:
         if key in keys:
             return (_from_features(path, file, key),)
-    raise UserError(f"{path}: holds {list_some(sorted(keys)) or 'nothing'}, but statistics need mu and sigma")
+    raise UserError(f"{path}: holds {list_some(sorted(keys)) or 'nothing'}, but statistics need mu and sigma (or mean "
+                    "and cov)")
 
 
 def _read_foreign(path: str, file: Any) -> tuple[Statistics, ...]:
     """Files of ADM and of pytorch-fid and its relatives."""
     is_adm = {"mu_s", "sigma_s"} <= set(file.files)
-    more: dict[str, Any] = {"format": "npz with mu and sigma"}
+    pair = find_pair(file.files)
+    assert pair is not None             # Looked at before.
+    more: dict[str, Any] = {"format": f"npz with {' and '.join(pair)}"}
     if is_adm:
         more = {"format": "ADM reference npz", "detector": INCEPTION, "crop": ADM_CROP}
         if "arr_0" in file.files:
             more["resolution"] = _side_of_images(file)
-    num = int(file["num_images"]) if "num_images" in file.files else None
-    ddof = int(file["ddof"]) if "ddof" in file.files else 1
-    pool = make_statistics(path, "mu and sigma", file["mu"], file["sigma"], num, ddof, **more)
+    num = _whole(path, file, "num_images") if "num_images" in file.files else None
+    ddof = _whole(path, file, "ddof") if "ddof" in file.files else 1
+    pool = make_statistics(path, " and ".join(pair), file[pair[0]], file[pair[1]], num, ddof, **more)
     if not is_adm:
         return (pool,)
     return pool, make_statistics(path, "mu_s and sigma_s", file["mu_s"], file["sigma_s"], num, ddof, output="spatial",
                                  **more)
+
+
+def _whole(path: str, file: Any, key: str) -> int:
+    """A whole number in a file. Raises UserError."""
+    array = file[key]
+    number = whole_number(array.item()) if array.size == 1 else None
+    if number is None:
+        raise UserError(f"{path}: {key} is {array.dtype} {list(array.shape)}, but must be one whole number: make the "
+                        "file again")
+    return number
 
 
 def _side_of_images(file: Any) -> int | None:
@@ -123,15 +146,6 @@ def _side_of_images(file: Any) -> int | None:
     with file.zip.open("arr_0.npy") as f:
         shape = npy_header(f)[0]
     return int(shape[2]) if len(shape) == 4 else None
-
-
-def npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, Fortran order, dtype) of a stream in .npy format; leaves it at the first value. Raises ValueError."""
-    version = np.lib.format.read_magic(f)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"unknown version {version} of the .npy format")
-    return readers[version](f)
 
 
 def _from_features(path: str, file: Any, key: str) -> Statistics:
@@ -159,7 +173,8 @@ def _metadata(path: str, file: Any) -> dict[str, Any]:
 
 def _read_ours(path: str, file: Any, metadata: dict[str, Any]) -> tuple[Statistics, ...]:
     """What `metrics.references.writing` wrote. The list in the metadata says what is where."""
-    num, ddof = int(file["num_images"]), int(file["ddof"])
+    check_metadata(path, metadata)
+    num, ddof = _whole(path, file, "num_images"), _whole(path, file, "ddof")
     entries = []
     for entry in metadata["statistics"]:
         mean, covariance = entry["keys"]
@@ -169,7 +184,7 @@ def _read_ours(path: str, file: Any, metadata: dict[str, Any]) -> tuple[Statisti
             path, f"{mean} and {covariance}", file[mean], file[covariance], num, ddof, detector=entry["detector"],
             detector_sha256=entry["detector_sha256"], output=entry["output"], format="our reference npz",
             fingerprint=metadata.get("images_fingerprint"), resolution=metadata.get("resolution"),
-            crop=metadata.get("crop")))
+            mirror=metadata.get("mirror"), crop=metadata.get("crop")))
     if not entries:
         raise UserError(f"{path}: holds no statistics: make the file again with --save-ref")
     return tuple(entries)

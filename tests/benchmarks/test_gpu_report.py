@@ -1,7 +1,6 @@
 """The report about one GPU: steps that hang or crash cost their own time limit, and the table is always there."""
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+
+from torch_utils.ops import tune
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu_report.py"
@@ -155,20 +157,56 @@ def test_mistakes(report, tmp_path, options, message):
     assert message in result.output
 
 
+def run_here(arguments, on_line=lambda line: None):
+    """In place of `gpu_steps.run`: a program of the project in this process, which has imported everything."""
+    name = arguments[1] if arguments[0] == "-m" else Path(arguments[0]).stem
+    began = time.perf_counter()
+    done = CliRunner().invoke(importlib.import_module(name).main, arguments[2 if arguments[0] == "-m" else 1:],
+                              catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    for line in done.output.splitlines():
+        on_line(line)
+    return time.perf_counter() - began
+
+
 @pytest.mark.slow
-def test_everything_in_miniature(report, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--device=cpu", "--quick", "--minutes=14", f"--folder={tmp_path}/work",
-               f"--dest={tmp_path}/gpu.md"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ)
-    assert done.returncode == 0, done.stderr
+def test_everything_in_miniature(report, tmp_path, monkeypatch):
+    """All steps and the programs that they run, in this process: each would import the same for seconds."""
+    import gpu_steps
+
+    def outcome(runner, step, limit):
+        done = CliRunner().invoke(gpu_steps.main, [step.name, f"--out={runner.results_of(step)}",
+                                                   f"--folder={runner.folder}", *runner.options],
+                                  catch_exceptions=False)
+        assert done.exit_code == 0, f"{step.name}: {done.output}"
+        reason = report.read_results(runner.results_of(step))["skipped"]
+        return f"skipped: {reason}" if reason else "ok"
+
+    monkeypatch.setattr(gpu_steps, "run", run_here)
+    monkeypatch.setattr(report.Runner, "_outcome", outcome)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)       # Steps set it.
+    try:
+        done = CliRunner().invoke(report.main, ["--device=cpu", "--quick", "--minutes=14", f"--folder={tmp_path}/work",
+                                                f"--dest={tmp_path}/gpu.md"], catch_exceptions=False)
+    finally:
+        tune.use(torch.device("cpu"), None)
+    assert done.exit_code == 0, done.output
     outcomes = {name: x["outcome"] for name, x in json.loads((tmp_path / "work/report.json").read_text())[
         "outcomes"].items()}
     assert list(outcomes) == [step.name for step in report.STEPS]
-    for name, outcome in outcomes.items():
-        assert outcome == "ok" or outcome.startswith("skipped: "), f"{name}: {outcome}\n{done.stdout}"
-    assert {outcomes[name] for name in ("training", "ops", "iteration", "convolutions")} == {"ok"}
+    assert outcomes == dict.fromkeys(outcomes, "ok") | {"tests": outcomes["tests"]}
+    assert outcomes["tests"] == "ok" or outcomes["tests"].startswith("skipped: no CUDA device: ")
     table = (tmp_path / "gpu.md").read_text()
     assert "In miniature" in table
     assert "| micro-batch 2, one iteration | not measured" not in table
     assert "fid by " in table
-    assert len([line for line in done.stdout.splitlines() if line.startswith("[")]) == 2 * len(report.STEPS)
+    assert len([line for line in done.output.splitlines() if line.startswith("[")]) == 2 * len(report.STEPS)
+
+
+def test_a_step_runs_in_its_process(report, tmp_path):
+    """As the report starts it."""
+    command = [sys.executable, str(SCRIPT), "--device=cpu", "--quick", "--only=build", f"--folder={tmp_path}/work",
+               f"--dest={tmp_path}/gpu.md"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "work/report.json").read_text())["outcomes"]["build"]["outcome"] == "ok", done.stdout

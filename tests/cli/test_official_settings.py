@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cli.full_size import pretend_snapshot
 from tests.cli.test_train_options import dry_run
 from tests.closeness import rel_error
 from tests.conftest import write_dataset
 from tests.parity import DATA, load_json
-from torch_utils import checkpoint
-from training.config import GeneratorConfig, OptimConfig, TrainConfig, gradient_scale, to_dict
+from training.config import GeneratorConfig, OptimConfig, TrainConfig, gradient_scale
 from training.generator.layer_schedule import stem_config, superres_config
-from training.networks_stylegan3 import Generator
-from training.run.snapshots import NETWORK_FORMAT, generator_config
+from training.run.snapshots import generator_config
 from training.step.guard import GradientGuard
 from training.step.phases import lazy_adam
 
@@ -152,16 +151,7 @@ def stem_for(folder: Path, name: str, options: dict[str, str]) -> Path:
         config = stem_config(16, 6, 512, 32, rotation=rotation, c_dim=NUM_CLASSES if cond else 0)
     while config.img_resolution < resolution:
         config = superres_config(config, 2, 4)
-    save_without_weights(place, config)
-    return place
-
-
-def save_without_weights(place: Path, config: GeneratorConfig) -> None:
-    """A snapshot of a full-size network whose tensors are one zero each, repeated: a small file."""
-    with torch.device("meta"):
-        state = Generator(config).state_dict()
-    checkpoint.save(place, {"format": NETWORK_FORMAT, "generator_config": to_dict(config),
-                            "G_ema": {name: torch.zeros([]).expand(value.shape) for name, value in state.items()}})
+    return pretend_snapshot(place, config)
 
 
 def command_here(folder: Path, name: str) -> str:
@@ -173,7 +163,7 @@ def command_here(folder: Path, name: str) -> str:
         places["--path_stem"] = stem_for(folder, name, options)
     if "--resume" in options:
         places["--resume"] = folder / options["--resume"]
-        save_without_weights(places["--resume"], stem_config(16, 14, 65536, 1024))
+        pretend_snapshot(places["--resume"], stem_config(16, 14, 65536, 1024))
     kept = [word for word in words if word.partition("=")[0] not in places]
     return " ".join([*kept, *(f"{option}={place}" for option, place in places.items()), f"--outdir={folder}/out"])
 

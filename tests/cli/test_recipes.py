@@ -19,6 +19,7 @@ from legacy import open_snapshot
 from tests.conftest import write_dataset
 from training.config import to_dict
 from training.run.folder import read_options
+from training.run.networks import Stem
 from training.run.options import DEFAULTS, TrainOptions, spelled
 from training.run.plan import RunPlan, plan_run
 from training.run.recipes import RECIPES, command_line, find_data, select_stages
@@ -117,7 +118,7 @@ def test_command_line_of_a_stage_gives_the_stage(data):
         words = command_line(plan.options).split()
         assert words[:2] == ["python", "train.py"]
         assert plan_run(parse(*words[2:]), 8, open_snapshot, below).config == plan.config
-        below = plan.config.generator
+        below = Stem(plan.config.generator, tuple(plan.dataset.class_names))
 
 
 def test_options_are_typed_as_they_are_spelled():

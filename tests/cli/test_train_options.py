@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.cli.full_size import pretend_snapshot
 from tests.conftest import write_dataset
-from torch_utils import checkpoint
 from train import main
 from training.config import TrainConfig, from_dict, to_dict
 from training.generator.layer_schedule import stem_config, superres_config
-from training.run.snapshots import NETWORK_FORMAT
 
 
 def dry_run(command: str, **places):
@@ -45,15 +44,15 @@ def places(tmp_path_factory):
     for size in (16, 32, 64, 128, 256, 512, 1024):
         places[f"ffhq{size}"] = write_dataset(folder / f"ffhq{size}.zip", size, 2, 0)
 
-    def save(name: str, config):
-        places[name] = folder / f"{name}.pkl"
-        checkpoint.save(places[name], {"format": NETWORK_FORMAT, "generator_config": to_dict(config), "G_ema": {}})
+    def save(name: str, config, class_names=None):
+        places[name] = pretend_snapshot(folder / f"{name}.pkl", config, class_names)
 
     imagenet = stem_config(16, 10, 65536, 1024, c_dim=1000)
     save("stem16", imagenet)
     for size in (32, 64, 128):
         imagenet = superres_config(imagenet, 2, 7)
         save(f"stem{size}", imagenet)
+    save("named_stem16", stem_config(16, 10, 65536, 1024, c_dim=10), [str(i + 3) for i in range(10)])
     save("cifar_stem", stem_config(16, 6, 131072, 2048, rotation=True, c_dim=10))
     ffhq = stem_config(16, 6, 131072, 2048, rotation=True)
     save("ffhq_stem16", ffhq)
@@ -167,6 +166,8 @@ BASE = "--outdir={out} --cfg=stylegan3-t --data={imagenet16} --batch=16 --metric
     ("--batch=16 --batch-gpu=5", "--batch-gpu=5"),
     ("--superres --path_stem={stem16} --cond=1 --data={imagenet64}", "--up_factor=2 makes 32 pixels"),
     ("--superres --path_stem={stem16} --data={imagenet32}", "the stem has 1000 classes"),
+    ("--superres --path_stem={named_stem16} --cond=1 --data={cifar32}",
+     "cifar32.zip: has the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, but the stem of --path_stem has 3, 4, 5"),
     ("--superres --path_stem=nowhere", "nowhere: no such file or folder"),
     ("--resume=nowhere", "nowhere: no such file or folder"),
     ("--data=nowhere.zip", "nowhere.zip"),

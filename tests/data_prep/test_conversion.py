@@ -7,9 +7,9 @@ import pytest
 
 from tests.data_prep.samples import encoded, files, pixels, write_folder, write_zip
 from tests.data_prep.test_dataset_tool import made, refused
+from training.data.images import open_image, to_rgb
 from training.data.labels import clean_name, is_image_name
 from training.data.report import read_report
-from training.data.stores import open_image, to_rgb
 from training.dataset import ImageDataset
 
 RGB = pixels(1)

@@ -33,10 +33,10 @@ def made(*args, **options):
 
 
 def refused(*args, match, **options):
-    """A run that must end with exit code 2 and leave nothing at --dest."""
+    """A run that must end with exit code 2 and leave nothing at --dest. Before its error it may say what it reads."""
     code, output = run(*args, **options)
     assert code == 2, output
-    assert output.startswith("Error: ")
+    assert output.count("Error: ") == 1
     for part in match:
         assert part in output
     return output
@@ -188,7 +188,9 @@ def test_metadata_wins_over_sub_folders(tmp_path, dest):
     source = photos(tmp_path / "s", ["cat/1.png", "dog/1.png"])
     (source / "dataset.json").write_text(json.dumps({"labels": [["cat\\1.png", 4], ["dog\\1.png", 2]]}))
     refused(source=source, dest=dest, match=["3 classes have no images: 0, 1, 3", "--allow-gaps"])
-    assert "5 classes 3 classes have no images: 0, 1, 3" in made("--allow-gaps", source=source, dest=dest)
+    text = made("--allow-gaps", source=source, dest=dest)
+    assert "5 classes classes with their numbers of images: 0 (0), 1 (0), 2 (1), 3 (0), 4 (1)" in text
+    assert "3 classes have no images: 0, 1, 3" in text
     dataset = ImageDataset(dest, use_labels=True)
     assert dataset.labels.tolist() == [4, 2]
     dataset.close()
@@ -224,7 +226,11 @@ def test_imagenet(tmp_path, dest, prefix, packed):
     if prefix:
         content[prefix.replace("train", "val") + "1.JPEG"] = encoded(pixels(0), "JPEG")
     source = write_zip(tmp_path / "s.zip", content) if packed else write_folder(tmp_path / "s", content)
-    output = made(source=source, dest=dest, transform="center-crop", resolution=4)
+    if prefix:
+        refused(source=source, dest=dest, match=["has the splits train (7 images), val (1 image)", "--split=train",
+                                                 "--split=all"])
+    split = {"split": "train"} if prefix else {}
+    output = made(source=source, dest=dest, transform="center-crop", resolution=4, **split)
     assert "6 images of 4x4 pixels, 3 classes" in output
     assert "1 grayscale files left out" in output
     dataset = ImageDataset(dest, use_labels=True)
@@ -264,7 +270,7 @@ def test_digits_as_they_are(dest):
 
 def test_digits_without_scikit_learn(dest, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    refused(source="sklearn:digits", dest=dest, match=["--source=sklearn:digits needs", "pip install scikit-learn"])
+    refused(source="sklearn:digits", dest=dest, match=["sklearn:digits: needs", "pip install scikit-learn"])
 
 #----------------------------------------------------------------------------
 # Sources and destinations that cannot be used.
@@ -279,7 +285,7 @@ def test_unusable_sources(tmp_path, dest):
     refused(source=write_zip(tmp_path / "e.zip", {}), dest=dest, match=["e.zip: no images in it"])
     refused(source=tmp_path / "text.zip", dest=dest, match=["text.zip: not a whole zip archive"])
     refused(source=tmp_path / "half.zip", dest=dest, match=["half.zip: not a whole zip archive"])
-    refused(source="sklearn:faces", dest=dest, match=["--source=sklearn:faces: unknown"])
+    refused(source="sklearn:faces", dest=dest, match=["sklearn:faces: unknown"])
     assert not dest.exists()
 
 

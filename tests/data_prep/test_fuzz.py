@@ -40,6 +40,9 @@ def seeds(folder):
     mnist_folder(folder / "mnist", packed=False, count=2)
     shards = web_shards(folder / "web", "json", 1, 2)
     shard = shards / "shard-000000.tar"
+    npz, npy, array = folder / "a.npz", folder / "a.npy", np.zeros((3, 8, 8, 3), np.uint8)
+    np.savez_compressed(npz, array, np.arange(3))
+    np.save(npy, array)
     images = (folder / "mnist" / "train-images-idx3-ubyte")
     labels = (folder / "mnist" / "train-labels-idx1-ubyte")
     return {
@@ -54,13 +57,15 @@ def seeds(folder):
         "cifar": ((folder / "cifar" / "train").read_bytes(), "cifar/train", "cifar"),
         "cifar names": ((folder / "cifar" / "meta").read_bytes(), "cifar/meta", "cifar"),
         "pickle": (plain_pickle({"data": np.zeros((1, 3072), np.uint8), "fine_labels": [3]}), "cifar/train", "cifar"),
+        "npz": (npz.read_bytes(), "a.npz", "a.npz"),
+        "npy": (npy.read_bytes(), "a.npy", "a.npy"),
         "idx": (images.read_bytes(), "mnist/train-images-idx3-ubyte", "mnist"),
         "idx labels": (labels.read_bytes(), "mnist/train-labels-idx1-ubyte", "mnist"),
     }
 
 
 KINDS = ("zip", "deflated", "tar", "pax", "tar in tar", "packed tar", "webdataset", "cifar", "cifar names", "pickle",
-         "idx", "idx labels")
+         "npz", "npy", "idx", "idx labels")
 IMAGE_KINDS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000")
 SHARE = CASES // (len(KINDS) + len(IMAGE_KINDS) + 1)
 SETTINGS = hypothesis.settings(max_examples=SHARE, deadline=None, database=None, derandomize=True,
@@ -105,13 +110,13 @@ def use(path, options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_archives(tmp_path, kind):
     good, place, opened = seeds(tmp_path)[kind]
-    use(tmp_path / opened, SourceOptions())
+    use(tmp_path / opened, SourceOptions(split="all"))
 
     @SETTINGS
     @hypothesis.given(CHANGES, st.booleans())
     def check(changes, use_labels):
         (tmp_path / place).write_bytes(damaged(good, changes))
-        use(tmp_path / opened, SourceOptions(use_labels=use_labels))
+        use(tmp_path / opened, SourceOptions(use_labels=use_labels, split="all"))
 
     check()
 

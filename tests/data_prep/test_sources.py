@@ -95,11 +95,22 @@ def test_tar_formats_and_names(tmp_path, form):
     source.store.close()
 
 
-def test_links_and_devices_in_a_tar_are_passed_over(tmp_path):
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE])
+def test_images_that_are_no_plain_files_of_a_tar_are_not_lost(tmp_path, kind):
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w") as tar:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
-            info = tarfile.TarInfo("evil.png")
+        info = tarfile.TarInfo("evil.png")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(UserError, match=r"s\.tar: 'evil.png' is a link, .*--dereference"):
+        open_source(str(path))
+
+
+def test_links_and_folders_in_a_tar_that_are_no_images(tmp_path):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("readme", tarfile.SYMTYPE), ("folder.png", tarfile.DIRTYPE)):
+            info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
         info = tarfile.TarInfo("good.png")
@@ -185,17 +196,22 @@ def test_cifar(tmp_path, dest, classes, where):
     else:
         write_folder(folder, cifar_files(classes))
         source = folder if where == "folder" else tmp_path
+        dest = tmp_path.with_name(f"{tmp_path.name}.zip")
     count = 10 if classes == 10 else 2
-    assert f"{count} images of 32x32 pixels, {classes} classes" in made(source=source, dest=dest)
+    told = "train (5 files), test (1 file)" if classes == 10 else "train (1 file), test (1 file)"
+    refused(source=source, dest=dest, match=[f"has the splits {told}: choose one with --split=train"])
+    assert f"{count} images of 32x32 pixels, {classes} classes" in made(source=source, dest=dest, split="train")
     items, names = content(dest)
     assert items == [(pixels(i, 32).transpose(2, 0, 1).tobytes(), i % classes) for i in range(count)]
     assert names == [f"class{i}" for i in range(classes)]
     made("--overwrite", source=source, dest=dest, split="test")
     assert content(dest)[0][0] == (pixels(1000, 32).transpose(2, 0, 1).tobytes(), 1000 % classes)
+    assert f"{count + 2} images of 32x32" in made("--overwrite", source=source, dest=dest, split="all")
 
 
 def test_cifar_that_is_damaged_or_evil(tmp_path, dest):
     folder = write_folder(tmp_path / "c", cifar_files())
+    (folder / "test_batch").unlink()
     (folder / "data_batch_3").unlink()
     refused(source=folder, dest=dest, match=["data_batch_3 is missing"])
     (folder / "data_batch_3").write_bytes(b"cos\nsystem\n(S'touch /tmp/evil'\ntR.")
@@ -213,19 +229,23 @@ def test_cifar_that_is_damaged_or_evil(tmp_path, dest):
 def test_mnist(tmp_path, dest, packed):
     folder = mnist_folder(tmp_path / "MNIST" / "raw", packed)
     suffix = ".gz" if packed else ""
+    dest = tmp_path.with_name(f"{tmp_path.name}.zip")
+    refused(source=folder, dest=dest, match=["has the splits train (6 images), test (6 images)"])
     for source in (folder, tmp_path, folder / f"train-images-idx3-ubyte{suffix}"):
-        assert "6 images of 8x8 pixels, 6 classes" in made("--overwrite", source=source, dest=dest)
+        assert "6 images of 8x8 pixels, 6 classes" in made("--overwrite", source=source, dest=dest, split="train")
         items, names = content(dest)
         assert items == [(np.stack([pixels(i)[:, :, 0]] * 3).tobytes(), i) for i in range(6)]
     made("--overwrite", source=folder, dest=dest, split="test", resolution=16)
     (folder / f"train-labels-idx1-ubyte{suffix}").unlink()
-    assert "no labels" in made("--overwrite", source=folder, dest=dest)
+    assert "no labels" in made("--overwrite", source=folder, dest=dest, split="train")
     refused("--overwrite", source=write_folder(tmp_path / "x", files()), dest=dest, split="test",
-            match=["--split=test: only CIFAR and MNIST"])
+            match=["--split=test:", "has no splits"])
 
 
 def test_mnist_that_is_damaged(tmp_path, dest):
     folder = mnist_folder(tmp_path / "m", packed=False)
+    for file in folder.glob("t10k*"):
+        file.unlink()
     path = folder / "train-images-idx3-ubyte"
     whole = path.read_bytes()
     for data, match in ((whole[:-5], "379 bytes of 384"), (b"\0\0\x0d\3" + whole[4:], "not an idx file"), (b"", "idx"),
@@ -301,13 +321,25 @@ def test_parquet_that_is_damaged(tmp_path, dest):
     assert "row 0: the row holds no image" in made("--overwrite", source=path, dest=dest)
 
 
+def test_parquet_with_lists_of_labels(tmp_path, dest):
+    """A list of one is that label; several labels per image are refused by name."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": encoded(pixels(i))} for i in range(2)]
+    parquet.write_table(pyarrow.table({"image": images, "label": [["1"], ["0"]]}), tmp_path / "a.parquet")
+    made(source=tmp_path / "a.parquet", dest=dest)
+    assert [label for _image, label in content(dest)[0]] == [1, 0]
+    parquet.write_table(pyarrow.table({"image": images, "label": [[1, 0], [0]]}), tmp_path / "b.parquet")
+    refused("--overwrite", source=tmp_path / "b.parquet", dest=dest,
+            match=["column label: 1 labels hold more than one value: [1, 0]", "not supported", "--no-labels"])
+
+
 @pytest.mark.parametrize(("package", "name"), [("lmdb", "data.mdb"), ("pyarrow", "a.parquet")])
 def test_optional_packages_are_named(tmp_path, dest, monkeypatch, package, name):
     monkeypatch.setitem(sys.modules, package, None)
     if package == "pyarrow":
         monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refused(source=write_folder(tmp_path / "s", {name: b"x"}), dest=dest,
-            match=[f"needs the package {package}", f"pip install {package}", "stylesan-xl[data]"])
+            match=[f"needs the package {package}", f"pip install {package}"])
 
 #----------------------------------------------------------------------------
 # Untrusted archives.

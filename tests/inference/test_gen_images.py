@@ -16,7 +16,7 @@ from inference.sampling import GeneratorSource, find_class, generate, seed_label
 from legacy import load_network
 from tests.parity import DATA, load_npz
 from torch_utils import checkpoint
-from torch_utils.images import to_uint8_metric, to_uint8_sample
+from torch_utils.images import from_uint8, to_uint8_metric, to_uint8_sample
 from training import networks_stylegan3
 from training.config import to_dict
 from training.generator import layer_schedule
@@ -98,6 +98,7 @@ def test_class_by_name_or_index(network, tmp_path):
     for kind in ("owl", "2"):
         result = invoke(f"--network={network}", "--seeds=0", f"--class={kind}", f"--outdir={tmp_path / kind}")
         assert result.exit_code == 0
+        assert ("--class=2: the class 2, owl" in result.output) == (kind == "2")
     assert np.array_equal(images(tmp_path / "owl")["seed0000.png"], images(tmp_path / "2")["seed0000.png"])
 
 
@@ -135,6 +136,9 @@ def test_centroids(network, tmp_path):
 @pytest.mark.numeric
 def test_the_two_roundings():
     x = torch.tensor([-2.0, -1.0, -0.001, 0.0, 0.003, 0.999, 2.0])
+    everything = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(from_uint8(everything), everything.float() / 127.5 - 1)
+    assert torch.equal(to_uint8_metric(from_uint8(everything)), everything)
     assert to_uint8_sample(x).tolist() == [0, 0, 127, 127, 127, 254, 255]
     assert to_uint8_metric(x).tolist() == [0, 0, 127, 128, 128, 255, 255]
 
@@ -251,15 +255,33 @@ def test_find_class():
 # Mistakes: one line, exit code 2.
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--class=12"], "--class=12: the network has 3 classes, 0 to 2"),
-    (["--class=cow"], "--class=cow: no class of this name: names are cat, dog, owl"),
-    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: not readable"),
+    (["--class=12"], "--class=12: no class of this name: the network has 3 classes, cat, dog, owl: give"),
+    (["--class=\u00b2"], "no class of this name"), (["--class=-1"], "no class of this name"),
+    (["--class=cow"], "classes, cat, dog, owl: give one of these names or a number from 0 to 2"),
+    (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: No such file or directory"),
     (["--seeds=5-2"], "runs backwards"), (["--seeds=x"], "is not a list"), (["--translate=1"], "is not a pair"),
 ])
 def test_mistakes(network, tmp_path, args, message):
     result = invoke(f"--network={network}", "--seeds=0", f"--outdir={tmp_path}", *args)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_seeds_of_64_bits(network, tmp_path):
+    result = invoke(f"--network={network}", "--seeds=4294967296,18446744073709551615", f"--outdir={tmp_path}")
+    assert result.exit_code == 0, result.output
+    first, last = (images(tmp_path)[f"seed{seed}.png"] for seed in (2 ** 32, 2 ** 64 - 1))
+    assert not np.array_equal(first, last)
+
+
+def test_seeds_without_end_are_one_line(network, tmp_path):
+    for seeds, said in (("0-99999999999", "at most 1000000"), ("18446744073709551616", "at most 18446744073709551615")):
+        result = invoke(f"--network={network}", f"--seeds={seeds}", f"--outdir={tmp_path}")
+        assert result.exit_code == 2
+        assert said in result.output
+    result = invoke(f"--network={network}", "--seeds=0-999999", f"--sheet={tmp_path / 'sheet.png'}")
+    assert result.exit_code == 2
+    assert "give at most 10922 --seeds, or --outdir" in result.output
 
 
 def test_outdir_or_sheet(network):
@@ -289,7 +311,7 @@ def test_diverged_network_is_an_error(network, tmp_path):
     checkpoint.save(bad, content)
     result = invoke(f"--network={bad}", "--seeds=0", f"--outdir={tmp_path}")
     assert result.exit_code == 2
-    assert "non-finite" in result.output
+    assert "is not finite" in result.output
 
 
 class Evil:

@@ -182,7 +182,7 @@ def test_compressed_storages(tmp_path, canary):
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 1_000_000 + b"N.")
     path = tmp_path / "x.pkl"
     path.write_bytes(b"\x80\x04" + call(STORAGE, short_bytes(target.getvalue())) + b".")
-    is_refused(path, "damaged")
+    is_refused(path, "packed members")
 
 #----------------------------------------------------------------------------
 # Names on the list: written down, never called.

@@ -12,9 +12,9 @@ import torch
 from dnnlib import EasyDict, UserError
 from tests.legacy.official_files import modules
 from torch_utils import safe_pickle
-from torch_utils.pickle_modules import Unfit as UnfitError
 from torch_utils.pickle_modules import as_module, as_number, as_plain, as_size, load_tensors, state_records, walk
 from torch_utils.pickle_values import Call
+from torch_utils.schema import Unfit as UnfitError
 
 # A module as third parties write them: patched methods, closures as hooks, classes in a script. Every function would
 # make the canary.

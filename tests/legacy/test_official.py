@@ -185,7 +185,8 @@ def test_other_generators(tmp_path):
         (lambda node, G, s, m: layer(s, out_channels=1 << 40), "out_channels is 1099511627776, which no network has"),
         (lambda node, G, s, m: layer(s, in_size=np.array([28, 29])), "L0_28_4.in_size is not square"),
         (lambda node, G, s, m: layer(s, in_cutoff=np.float64("nan")), "in_cutoff is nan"),
-        (lambda node, G, s, m: layer(s, out_channels=5), "other shapes"),
+        (lambda node, G, s, m: layer(s, out_channels=5), "L1_28_4 takes 4 maps of 28 pixels, but gets 5 of 28"),
+        (lambda node, G, s, m: layer(s, conv_kernel=1), "other shapes"),
         (lambda node, G, s, m: layer(s, padding=[0, 0, 0, 0]), "L0_28_4.padding is not"),
         (lambda node, G, s, m: layer(s, in_sampling_rate=1e-9), "filters of more than"),
         (lambda node, G, s, m: layer(s, filter_size=7), "differ in filter_size"),
@@ -196,7 +197,7 @@ def test_other_generators(tmp_path):
         (lambda node, G, s, m: m["_modules"].update(embed=torch.nn.Identity()), "class embedding is no table"),
         (lambda node, G, s, m: m["_parameters"].update(more=one), "unknown tensors: mapping.more"),
         (lambda node, G, s, m: drop(m["_buffers"], "w_avg"), "lacks tensors: mapping.w_avg"),
-        (lambda node, G, s, m: m.update(num_layers=10_000), "hundreds of layers"),
+        (lambda node, G, s, m: m.update(num_layers=10_000), "mapping_layers is 10000, but must be"),
         (lambda node, G, s, m: m.update(c_dim=9), "other shapes"),
     ]
     for change, words in cases:

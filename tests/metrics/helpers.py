@@ -59,13 +59,15 @@ def tiny_forward(key):
         maps = torch.relu(net.conv(images.float() / 127.5 - 1))
         pool = net.fc(maps.mean(dim=(2, 3)))
         spatial = torch.nn.functional.adaptive_avg_pool2d(maps[:, :3], 2).flatten(1)
-        return {"pool": pool, key: net.out(pool) * 5, "spatial": spatial}
+        return {"pool": pool, key: net.out(pool) * 5, "spatial": spatial, "pool64": pool.repeat(1, 4)}
     return forward
 
 
 def tiny_kind(key="logits_unbiased"):
-    """16 features and 12 in 'spatial'; with the key 'logits' a classifier."""
-    outputs, dims = (("pool", key, "spatial"), {"spatial": 12}) if key != "logits" else (("pool", key), {})
+    """16 features, 12 in 'spatial' and 64 in 'pool64'; with the key 'logits' a classifier."""
+    outputs, dims = ("pool", key), {}
+    if key != "logits":
+        outputs, dims = ("pool", key, "spatial", "pool64"), {"spatial": 12, "pool64": 64}
     return DetectorKind(None, 16, outputs, TinyNet, tiny_forward(key), dims=dims)
 
 

@@ -116,16 +116,16 @@ def by_torch_fidelity_vgg(images, weights):
         return torch.cat([net(part)[0] for part in torch.from_numpy(images).split(BATCH)])
 
 
-def by_pytorch_fid(files, weights):
-    """Its whole path from files to features."""
+def by_pytorch_fid(files, weights, dims=2048):
+    """Its whole path from files to features; `dims` chooses the layer."""
     from pytorch_fid.fid_score import get_activations
     from pytorch_fid.inception import InceptionV3
     before = os.environ.get("TORCH_HOME")
     os.environ["TORCH_HOME"] = str(weights)
     try:
         with old_calls_allowed():
-            net = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
-            return get_activations(files, net, BATCH, 2048, "cpu", num_workers=0)
+            net = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[dims]])
+            return get_activations(files, net, BATCH, dims, "cpu", num_workers=0)
     finally:
         if before is None:
             del os.environ["TORCH_HOME"]

@@ -8,14 +8,27 @@ import pytest
 import torch
 
 from metrics import inception_score, kernel_distance, precision_recall
-from metrics.detectors import load_detector
+from metrics.detectors import DETECTORS, load_detector
 from metrics.frechet import frechet_distance
+from metrics.metric_main import evaluate
+from metrics.options import MetricOptions
+from metrics.references import Reference
+from metrics.references.statistics import make_statistics
 from tests.closeness import approx, l2_error
 from tests.metrics import others
-from tests.metrics.helpers import INCEPTION_TERMS, VGG_TERMS, float32_tolerance, write_folder
+from tests.metrics.helpers import (
+    INCEPTION_TERMS,
+    VGG_TERMS,
+    ArraySource,
+    float32_tolerance,
+    random_images,
+    tiny_kind,
+    write_folder,
+)
 
 pytestmark = pytest.mark.numeric
 
+PYTORCH_FID = "inception-2015-12-05-pytorch_fid"
 NUM = 9         # Three of each kind: a CPU core does ten a second.
 
 
@@ -65,6 +78,11 @@ class TestFeatures:
         assert_equal(ours("inception-2015-12-05-pytorch_fid", weights, images)["pool"],
                      others.by_pytorch_fid(files, weights))
 
+    def test_layers_of_pytorch_fid(self, weights, images, files):
+        found = ours(PYTORCH_FID, weights, images[:3])
+        for dims in (64, 192, 768):
+            assert_equal(found[f"pool{dims}"], others.by_pytorch_fid(files[:3], weights, dims))
+
     def test_clean_fid(self, weights, images, files):
         assert_equal(ours("inception-2015-12-05-clean", weights, images)["pool"], others.by_clean_fid(files, weights))
 
@@ -100,6 +118,20 @@ class TestMetrics:
         value = frechet_distance(a.mean(axis=0), np.cov(a.T), b.mean(axis=0), np.cov(b.T))
         assert value > 0.1
         assert value == approx(others.frechet_distance(a, b, package), rel=1e-5)
+
+    def test_protocol_of_pytorch_fid(self, replace):
+        """Its number for all images of two sets, from images and from the statistics that it saves."""
+        replace(DETECTORS, PYTORCH_FID, tiny_kind())
+        real, gen = (ArraySource(random_images(num, seed=num)) for num in (230, 170))
+        net = load_detector(PYTORCH_FID, others.CPU)
+        a, b = (net.features(x.images)["pool"].double().numpy() for x in (real, gen))
+        theirs = others.frechet_distance(a, b, "pytorch-fid")
+        stored = make_statistics("ref.npz", "mu and sigma", a.mean(axis=0), np.cov(a, rowvar=False), None, 1)
+        for reference in (Reference(real), Reference(statistics=(stored,))):
+            record = evaluate(["pytorch_fid"], lambda num: gen, reference, MetricOptions(num_images=170))[0]
+            assert record["results"]["pytorch_fid"] == approx(theirs, rel=1e-6)
+            other = evaluate(["fid"], lambda num: gen, reference, MetricOptions(num=170, detector=PYTORCH_FID))[0]
+            assert abs(other["results"]["fid"] / theirs - 1) > 1e-4         # Divided by N it is another number.
 
     @pytest.mark.parametrize("package", ["torch-fidelity", "clean-fid"])
     def test_kernel(self, features, package):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import click.testing
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import calc_metrics
+from dnnlib import EasyDict, UserError
 from tests.closeness import approx
 from tests.metrics.helpers import json_lines, random_images, write_folder
 from torch_utils import checkpoint
@@ -112,6 +114,85 @@ class TestImages:
 
 #----------------------------------------------------------------------------
 
+class TestClasses:
+    """Images that lie where the judge sees them score one, whatever there is and whatever the order of names."""
+
+    NAMES = ["zebra", "cat", "ant", "2", "owl", "caf\u00e9", "x", "y", "a b", "v", "w", "u"]
+
+    def judge(self, path, names=None):
+        from torch_utils.local_network import LocalNet, local_config, save_local_network
+        torch.manual_seed(0)
+        net = LocalNet(local_config(12, 16, (8, 12), names)).eval()
+        save_local_network(path / "judge.safetensors", net)
+        images = random_images(NUM, 16, seed=1, shift=20)
+        seen = net.logits(net.prepare(torch.from_numpy(images))).argmax(dim=1).numpy()
+        assert 1 < len(set(seen)) < 12
+        return images, seen, ("--metrics=accuracy", f"--detector={path}/judge.safetensors", f"--num={NUM}")
+
+    @pytest.mark.parametrize("form", ["{}", "{:02d}", "{}.0"])
+    def test_folders_that_are_numbers(self, tmp_path, form):
+        images, seen, want = self.judge(tmp_path)
+        write_folder(tmp_path / "out", images, [form.format(i) for i in seen])
+        assert run(f"--images={tmp_path}/out", *want)[0]["results"] == {"accuracy": 1}
+
+    @pytest.mark.parametrize("unicode", ["NFC", "NFD"])
+    def test_folders_that_are_names(self, tmp_path, unicode):
+        images, seen, want = self.judge(tmp_path, self.NAMES)
+        write_folder(tmp_path / "out", images, [unicodedata.normalize(unicode, self.NAMES[i]) for i in seen])
+        assert run(f"--images={tmp_path}/out", *want)[0]["results"] == {"accuracy": 1}
+
+    def test_numbers_for_a_judge_with_names(self, tmp_path):
+        names = [name for name in self.NAMES if name != "2"] + ["z"]
+        images, seen, want = self.judge(tmp_path, names)
+        write_folder(tmp_path / "out", images, [str(i) for i in seen])
+        result = call("--device=cpu", "--verbose=0", f"--images={tmp_path}/out", *want)
+        assert json_lines(result.stdout)[0]["results"] == {"accuracy": 1}
+        assert f"{seen.min()} is {names[seen.min()]}" in result.stderr
+
+    def test_what_does_not_match(self, tmp_path):
+        images, seen, want = self.judge(tmp_path)
+        write_folder(tmp_path / "out", images, ["three" if i % 2 else "seven" for i in seen])
+        refused("out: has the classes seven, three, but the judge --detector=local:judge.safetensors has 0, 1, 2, 3, "
+                "4, 5, 6, 7, 8, 9 and 2 more, and none called seven, three", f"--images={tmp_path}/out", *want)
+        np.savez(tmp_path / "out.npz", np.ascontiguousarray(images.transpose(0, 2, 3, 1)), seen + 20)
+        refused("and none called 2", f"--images={tmp_path}/out.npz", *want)
+
+    def test_labels_in_npz(self, tmp_path):
+        images, seen, want = self.judge(tmp_path)
+        pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        for labels in (seen.astype(np.uint8), seen[:, None], seen.astype(np.float32), np.eye(12)[seen],
+                       np.eye(12, dtype=bool)[seen], seen.astype(str), seen.astype(bytes)):
+            np.savez(tmp_path / "out.npz", pixels, labels)
+            assert run(f"--images={tmp_path}/out.npz", *want)[0]["results"] == {"accuracy": 1}
+        np.savez(tmp_path / "out.npz", pixels, labels=seen)
+        assert run(f"--images={tmp_path}/out.npz", *want)[0]["results"] == {"accuracy": 1}
+        for labels, match in ((seen + 0.5, "out.npz: arr_1 is float64 [40]: 40 labels are no class: "),
+                              (np.full(NUM, np.nan), "40 labels are no class: nan"),
+                              (seen[:-1], f"arr_1 is int64 [39], but labels of {NUM} images must be whole numbers"),
+                              (np.ones([NUM, 3]), "arr_1 is float64 [40, 3], but 40 of its rows are not one-hot"),
+                              (np.eye(3)[[0] * NUM] / 2, "are not one-hot: 0, 1, 2, 3, 4 and 35 more"),
+                              (np.array([{}] * NUM), "arr_1 is an array of objects"), (-seen - 1, "are no class")):
+            np.savez(tmp_path / "out.npz", pixels, labels)
+            refused(match, f"--images={tmp_path}/out.npz", *want)
+            run(f"--images={tmp_path}/out.npz", "--metrics=is", *TINY)          # Where nobody needs labels.
+
+    @pytest.mark.parametrize(("names", "folders", "expected"), [
+        (["a", "b", "c"], ["c", "a", "c", "c"], [0.25, 0, 0.75]), ([str(i) for i in range(10)], ["3", "7"],
+                                                                   [0, 0, 0, 0.5, 0, 0, 0, 0.5, 0, 0]),
+        (None, ["x", "y", "z", "z"], [0.25, 0.25, 0.5]), (None, ["2", "0"], [0.5, 0, 0.5])])
+    def test_shares_of_the_data(self, tmp_path, names, folders, expected):
+        write_folder(tmp_path / "real", random_images(len(folders), 16), folders)
+        reference = calc_metrics.open_reference(str(tmp_path / "real"), True, 0)
+        opts = EasyDict(labels="dataset", data=str(tmp_path / "real"), ref=None, network="net.pkl")
+        network = EasyDict(G_ema=EasyDict(c_dim=len(expected)), class_names=names)
+        assert calc_metrics.label_probs(opts, network, reference).tolist() == expected
+        network.class_names = [f"k{i}" for i in range(len(expected))]
+        if folders[0] in "cx":
+            with pytest.raises(UserError, match=r"real: has the classes .*, but --network=net\.pkl has k0, k1, k2"):
+                calc_metrics.label_probs(opts, network, reference)
+
+#----------------------------------------------------------------------------
+
 @pytest.mark.numeric
 class TestStatistics:
     def test_round_trip(self, data, tmp_path):
@@ -146,6 +227,9 @@ class TestStatistics:
         assert records[0]["num_real"] == 120
         with np.load(tmp_path / "ref.npz") as ref:
             assert int(ref["num_images"]) == 120
+        want = (f"--images={data}/gen", f"--ref={tmp_path}/ref.npz", "--metrics=fid", *TINY)
+        assert run(*want, "--mirror=1")[0]["results"]["fid"] == approx(records[0]["results"]["fid"], rel=1e-9)
+        refused("was saved with --mirror=1, but the metric takes real images as they are", *want)
 
 #----------------------------------------------------------------------------
 
@@ -178,7 +262,7 @@ class TestNetwork:
                 *want, f"--data={data}/gen")
         labels = {"labels": [[f"{i:06d}.png", i % 4] for i in range(60)]}
         (data / "real" / "dataset.json").write_text(json.dumps(labels))
-        refused("has the label 3, but the network knows 3 classes", *want, f"--data={data}/real")
+        refused("real: has the classes 0, 1, 2, 3, but --network=", *want, f"--data={data}/real")
 
     def test_without_reference(self, network):
         record = run(f"--network={network}", "--metrics=is", "--labels=uniform", *TINY)[0]
@@ -318,6 +402,15 @@ class TestAdm:
         assert "adm_is50k takes the images in file order, and they are sorted by class" in result.stderr
         result = call("--device=cpu", f"--images={data}/gen", f"--num={NUM}", "--metrics=adm_is50k")
         assert "sorted by class" not in result.stderr
+
+
+@pytest.mark.usefixtures("tiny_inception")
+def test_all_images_that_there_are(data):
+    record = run(f"--images={data}/gen", f"--ref={data}/real", "--metrics=pytorch_fid")[0]
+    assert (record["metric"], record["num_gen"], record["num_real"]) == ("pytorch_fid", NUM, 60)
+    write_folder(data / "one", random_images(1, 16))
+    refused("--metrics=pytorch_fid: 1 real image is too few", f"--images={data}/gen", f"--ref={data}/one",
+            "--metrics=pytorch_fid")
 
 
 def test_the_generator_itself_is_needed(data):

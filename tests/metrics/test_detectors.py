@@ -31,7 +31,8 @@ class TestInception:
         out = detector.features(images())
         assert {key: (tuple(x.shape), x.dtype) for key, x in out.items()} == {
             "pool": ((2, 2048), torch.float32), "spatial": ((2, 2023), torch.float32),
-            "logits_unbiased": ((2, 1008), torch.float32)}
+            "logits_unbiased": ((2, 1008), torch.float32), "pool64": ((2, 64), torch.float32),
+            "pool192": ((2, 192), torch.float32), "pool768": ((2, 768), torch.float32)}
         assert {key: x.shape[1] for key, x in out.items()} == detector.dims
         assert set(out) == set(detector.outputs)
         assert detector.feature_dim == 2048

@@ -95,11 +95,11 @@ def prepared_by_hand(images):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(replace):
     """The official name with a network of a few thousand weights."""
     kind = dataclasses.replace(DETECTORS["dinov2-vitl14"], feature_dim=DIM, make_net=functools.partial(
         make_dinov2, depth=DEPTH, embed_dim=DIM, num_heads=HEADS))
-    monkeypatch.setitem(DETECTORS._items, "dinov2-vitl14", kind)
+    replace(DETECTORS, "dinov2-vitl14", kind)
 
 
 def saved(tmp_path, state):

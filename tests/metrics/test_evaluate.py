@@ -111,11 +111,11 @@ def _judge(detector, names=None):
 #----------------------------------------------------------------------------
 
 class TestProtocols:
-    def test_official_names(self, tiny_inception, monkeypatch):
+    def test_official_names(self, tiny_inception, replace):
         names = ["fid50k_full", "fid10k_full", "kid50k_full", "pr50k3_full", "is50k"]
         for name in names:
             small = dataclasses.replace(METRICS[name], num_gen=METRICS[name].num_gen // 100)
-            monkeypatch.setitem(METRICS._items, name, small)
+            replace(METRICS, name, small)
         gen, real = ArraySource(random_images(600, 4)), ArraySource(random_images(300, 4, seed=9))
         asked = []
 
@@ -145,9 +145,9 @@ class TestProtocols:
         evaluate(["fid", "pr"], lambda num: gen, Reference(real), MetricOptions(num=170))
         assert gen.num_read == 170
 
-    def test_official_names_ignore_mirror(self, tiny_inception, monkeypatch):
-        monkeypatch.setitem(METRICS._items, "fid50k_full",
-                            protocols.Metric("fid50k_full", protocols.FID, protocols.INCEPTION, 170))
+    def test_official_names_ignore_mirror(self, tiny_inception, replace):
+        replace(METRICS, "fid50k_full",
+                protocols.Metric("fid50k_full", protocols.FID, protocols.INCEPTION, 170))
         gen, real = ArraySource(random_images(170)), ArraySource(random_images(80, seed=3))
         plain, mirrored = (evaluate(["fid50k_full"], lambda num: gen, Reference(real), MetricOptions(mirror=mirror))
                            for mirror in (False, True))
@@ -214,16 +214,17 @@ class TestRefusals:
         self.check("generated images have 8x8 pixels, the reference 16x16", ["fid"], gen,
                    Reference(ArraySource(random_images(10, 16))))
 
-    def test_detector_without_classes(self, gen, monkeypatch):
+    def test_detector_without_classes(self, gen, replace):
         kind = DETECTORS["tiny"]
-        monkeypatch.setitem(DETECTORS._items, "blind", type(kind)(None, 16, ("pool",), kind.make_net, kind.forward))
+        replace(DETECTORS, "blind", type(kind)(None, 16, ("pool",), kind.make_net, kind.forward))
         self.check("--detector=blind: is needs a classifier", ["is"], gen, None, detector="blind")
         self.check("classes of the data", ["accuracy"], gen, None, detector="tiny")
 
     @pytest.mark.parametrize(("labels", "names", "match"), [
         (None, None, "the images have no labels"),
         (np.full(170, 10), None, "label 10, but the judge judge knows 10 classes"),
-        (np.zeros(170), ["dog", "cat"], "knows the classes cat, dog, the images have dog, cat"),
+        (np.zeros(170), ["dog", "cow"], "the images: has the classes dog, cow, but the judge --detector=judge has cat, "
+                                        "dog, and none called cow"),
     ])
     def test_accuracy(self, labels, names, match, monkeypatch):
         judge = load_detector("tiny-judge", CPU)

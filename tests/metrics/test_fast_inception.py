@@ -43,7 +43,8 @@ def test_same_function(net):
     pool, logits = net(images)
     hook.remove()
     fast = FastInception(net, CPU)
-    channels, features = fast(images, lambda x: (x.float() - 128) / 128, num_channels=7)
+    maps = fast(images, lambda x: (x.float() - 128) / 128, num_channels=7)
+    channels, features = maps.spatial, maps.pool
     assert features.shape == (3, 2048)
     assert channels.shape == (3, 7, 17, 17)
     assert l2_error(features, pool) < TOLERANCE

@@ -14,7 +14,7 @@ import torch
 
 from dnnlib import UserError
 from inference import image_inputs
-from inference.image_inputs import NpzSource, kind_of, open_images
+from inference.image_inputs import kind_of, open_images
 from tests.metrics.helpers import random_images, write_folder
 from torch_utils.launch import children_of
 
@@ -109,11 +109,22 @@ class TestDatasets:
         time.sleep(0.2)
         assert len([first, *batches]) == len(images)
 
-    def test_jpeg_is_noted(self, tmp_path, images):
+    @pytest.mark.parametrize(("kind", "options", "lossy"), [
+        ("JPEG", {}, "JPEG"), ("WEBP", {}, "lossy WebP"), ("WEBP", {"lossless": True}, ""), ("PNG", {}, ""),
+        ("WEBP", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}, "lossy WebP"), ("AVIF", {}, "AVIF"),
+        ("JPEG2000", {}, ""), ("JPEG2000", {"irreversible": True}, "lossy JPEG 2000"),
+        ("TIFF", {"compression": "jpeg"}, "TIFF with lossy compression"), ("TIFF", {"compression": "tiff_lzw"}, "")])
+    @pytest.mark.parametrize("suffix", ["png", "jpg"])
+    def test_lossy_files_are_noted_by_their_content(self, tmp_path, images, kind, options, lossy, suffix):
         path = write_folder(tmp_path / "flat", images[:2])
-        assert open_images(path).description["has_jpeg"] is False
-        PIL.Image.fromarray(images[0].transpose(1, 2, 0).copy()).save(path / "x.jpg")
-        assert open_images(path).description["has_jpeg"] is True
+        PIL.Image.fromarray(images[0].transpose(1, 2, 0).copy()).save(path / f"0.{suffix}", kind, **options)
+        assert open_images(path).description["lossy"] == lossy
+
+    def test_the_only_file_of_its_kind_is_looked_at(self, tmp_path, images, monkeypatch):
+        monkeypatch.setattr("inference.image_files.CHECKED_AT_START", 2)
+        path = write_folder(tmp_path / "flat", images)
+        PIL.Image.fromarray(images[0].transpose(1, 2, 0).copy()).save(path / "000004.jpg")
+        assert open_images(path).description["lossy"] == "JPEG"
 
 #----------------------------------------------------------------------------
 
@@ -130,14 +141,14 @@ class TestNpz:
 
     def test_labels(self, tmp_path, nhwc, save):
         save(tmp_path / "x.npz", nhwc, np.arange(10, dtype=np.int32))
-        assert read(NpzSource(tmp_path / "x.npz"), 4, [2, 3, 8])[1] == [2, 3, 8]
+        assert read(open_images(tmp_path / "x.npz", labels=True), 4, [2, 3, 8])[1] == [2, 3, 8]
 
     def test_never_whole(self, tmp_path, monkeypatch, save):
         save(tmp_path / "x.npz", np.zeros([2000, 16, 16, 3], dtype=np.uint8))
         largest = []
         original = zipfile.ZipExtFile.read
         monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda self, n=-1: largest.append(n) or original(self, n))
-        assert sum(len(x) for x, _ in NpzSource(tmp_path / "x.npz").batches(64)) == 2000
+        assert sum(len(x) for x, _ in open_images(tmp_path / "x.npz").batches(64)) == 2000
         assert -1 not in largest
         assert max(largest) < 1 << 14
 
@@ -145,27 +156,29 @@ class TestNpz:
 class TestNpzErrors:
     def check(self, path, match):
         with pytest.raises(UserError, match=match):
-            read(NpzSource(path))
+            read(open_images(path))
 
     def test_float(self, tmp_path, nhwc):
         np.savez(tmp_path / "x.npz", nhwc / 255)
         self.check(tmp_path / "x.npz", r"x\.npz: arr_0 is float64, but images must be uint8")
 
-    @pytest.mark.parametrize("array", [np.zeros([2, 3, 8, 8], np.uint8), np.zeros([8, 8, 3], np.uint8),
+    @pytest.mark.parametrize("array", [np.zeros([2, 3, 8, 8], np.uint8), np.zeros([8, 8], np.uint8),
                                        np.zeros([2, 8, 8, 4], np.uint8),
                                        np.asfortranarray(np.zeros([2, 8, 8, 3], np.uint8))])
     def test_shape(self, tmp_path, array):
         np.savez(tmp_path / "x.npz", array)
-        self.check(tmp_path / "x.npz", r"must be \[N, H, W, 3\] in C order")
+        self.check(tmp_path / "x.npz", r"must be \[N, H, W, 3\], \[N, H, W, 1\] or \[N, H, W\] in C order")
 
-    @pytest.mark.parametrize("shape", [[0, 8, 8, 3], [2, 8, 16, 3]])
+    @pytest.mark.parametrize("shape", [[0, 8, 8, 3], [2, 8, 16, 3], [8, 8, 3]])
     def test_none_or_not_square(self, tmp_path, shape):
         np.savez(tmp_path / "x.npz", np.zeros(shape, np.uint8))
-        self.check(tmp_path / "x.npz", "square images and at least one")
+        self.check(tmp_path / "x.npz", "must be square|at least one is needed")
 
     def test_other_key(self, tmp_path, nhwc):
-        np.savez(tmp_path / "x.npz", samples=nhwc)
-        self.check(tmp_path / "x.npz", r"holds samples\.npy, but images are expected in an array arr_0")
+        np.savez(tmp_path / "x.npz", samples=nhwc, masks=nhwc[..., 0])
+        self.check(tmp_path / "x.npz", r"holds masks\.npy, samples\.npy, and it is not clear which .*arr_0")
+        np.savez(tmp_path / "x.npz", features=np.zeros([10, 4]))
+        self.check(tmp_path / "x.npz", r"holds features\.npy, but images are expected in an array arr_0")
 
     def test_pickled(self, tmp_path):
         np.savez(tmp_path / "x.npz", np.array([{}], dtype=object))
@@ -176,7 +189,7 @@ class TestNpzErrors:
         data = bytearray((tmp_path / "x.npz").read_bytes())
         data[len(data) // 2] ^= 255
         (tmp_path / "x.npz").write_bytes(data)
-        self.check(tmp_path / "x.npz", "arr_0 is damaged")
+        self.check(tmp_path / "x.npz", "arr_0: image .*the array is damaged")
 
 #----------------------------------------------------------------------------
 
@@ -186,7 +199,7 @@ def test_kinds(tmp_path, images, nhwc):
     np.savez(tmp_path / "c", nhwc, mu=np.zeros(2), sigma=np.eye(2))
     write_zip(tmp_path / "d.zip", images)
     kinds = [kind_of(tmp_path / name) for name in ("a.npz", "b.npz", "c.npz", "d.zip")]
-    assert kinds == ["samples", "statistics", "statistics", "dataset"]
+    assert kinds == ["images", "statistics", "statistics", "images"]
     assert [image_inputs.has_samples(tmp_path / name) for name in ("b.npz", "c.npz")] == [False, True]
     with pytest.raises(UserError, match="no such file"):
         kind_of(tmp_path / "absent")
@@ -198,6 +211,6 @@ def test_kinds(tmp_path, images, nhwc):
 def test_fingerprint_follows_content(tmp_path, nhwc):
     for name, array in (("a", nhwc), ("b", nhwc), ("c", nhwc[:9]), ("d", nhwc ^ 1)):
         np.savez(tmp_path / name, array)
-    a, b, c, d = (NpzSource(tmp_path / f"{name}.npz").fingerprint for name in "abcd")
+    a, b, c, d = (open_images(tmp_path / f"{name}.npz").fingerprint for name in "abcd")
     assert a == b
     assert len({a, c, d}) == 3

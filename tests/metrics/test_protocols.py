@@ -16,17 +16,18 @@ from metrics.options import MetricOptions
 from metrics.precision_recall import precision_recall
 from metrics.protocols import METRICS, GeneratorKind, Metric
 from metrics.real_side import RealSide, view_of
-from metrics.references import Reference, Statistics
+from metrics.references import Reference, Statistics, load_statistics
 from metrics.sources import Mirrored, seeded_indices, seeded_subset
 from tests.closeness import approx
 from tests.metrics.helpers import ArraySource, SequentialSource, random_images, tiny_kind
 
 CPU = torch.device("cpu")
-INCEPTION = "inception-2015-12-05"
+INCEPTION, PYTORCH_FID = "inception-2015-12-05", "inception-2015-12-05-pytorch_fid"
 NUM = 170
 ADM = ["adm_is50k", "adm_fid50k", "adm_sfid50k", "adm_pr50k"]
 IMAGE_NAMES = [*ADM, "fid50k_full", "kid50k_full", "pr50k3_full", "is50k", "sfid50k_full", "rfid50k_full",
-               "clean_fid50k", "fd_dinov2_50k", "rfid_random", "fid50k", "kid50k", "pr50k3", "pr10k3"]
+               "clean_fid50k", "pytorch_fid", "pytorch_fid_64", "fd_dinov2_50k", "rfid_random", "fid50k", "kid50k",
+               "pr50k3", "pr10k3"]
 
 pytestmark = pytest.mark.usefixtures("tiny_inception")
 
@@ -80,6 +81,10 @@ class TestTable:
             "pr50k3": ("vgg16", k50, k50, "stylegan-legacy"), "pr10k3": ("vgg16", k10, k10, "stylegan-legacy"),
             "adm_fid50k": (INCEPTION, k50, None, "adm"), "adm_sfid50k": (INCEPTION, k50, None, "adm"),
             "adm_is50k": (INCEPTION, k50, None, "adm"), "adm_pr50k": (INCEPTION, k50, None, "adm"),
+            "pytorch_fid": (PYTORCH_FID, None, None, "pytorch-fid"),
+            "pytorch_fid_64": (PYTORCH_FID, None, None, "pytorch-fid"),
+            "pytorch_fid_192": (PYTORCH_FID, None, None, "pytorch-fid"),
+            "pytorch_fid_768": (PYTORCH_FID, None, None, "pytorch-fid"),
             "clean_fid50k": ("inception-2015-12-05-clean", k50, None, "clean-fid"),
             "fd_dinov2_50k": ("dinov2-vitl14", k50, None, "fd-dinov2"),
             "rfid_random": ("inception-random-seed0", k50, None, "own"),
@@ -119,6 +124,30 @@ class TestValues:
         assert record["results"] == {f"adm_is50k@num={NUM}": approx(np.mean(scores), rel=1e-12)}
         assert record["settings"] == {"num_splits": 3, "split_size": 60, "order": "file"}
 
+    def test_pytorch_fid_takes_all_images_there_are(self, real, gen):
+        """Its layers have names of their own, and other numbers of images no other name."""
+        names = ["pytorch_fid", "pytorch_fid_64"]
+        evaluated = evaluate(names, lambda _num: gen, Reference(real), MetricOptions(num_images=NUM))
+        assert [record["results"] for record in evaluated] == [
+            {"pytorch_fid": distance(real, gen, ddof=1)}, {"pytorch_fid_64": distance(real, gen, "pool64", ddof=1)}]
+        assert [(r["num_gen"], r["num_real"], r["ddof"], r["protocol"]) for r in evaluated] == [
+            (NUM, 230, 1, "pytorch-fid")] * 2
+        few = score_record(["pytorch_fid"], gen, Reference(real), num=100)
+        assert (few["metric"], few["num_gen"]) == ("pytorch_fid", 100)
+        assert METRICS["pytorch_fid"].is_official
+
+    def test_statistics_of_pytorch_fid(self, real, gen, tmp_path, capsys):
+        """Its files name no layer: the width says it."""
+        values = score(["pytorch_fid", "pytorch_fid_64"], gen, Reference(real))
+        for name, output in (("pytorch_fid_64", "pool64"), ("pytorch_fid", "pool")):
+            x = features(real, output, PYTORCH_FID).double().numpy()
+            np.savez(tmp_path / "ref.npz", mu=x.mean(axis=0), sigma=np.cov(x, rowvar=False))
+            reference = Reference(statistics=load_statistics(tmp_path / "ref.npz"))
+            assert score([name], gen, reference) == {name: approx(values[name], rel=1e-9)}
+            assert f"taken as {PYTORCH_FID}, which the metric uses" in capsys.readouterr().err
+        with pytest.raises(UserError, match="holds statistics of pool of an unnamed detector, but not pool64 of"):
+            score(["pytorch_fid_64"], gen, reference)
+
     def test_adm_precision_and_recall_do_not_round(self, real, gen):
         got = score(["adm_pr50k"], gen, Reference(real))
         exact = precision_recall(features(real, "pool"), features(gen, "pool"), dtype=torch.float32)
@@ -135,9 +164,9 @@ class TestValues:
             precision_recall(x, x)
         assert precision_recall(x, x + 3.7e5, dtype=torch.float32).recall == 19 / 20
 
-    def test_legacy_names_take_a_choice_of_the_real_images(self, real, gen, monkeypatch):
+    def test_legacy_names_take_a_choice_of_the_real_images(self, real, gen, replace):
         for name in ("fid50k", "kid50k", "pr50k3"):
-            monkeypatch.setitem(METRICS._items, name, dataclasses.replace(METRICS[name], num_real=100))
+            replace(METRICS, name, dataclasses.replace(METRICS[name], num_real=100))
         some = ArraySource(real.images[seeded_indices(230, 100, 0)])
         a, b = features(some, "pool"), features(gen, "pool")
         got = score(["fid50k", "kid50k", "pr50k3", "fid50k_full"], gen, Reference(real))
@@ -223,8 +252,8 @@ class TestNumbers:
         assert (tmp_path / "metric-pr50k3_full@num=40.jsonl").is_file()
         assert score_record(["fid"], gen, Reference(real), num=40)["metric"] == "fid"
 
-    def test_the_number_of_the_protocol_leaves_the_name(self, gen, real, monkeypatch):
-        monkeypatch.setitem(METRICS._items, "fid10k_full", dataclasses.replace(METRICS["fid10k_full"], num_gen=40))
+    def test_the_number_of_the_protocol_leaves_the_name(self, gen, real, replace):
+        replace(METRICS, "fid10k_full", dataclasses.replace(METRICS["fid10k_full"], num_gen=40))
         assert score_record(["fid10k_full"], gen, Reference(real), num=40)["metric"] == "fid10k_full"
 
     def test_more_images_give_a_seeded_choice_in_order(self, gen):
@@ -257,6 +286,11 @@ class TestReferences:
         assert next(iter(record["results"].values())) == distance(real, gen, ddof=1)
         assert record["num_real"] is None
 
+    def test_foreign_statistics_under_ddof_0_are_warned_of(self, real, gen, capsys):
+        for num, said in ((None, True), (230, False)):
+            score(["fid"], gen, Reference(statistics=(self.stored(real, num=num),)))
+            assert ("ref.npz does not say of how many images it is" in capsys.readouterr().err) == said
+
     def test_an_output_that_the_file_does_not_hold(self, real, gen, capsys):
         with pytest.raises(UserError, match=r"--metrics=adm_sfid50k: not computable from ref\.npz, which holds .*pool "
                            f"of an unnamed detector, but not spatial of {INCEPTION}"):
@@ -274,8 +308,8 @@ class TestReferences:
         assert pr["reference_fingerprint"] == real.fingerprint
         assert score_["reference"] is score_["num_real"] is None
 
-    def test_a_limit_cannot_be_taken_of_statistics(self, real, gen, monkeypatch):
-        monkeypatch.setitem(METRICS._items, "fid50k", dataclasses.replace(METRICS["fid50k"], num_real=100))
+    def test_a_limit_cannot_be_taken_of_statistics(self, real, gen, replace):
+        replace(METRICS, "fid50k", dataclasses.replace(METRICS["fid50k"], num_real=100))
         for num, text in ((230, "230"), (None, "an unknown number of")):
             with pytest.raises(UserError, match=rf"npz: holds statistics of {text} images, but the metric takes 100"):
                 score(["fid50k"], gen, Reference(statistics=(self.stored(real, num=num),)))
@@ -287,12 +321,22 @@ class TestReferences:
         score(["is50k"], gen, None)
         assert "sorted" not in capsys.readouterr().err
 
-    def test_one_image_has_no_covariance(self, real):
-        with pytest.raises(UserError, match="1 generated image has no covariance"):
-            score(["adm_fid50k"], ArraySource(random_images(1)), Reference(real), num=1)
+    def test_too_few_on_either_side(self, real, gen):
+        """One image has no covariance that is divided by N - 1, and is said so before any work."""
+        one = ArraySource(random_images(1))
+        for name, least in (("adm_fid50k", 2), ("clean_fid50k", 2), ("pytorch_fid", 2), ("kid", 2), ("pr", 4)):
+            with pytest.raises(UserError, match=f"{name}: 1 generated image is too few: give {least} or more"):
+                score([name], one, Reference(real), num=1)
+            with pytest.raises(UserError, match=f"{name}: 1 real image is too few: give {least} or more"):
+                score([name], gen, Reference(one))
+        assert one.num_read == 0
+        stored = Statistics(np.zeros(16), np.zeros([16, 16]), 1, None, path="ref.npz")
+        with pytest.raises(UserError, match="1 real image is too few"):
+            score(["adm_fid50k"], gen, Reference(statistics=(stored,)))
+        assert score(["fid"], one, Reference(one), num=1) == {"fid": 0}         # Divided by N there is one.
 
-    def test_a_detector_without_the_output(self, real, gen, monkeypatch):
-        monkeypatch.setitem(DETECTORS._items, "flat", tiny_kind("logits"))
+    def test_a_detector_without_the_output(self, real, gen, replace):
+        replace(DETECTORS, "flat", tiny_kind("logits"))
         with pytest.raises(UserError, match="--detector=flat: sfid needs its output 'spatial'"):
             score(["sfid"], gen, Reference(real), detector="flat")
 
@@ -308,8 +352,8 @@ class TestRecord:
             ("fid", "free", 0)]
         assert results[3]["settings"]["rounded_to"] == "not rounded"
 
-    def test_the_detector_says_how_it_resizes(self, real, gen, monkeypatch):
-        monkeypatch.setitem(DETECTORS._items, INCEPTION, dataclasses.replace(tiny_kind(), resize="TF1 bilinear"))
+    def test_the_detector_says_how_it_resizes(self, real, gen, replace):
+        replace(DETECTORS, INCEPTION, dataclasses.replace(tiny_kind(), resize="TF1 bilinear"))
         assert score_record(["fid50k_full"], gen, Reference(real))["resize"] == "TF1 bilinear"
 
     def test_the_lines_of_adm(self, real, gen):
@@ -344,9 +388,9 @@ class LatentArray(ArraySource):
 @pytest.mark.numeric
 class TestGenerators:
     @pytest.fixture
-    def kind(self, monkeypatch):
+    def kind(self, replace):
         kind = GeneratorKind(lambda source, options: ({"": 3.5}, {"of": source.G, "detector": "net"}))
-        monkeypatch.setitem(METRICS._items, "ppl2_wend", Metric("ppl2_wend", kind, num_gen=NUM, protocol="stylegan"))
+        replace(METRICS, "ppl2_wend", Metric("ppl2_wend", kind, num_gen=NUM, protocol="stylegan"))
         return kind
 
     def test_values_and_record(self, kind, real):
@@ -364,11 +408,11 @@ class TestGenerators:
         with pytest.raises(UserError, match="--detector=vgg16: ppl2_wend measures the generator and takes none"):
             metric_main.preflight(["ppl2_wend"], options(detector="vgg16"))
 
-    def test_its_files_are_looked_for_first(self, kind, monkeypatch):
+    def test_its_files_are_looked_for_first(self, kind, replace):
         def missing(options):
             raise UserError("no weights")
-        monkeypatch.setitem(METRICS._items, "ppl2_wend",
-                            Metric("ppl2_wend", dataclasses.replace(kind, require=missing), num_gen=NUM))
+        replace(METRICS, "ppl2_wend",
+                Metric("ppl2_wend", dataclasses.replace(kind, require=missing), num_gen=NUM))
         with pytest.raises(UserError, match="no weights"):
             metric_main.preflight(["fid", "ppl2_wend"], options())
         assert not metric_main.needs_reference(["ppl2_wend"])

@@ -78,6 +78,20 @@ class TestNpz:
         assert (read.detector, read.num_images, read.output, read.crop) == (None, None, "pool", None)
         assert read.format == "npz with mu and sigma"
 
+    @pytest.mark.parametrize(("mean", "covariance"), [("mean", "cov"), ("mu", "cov"), ("mean", "covariance"),
+                                                      ("mean", "sigma")])
+    def test_other_names(self, tmp_path, x, mean, covariance):
+        content = {mean: x.mean(axis=0), covariance: np.cov(x.T)}
+        np.savez(tmp_path / "ref.npz", **content)
+        for path in (tmp_path / "ref.npz", write_pickle(tmp_path / "ref.pkl", content)):
+            assert kind_of(path) == "statistics"
+            (read,) = load_statistics(path)
+            np.testing.assert_array_equal(read.mean, x.mean(axis=0))
+            np.testing.assert_array_equal(read.covariance, np.cov(x.T))
+            assert f"with {mean} and {covariance}" in read.format
+        np.savez(tmp_path / "x.npz", np.zeros([2, 8, 8, 3], np.uint8), mean=np.zeros(3), std=np.ones(3))
+        assert kind_of(tmp_path / "x.npz") == "images"                 # Colours, as some tools keep beside images.
+
     def test_dgm_eval(self, tmp_path, x):
         """Its settings are an array of objects, which is left alone."""
         np.savez(tmp_path / "a.npz", reps=x, model=np.array("dinov2"), hparams=np.array({"seed": 1}, dtype=object))
@@ -100,6 +114,11 @@ class TestNpz:
         ({"mu": np.zeros(3), "sigma": np.triu(np.ones([3, 3]))}, "no covariance: it must be symmetric"),
         ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "variances that are not negative"),
         ({"mu": np.zeros(3, complex), "sigma": np.eye(3)}, "are complex128 and float64"),
+        ({"mu": np.zeros(3, np.float16), "sigma": np.eye(3)}, "are float16 and float64, which is too coarse"),
+        ({"mean": np.zeros(2), "cov": np.array([[1.0, 2], [2, 1]])}, "mean and cov .* larger than its two variances"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "num_images": 50.5}, r"num_images is float64 \[\], but must be one"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "num_images": [5, 6]}, r"num_images is int64 \[2\], but must be one"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "num_images": 50, "ddof": -3}, "ddof is -3"),
         ({"mu": np.array(["a", "b", "c"]), "sigma": np.eye(3)}, "but must be numbers"),
         ({"mu": np.array([{}]), "sigma": np.eye(3)}, "not a readable file"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "num_images": 1}, "num_images is 1"),
@@ -172,7 +191,7 @@ class TestEdm2:
 
     def test_broken(self, tmp_path, x):
         for change, match in (
-                ({"num_images": None}, "num_images is 'None'"), ({"num_images": -3}, "num_images is '-3'"),
+                ({"num_images": None}, "num_images is None"), ({"num_images": -3}, "num_images is -3"),
                 ({"fid": {"mu": x[0]}}, "sigma is absent, but must be an array"),
                 ({"fid": [1, 2]}, "fid must hold mu and sigma"),
                 ({"fid": {"mu": [1.0], "sigma": [[1.0]]}}, "mu is a list, but must be an array"),
@@ -213,7 +232,7 @@ class TestStyleganCache:
         assert_close(np.diag(read.covariance), read.mean, atol=1e-12, rtol=1e-7)
 
     @pytest.mark.parametrize(("change", "match"), [
-        ({"num_items": 0}, "num_items is '0'"),
+        ({"num_items": 0}, "num_items is 0"),
         ({"raw_cov": np.eye(5)}, r"raw_cov are float64 \[6\] and float64 \[5, 5\]"),
         ({"raw_mean": np.array([1, 2])}, "but must be floats"), ({"raw_mean": "x"}, "raw_mean is a str"),
         ({"raw_mean": np.full(6, np.nan)}, "not finite")])

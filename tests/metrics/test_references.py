@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from inference.image_inputs import NpzSource, has_samples, kind_of
+from inference.image_inputs import has_samples, kind_of, open_images
 from metrics import real_side
 from metrics.detectors import DETECTORS, DetectorKind, load_detector
 from metrics.options import MetricOptions
@@ -108,7 +108,7 @@ class TestOurFile:
         assert len(chosen) == 20
         assert chosen <= {image.tobytes() for image in source.images.numpy()}
         assert has_samples(tmp_path / "some.npz")
-        assert NpzSource(tmp_path / "some.npz").num_images == 20
+        assert open_images(tmp_path / "some.npz").num_images == 20
 
     def test_a_broken_write_leaves_the_old_file(self, tmp_path, detector, source):
         save_statistics(tmp_path / "ref.npz", moments(detector, source), {})
@@ -188,11 +188,11 @@ class TestBrokenFileOfOurs:
 #----------------------------------------------------------------------------
 
 class TestWhoMayUseWhat:
-    def test_other_weights_are_refused(self, tmp_path, detector, source, monkeypatch):
+    def test_other_weights_are_refused(self, tmp_path, detector, source, replace):
         save_statistics(tmp_path / "ref.npz", moments(detector, source), {})
         (read,) = load_statistics(tmp_path / "ref.npz")
         net = lambda: TinyNet(16, classes=3)
-        monkeypatch.setitem(DETECTORS._items, "tiny", DetectorKind(None, 16, ("pool",), net, tiny_forward("x")))
+        replace(DETECTORS, "tiny", DetectorKind(None, 16, ("pool",), net, tiny_forward("x")))
         with pytest.raises(UserError, match="made by detector tiny"):
             check_statistics(read, load_detector("tiny", CPU))
 

@@ -209,12 +209,12 @@ def file_of(state):
 
 
 @pytest.fixture
-def published(monkeypatch):
+def published(replace):
     """A small network registered with a file that 'is published'; returns that file's content."""
     net = tiny_kind().make_net()
     data = file_of(net.state_dict())
     kind = dataclasses.replace(tiny_kind(), asset=asset(sha256=sha(data)))
-    monkeypatch.setitem(DETECTORS._items, "small", kind)
+    replace(DETECTORS, "small", kind)
     return data
 
 
@@ -225,10 +225,10 @@ class TestDetector:
         assert (detector.sha256, detector.verified) == (sha(published), True)
         assert capsys.readouterr().err == ""
 
-    def test_downloaded(self, published, server, monkeypatch):
+    def test_downloaded(self, published, server, replace):
         server.content = published
         kind = DETECTORS["small"]
-        monkeypatch.setitem(DETECTORS._items, "small", dataclasses.replace(
+        replace(DETECTORS, "small", dataclasses.replace(
             kind, asset=dataclasses.replace(kind.asset, url=f"{server.url}/good")))
         assert load_detector("small", CPU).sha256 == sha(published)
 
@@ -250,13 +250,21 @@ class TestDetector:
         (lambda state: state.pop("fc.bias"), r"lacks fc\.bias"),
         (lambda state: state.update(more=torch.zeros(1)), "has besides more"),
         (lambda state: state.update({"fc.bias": torch.zeros(17)}), r"other shape of fc\.bias"),
-        (lambda state: state.clear(), "no tensors by name"),
-        (lambda state: state.update(epoch=3), "no tensors by name")])
+        (lambda state: state.clear(), "no tensors by name")])
     def test_tensors_that_do_not_fit(self, published, tmp_path, change, match):
         state = dict(tiny_kind().make_net().state_dict())
         change(state)
         put(tmp_path / "w.pth", file_of(state))
         with pytest.raises(UserError, match=f"w.pth: its tensors do not fit the network of small .*{match}"):
+            load_detector("small", CPU, str(tmp_path), allow_unverified=True)
+
+    @pytest.mark.parametrize(("change", "match"), [
+        ({"epoch": 3}, "holds 3 as 'epoch', but must hold tensors by name"),
+        ({"fc.bias": torch.full([16], torch.inf)}, r"fc\.bias is not finite"),
+        ({"fc.bias": torch.zeros(16, dtype=torch.complex64)}, "a type that no network has")])
+    def test_content_that_is_no_state(self, published, tmp_path, change, match):
+        put(tmp_path / "w.pth", file_of({**tiny_kind().make_net().state_dict(), **change}))
+        with pytest.raises(UserError, match=f"w.pth: .*{match}.*: fetch it again"):
             load_detector("small", CPU, str(tmp_path), allow_unverified=True)
 
     def test_half_precision_files_compute_in_float32(self, published, tmp_path):
@@ -275,7 +283,7 @@ class TestDetector:
                 return pytest.fail, ("code ran",)
 
         put(tmp_path / "w.pth", file_of({"x": Evil()}))
-        with pytest.raises(UserError, match="not a readable file of weights"):
+        with pytest.raises(UserError, match="asks for _pytest.*: nothing was run"):
             load_detector("small", CPU, str(tmp_path), allow_unverified=True)
 
 #----------------------------------------------------------------------------
@@ -291,9 +299,9 @@ class TestRandomInception:
         assert "\n" not in text
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-    def test_a_plain_state_dict_is_taken(self, tmp_path, monkeypatch, capsys, suffix):
+    def test_a_plain_state_dict_is_taken(self, tmp_path, replace, capsys, suffix):
         import safetensors.torch
-        monkeypatch.setitem(DETECTORS._items, "inception-rand", dataclasses.replace(
+        replace(DETECTORS, "inception-rand", dataclasses.replace(
             tiny_kind(), asset=DETECTORS["inception-rand"].asset))
         state = tiny_kind().make_net().state_dict()
         put(tmp_path / f"inception_rand_full{suffix}",
@@ -313,11 +321,11 @@ class TestPrefetch:
         return run
 
     @pytest.fixture
-    def fetchable(self, server, monkeypatch):
+    def fetchable(self, server, replace):
         """The Inception network's file comes from the local server."""
         kind = DETECTORS["inception-2015-12-05"]
         small = dataclasses.replace(kind.asset, url=f"{server.url}/good", sha256=sha(CONTENT), size=len(CONTENT))
-        monkeypatch.setitem(DETECTORS._items, "inception-2015-12-05", dataclasses.replace(kind, asset=small))
+        replace(DETECTORS, "inception-2015-12-05", dataclasses.replace(kind, asset=small))
         return small
 
     def test_fetches_into_the_folder_that_the_run_reads(self, run, fetchable, server, tmp_path):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole evaluation that test_two_ranks.py runs in one process and, as a program, in two."""
+import contextlib
 import json
 import sys
 
@@ -42,8 +43,9 @@ def failure_reaches_all() -> bool:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in ("inception-2015-12-05", "inception-2015-12-05-clean", "vgg16"):
-        DETECTORS._items[name] = tiny_kind()
-    score(sys.argv[1], distributed.init("cpu"))
+    with contextlib.ExitStack() as stack:
+        for name in ("inception-2015-12-05", "inception-2015-12-05-clean", "vgg16"):
+            stack.enter_context(DETECTORS.replaced(name, tiny_kind()))
+        score(sys.argv[1], distributed.init("cpu"))
     assert all(distributed.all_gather_object(failure_reaches_all()))
     distributed.shutdown()

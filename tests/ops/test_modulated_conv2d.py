@@ -95,7 +95,7 @@ def derivatives(tensors: dict[str, torch.Tensor], demodulate: bool, impl: str) -
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("samples", [1, 3])
 def test_forms_have_equal_derivatives(samples, kernel, demodulate):
-    """Of the first and of the second order, which path lengths need."""
+    """Gradients of the first and of the second order, which path lengths need."""
     tensors = arguments(kernel, samples=samples)
     wanted = derivatives(tensors, demodulate, "shared")
     for form in forms(tensors):

@@ -274,6 +274,9 @@ def test_plans_are_forgotten(monkeypatch):
     gc.collect()
     assert len(descriptions._plans) <= before + native_forms.MAX_PLANS
     assert torch.equal(torch.autograd.grad(y, x, torch.ones_like(y))[0], want)
+    act = BiasActPlan(1, 8, 0.2, 1.5, 1.0)
+    with pytest.raises(RuntimeError, match=f"plan {act.number} is a BiasActPlan, and the operation takes a Resampling"):
+        torch.ops.stylesan.resample(randn(1, 1, 5, 5), act.number)
     number = ResamplingPlan(layer_plan().up, (5, 5)).number
     with pytest.raises(RuntimeError, match=f"plan {number} of a native operation does not exist any more"):
         torch.ops.stylesan.resample(randn(1, 1, 5, 5), number)

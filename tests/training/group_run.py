@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from torch_utils import distributed, watch
+from torch_utils import distributed, peer_monitor
 from torch_utils.misc import one_hot
 from torch_utils.ops import tune
 from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimConfig, TrainConfig
@@ -131,6 +131,6 @@ def main(device: torch.device) -> int:
 
 if __name__ == "__main__":
     distributed.TIMEOUT = datetime.timedelta(seconds=2 if sys.argv[1] in ("works", "chooses_forms") else 1800)
-    watch.SILENT_SECONDS = 3.0
-    watch.BEAT_SECONDS = 0.5
+    peer_monitor.SILENT_SECONDS = 3.0
+    peer_monitor.BEAT_SECONDS = 0.5
     sys.exit(distributed.run_in_group("cpu", main))

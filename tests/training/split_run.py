@@ -55,7 +55,7 @@ def main(device) -> int:
     dataset = ImageDataset(data, use_labels=True)
     config = TrainConfig(
         data=DataConfig(data, 16, dataset.c_dim), generator=stem_config(16, 4, 128, 16, 2, c_dim=4, w_dim=32),
-        discriminator=DiscriminatorConfig(("local:random",), 16, dataset.c_dim, max_channels=32, split_group=group),
+        discriminator=DiscriminatorConfig(("local:random",), 16, dataset.c_dim, max_channels=32, ghost_batch=group),
         loss=LossConfig(pl_start_kimg=0), optim=OptimConfig.official(BATCH), batch=BATCH, batch_gpu=batch_gpu,
         total_kimg=1, kimg_per_tick=1, snapshot_ticks=1)
     G, D = (net.double() for net in make_networks(config, dataset, None, device))

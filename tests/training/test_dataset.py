@@ -9,8 +9,9 @@ import PIL.Image
 import pytest
 
 from dnnlib import UserError
+from dnnlib.classes import Classes
 from tests.data_prep.samples import encoded, files, metadata, pixels, write_folder, write_zip
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 
 
 @pytest.fixture(params=["stored", "deflated", "folder"])
@@ -92,6 +93,21 @@ def test_class_names_and_empty_classes(tmp_path):
     assert dataset.label_counts.tolist() == [2, 2, 2, 0]
     assert dataset.label_distribution()[3] == 0
     dataset.close()
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_classes_as_somebody_else_numbers_them(tmp_path, mirror):
+    path = write_zip(tmp_path / "a.zip", files(), metadata(classes=["cat", "dog", "owl", "yak"]))
+    dataset = ImageDataset(path, use_labels=True, xflip=mirror)
+    fingerprint = dataset.fingerprint
+    follow_classes(dataset, "the stem", Classes(["owl", "cat", "cow", "dog"]))
+    assert dataset.labels.tolist() == [1, 3, 0] * (4 if mirror else 2)
+    assert dataset[2][1] == 0
+    assert (dataset.class_names, dataset.c_dim) == (["owl", "cat", "cow", "dog"], 4)
+    assert pickle.loads(pickle.dumps(dataset)).labels.tolist() == dataset.labels.tolist()
+    assert dataset.fingerprint == fingerprint
+    with pytest.raises(UserError, match=r"a\.zip: has the classes cat, dog, owl, but the stem has ant, bee, and"):
+        follow_classes(ImageDataset(path, use_labels=True), "the stem", Classes(["ant", "bee"]))
 
 
 @pytest.mark.parametrize("classes", [1, 3, 1001])
@@ -189,7 +205,7 @@ def test_non_square(write, shape):
     refused(write({"x.png": encoded(np.zeros((*shape, 3), np.uint8))}), r"x\.png: \d+x\d+ pixels.*center-crop")
 
 
-@pytest.mark.parametrize(("size", "remedy"), [(12, 8), (2, 4), (3, 4)])
+@pytest.mark.parametrize(("size", "remedy"), [(12, 8), (2, 8), (3, 8)])
 def test_not_a_power_of_two(write, size, remedy):
     refused(write({"x.png": encoded(pixels(0, size))}), rf"x\.png: .*power of two.*--resolution={remedy}")
 
@@ -199,8 +215,17 @@ def test_mixed_sizes(write):
     refused(path, r"odd\.png: 16x16 pixels, but 00000/img00000000\.png has 8x8")
 
 
-def test_other_modes(write):
-    refused(write({"x.png": encoded(PIL.Image.new("RGBA", (8, 8)))}), r"x\.png: pixels are RGBA.*dataset_tool")
+def test_other_kinds_are_converted_by_the_rule_of_dataset_tool(write):
+    """Upright, transparency over white, and it is said."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    clear = PIL.Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    dataset = ImageDataset(write({"a.png": encoded(pixels(0), exif=exif), "b.png": encoded(clear)}))
+    assert np.array_equal(dataset[0][0], np.rot90(pixels(0), -1).transpose(2, 0, 1))
+    assert (dataset[1][0] == 255).all()
+    assert dataset.changes == ("of 2 files looked at 1: turned upright by its EXIF orientation, "
+                               "1: transparency laid over white")
+    dataset.close()
 
 
 @pytest.mark.parametrize("data", [b"", b"junk" * 9, encoded(pixels(0))[:60]])
@@ -241,12 +266,24 @@ def test_partly_missing_labels(write):
     assert ImageDataset(path).c_dim == 0
 
 
-@pytest.mark.parametrize("label", [-1, 1.5, "2", None, True, [0, 1], 10 ** 9])
+@pytest.mark.parametrize("label", [-1, 1.5, "cat", None, True, 10 ** 9])
 def test_labels_that_are_no_class_index(tmp_path, label):
     meta = metadata()
     meta["labels"][2][1] = label
     path = write_zip(tmp_path / "a.zip", files(), meta)
     refused(path, r"label .* of 00000/img00000002\.png must be a whole number", use_labels=True)
+
+
+def test_numbers_as_labels(tmp_path):
+    """Written as text or as a float they are the same numbers; several are none."""
+    meta = metadata()
+    meta["labels"] = [[name, form(label)] for (name, label), form in zip(meta["labels"], 2 * [int, float, str],
+                                                                         strict=True)]
+    dataset = ImageDataset(write_zip(tmp_path / "a.zip", files(), meta), use_labels=True)
+    assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    meta["labels"][2][1] = [0, 1]
+    refused(write_zip(tmp_path / "b.zip", files(), meta), r"label \[0, 1\] of .*02\.png holds more than one value: .* "
+            "not supported", use_labels=True)
 
 
 def test_the_first_five_wrong_labels_are_listed(write):

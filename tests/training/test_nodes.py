@@ -114,7 +114,7 @@ def split_run(data, dest, batch_gpu: int) -> list[str]:
 
 @pytest.mark.numeric
 def test_weights_do_not_depend_on_how_the_batch_is_split(nodes, data16, tmp_path):
-    """--split-group, float64: 1 process x 1 micro-batch, 1 x 4, and 2 nodes x 2 processes, 5 iterations, to 1e-9.
+    """--ghost-batch, float64: 1 process x 1 micro-batch, 1 x 4, and 2 nodes x 2 processes, 5 iterations, to 1e-9.
 
     Everything that a training state holds is compared: networks, running means of w, of path lengths and of BatchNorm,
     singular vectors. And what every sample is made of is a function of its position, bit by bit.

@@ -40,7 +40,7 @@ def test_two_processes_train_what_one_trains(data16, tmp_path):
     """Equal micro-batches on one or two processes: the same start, the same samples, the same averages of w.
 
     Spectral norm takes a power iteration per forward, and a process sees only its own forwards: so gradients differ a
-    little, and Adam's first steps, which are signs, differ where a gradient is about zero. (`--split-group` takes this
+    little, and Adam's first steps, which are signs, differ where a gradient is about zero. (`--ghost-batch` takes this
     difference away: test_nodes.py.)
     """
     _, folder = train([sys.executable], tmp_path / "one", data16, "--kimg=0.016")

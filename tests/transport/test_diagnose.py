@@ -44,6 +44,17 @@ def test_command(run, blobs, tmp_path):
     assert other["inner_product"] != line["inner_product"]
 
 
+def test_a_snapshot_with_the_former_name_of_a_setting(run, blobs, tmp_path):
+    """Ghost batches were called split_group."""
+    content = checkpoint.load(run / "best_model.pkl", NETWORK_FORMAT)
+    config = {name: value for name, value in content["discriminator_config"].items() if name != "ghost_batch"}
+    old = tmp_path / "old.pkl"
+    checkpoint.save(old, content | {"discriminator_config": config | {"split_group": 4}})
+    assert json.loads(call(f"--network={old}", f"--data={blobs}", "--batch=4").stdout)["batch"] == 4
+    done = call(f"--network={old}", f"--data={blobs}", "--batch=6")
+    assert "--batch=6: heads normalise over ghost batches of 4 images" in done.stderr
+
+
 def test_what_cannot_be_diagnosed_gets_one_line(run, blobs, tmp_path):
     snapshot = run / "best_model.pkl"
     content = checkpoint.load(snapshot, NETWORK_FORMAT)
@@ -54,6 +65,8 @@ def test_what_cannot_be_diagnosed_gets_one_line(run, blobs, tmp_path):
     save_local_network(tmp_path / "other.safetensors", LocalNet(local_config(4, 16)))
     recorded = content["backbones"] | {"net": {"name": "net", "source": "", "sha256": "0" * 64}}
     checkpoint.save(tmp_path / "recorded.pkl", content | {"discriminator_config": config, "backbones": recorded})
+    wide = content["discriminator_config"] | {"proj_channels": 1 << 20}         # Terabytes.
+    checkpoint.save(tmp_path / "wide.pkl", content | {"discriminator_config": wide})
     unlabelled = write_dataset(tmp_path / "plain16.zip", 16, 8, 0)
     larger = write_dataset(tmp_path / "large32.zip", 32, 8)
     fewer = write_dataset(tmp_path / "two16.zip", 16, 8, 2)
@@ -62,6 +75,7 @@ def test_what_cannot_be_diagnosed_gets_one_line(run, blobs, tmp_path):
             ((f"--network={moved}", f"--data={blobs}"), "--backbones"),
             ((f"--network={tmp_path}/recorded.pkl", f"--data={blobs}", f"--backbones={tmp_path}/other.safetensors"),
              "SHA-256"),
+            ((f"--network={tmp_path}/wide.pkl", f"--data={blobs}"), "does not fit its settings: D has"),
             ((f"--network={snapshot}", f"--data={blobs}", "--backbones=a,b"), "2 given"),
             ((f"--network={snapshot}", f"--data={unlabelled}"), "no class labels"),
             ((f"--network={snapshot}", f"--data={larger}"), "32 pixels"),

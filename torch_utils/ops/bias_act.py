@@ -3,7 +3,8 @@
 import torch
 
 from torch_utils.ops import dispatch
-from torch_utils.ops.native_forms import bias_act_native
+from torch_utils.ops.calls import Calls
+from torch_utils.ops.native_forms import BiasActCall, bias_act_call, bias_act_native
 from torch_utils.ops.reference import activation_funcs, bias_act_ref
 
 #----------------------------------------------------------------------------
@@ -36,6 +37,20 @@ def bias_act(
     Raises:
         ValueError: `act` or `impl` is not known, `b` does not fit, or `clamp` is negative.
     """
+    if torch.compiler.is_compiling():       # What is remembered between calls is no part of a graph.
+        return _prepare(x, b, dim, act, alpha, gain, clamp, impl)(x, b)
+    settings = dim, act, alpha, gain, clamp, impl
+    key = x.shape, x.dtype, x.device, None if b is None else b.shape, settings
+    call = _calls.find(key) or _calls.keep(key, _prepare(x, b, *settings), x, (), settings)
+    return call(x, b)
+
+
+_calls: Calls[BiasActCall] = Calls()
+
+
+def _prepare(x: torch.Tensor, b: torch.Tensor | None, dim: int, act: str, alpha: float | None, gain: float | None,
+             clamp: float | None, impl: str) -> BiasActCall:
+    """The arguments checked, the form chosen: the call for x and b of such shapes and types."""
     if act not in activation_funcs:
         raise ValueError(f"act={act!r}: choose from {', '.join(activation_funcs)}")
     if clamp is not None and not clamp >= 0:
@@ -47,9 +62,12 @@ def bias_act(
             raise ValueError(f"b of shape {list(b.shape)}: x of shape {list(x.shape)} takes [{x.shape[dim]}] "
                              f"along dim={dim}")
     spec = activation_funcs[act]
-    alpha = spec.def_alpha if alpha is None else float(alpha)
-    gain = spec.def_gain if gain is None else float(gain)
-    return dispatch.select("bias_act", impl, x.device)(x, b, dim, act, alpha, gain, clamp)
+    settings = (dim, act, spec.def_alpha if alpha is None else float(alpha),
+                spec.def_gain if gain is None else float(gain), clamp)
+    function = dispatch.select("bias_act", impl, x.device)
+    if function is bias_act_native:
+        return bias_act_call(x, *settings)
+    return lambda x, b: function(x, b, *settings)
 
 #----------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class Source:
 
     file: str
     flags: tuple[str, ...] = ()
-    name: str = ""              # Of the object file, if not that of the source.
+    name: str = ""              # The object file has this name, or that of the source.
 
     @property
     def object(self) -> str:
@@ -96,7 +96,7 @@ LIBRARY = "library.so"
 def _processor() -> str:
     """The machine, its C library and the instructions it has: a folder may be shared by different ones."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):
                 return " ".join([platform.machine(), *platform.libc_ver(), *sorted(line.split(":", 1)[1].split())])
     return " ".join([platform.machine(), *platform.libc_ver(), platform.processor()])
@@ -203,7 +203,7 @@ def library(target: Target, retry: bool = False) -> Path:
             if not (folder / LIBRARY).is_file():
                 failure = folder.with_suffix(".failed")
                 if not retry and failure.is_file() and time.time() - failure.stat().st_mtime < FAILURE_SECONDS:
-                    raise BuildError(failure.read_text())
+                    raise BuildError(failure.read_text(encoding="utf-8"))
                 _compile(target, folder, failure)
     except OSError as error:
         raise BuildError(f"cannot write to {folder.parent}: {error.strerror or error}") from None
@@ -212,7 +212,7 @@ def library(target: Target, retry: bool = False) -> Path:
 
 def _compile(target: Target, folder: Path, failure: Path) -> None:
     """Compile in a temporary folder and rename it to `folder`."""
-    for left_over in folder.parent.glob(f"tmp-{folder.name}-*"):    # Of processes that were killed.
+    for left_over in folder.parent.glob(f"tmp-{folder.name}-*"):    # Processes that were killed.
         # Where locks do not work another process may be at it.
         with contextlib.suppress(OSError):
             if time.time() - left_over.stat().st_mtime > COMPILE_SECONDS:
@@ -220,7 +220,7 @@ def _compile(target: Target, folder: Path, failure: Path) -> None:
     print(f"Compiling the native {target.kind} ops (once, less than a minute) ...", file=sys.stderr, flush=True)
     temp = Path(tempfile.mkdtemp(prefix=f"tmp-{folder.name}-", dir=folder.parent))
     try:
-        (temp / "build.ninja").write_text(_ninja_file(target))
+        (temp / "build.ninja").write_text(_ninja_file(target), encoding="utf-8")
         _run_ninja(temp)
         for path in [*temp.glob("*.o"), *temp.glob(".ninja*")]:
             path.unlink()
@@ -228,7 +228,7 @@ def _compile(target: Target, folder: Path, failure: Path) -> None:
             temp.rename(folder)
         failure.unlink(missing_ok=True)
     except BuildError as error:
-        failure.write_text(str(error))
+        failure.write_text(str(error), encoding="utf-8")
         raise
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -239,6 +239,7 @@ def _ninja_file(target: Target) -> str:
         return " ".join(f"'{word}'".replace("$", "$$") for word in words)
     def path(name: Path | str) -> str:
         return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    assert target.compiler is not None, "`library` has refused targets without a compiler"
     compiler = quoted((target.compiler,))
     edges = [f"build {source.object}: compile {path(SOURCES / source.file)}\n  more = {quoted(source.flags)}"
              for source in target.sources]
@@ -254,7 +255,7 @@ def _run_ninja(folder: Path) -> None:
     command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
     try:
         done = subprocess.run([*command, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, errors="replace", timeout=COMPILE_SECONDS)
+                              encoding="utf-8", errors="replace", timeout=COMPILE_SECONDS)
     except subprocess.TimeoutExpired:
         raise BuildError(f"the compiler took more than {COMPILE_SECONDS} s") from None
     if done.returncode:

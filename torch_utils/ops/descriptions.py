@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import itertools
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -150,7 +150,7 @@ def _has_taps(f: ResamplingFilter, is_radial: bool) -> bool:
 #----------------------------------------------------------------------------
 # Plans.
 
-_plans: "weakref.WeakValueDictionary[int, Plan]" = weakref.WeakValueDictionary()
+_plans: "dict[int, weakref.ref[Plan]]" = {}      # By number; entries leave with their plans.
 _numbers = itertools.count(1)
 
 
@@ -161,6 +161,9 @@ class Packed(NamedTuple):
     arrays: tuple[object, ...]
 
 
+AnyPlan = TypeVar("AnyPlan", bound="Plan")
+
+
 class Plan:
     """What native code is told beside tensors. It is made once and does not change, so that threads share it.
 
@@ -168,17 +171,23 @@ class Plan:
     """
 
     def __init__(self) -> None:
-        self.number = next(_numbers)
-        self.packed: Packed | None = None       # `native` makes it at the first call.
-        _plans[self.number] = self
+        self.number = number = next(_numbers)
+        self.packed: Packed | None = None               # `native` makes it at the first call.
+        self.templates: dict[Hashable, Any] = {}        # `native` makes one for each layout of the images.
+        _plans[number] = weakref.ref(self, lambda _: _plans.pop(number, None))
 
 
-def plan_of(number: int) -> Plan:
-    """The plan with this number."""
-    plan = _plans.get(number)
+def plan_of(number: int, kind: type[AnyPlan]) -> AnyPlan:
+    """The plan with this number, which is one of that kind."""
+    try:
+        plan = _plans[number]()
+    except KeyError:
+        plan = None
     if plan is None:
         raise RuntimeError(f"plan {number} of a native operation does not exist any more: hold the plan itself for as "
                            "long as its number is used")
+    if not isinstance(plan, kind):
+        raise RuntimeError(f"plan {number} is a {type(plan).__name__}, and the operation takes a {kind.__name__}")
     return plan
 
 

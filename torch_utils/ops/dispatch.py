@@ -26,7 +26,7 @@ from torch_utils.ops.native import Loaded
 
 FORMS = ("ref", "matrix", "cpu", "cuda")
 NATIVE = ("cpu", "cuda")
-CHOICES = ("auto", "native", "reference")       # Of $STYLESAN_OPS.
+CHOICES = ("auto", "native", "reference")       # What $STYLESAN_OPS may be.
 
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}     # Operation -> form -> function; filled at import.
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leaky ReLU at a higher sampling rate: bias, upsample, activate, downsample in one call."""
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +10,21 @@ import torch.nn.functional as F
 
 from torch_utils.ops import dispatch, tune
 from torch_utils.ops.arguments import check_images, filter_size, output_size, parse_padding
+from torch_utils.ops.calls import Calls, plain
 from torch_utils.ops.descriptions import ACTIVATE, BiasActPlan
-from torch_utils.ops.native_forms import filtered_lrelu_native, layer_plan
+from torch_utils.ops.native_forms import (
+    LayerCall,
+    filtered_lrelu_call,
+    filtered_lrelu_general,
+    filtered_lrelu_native,
+    layer_plan,
+)
 from torch_utils.ops.reference import bias_act_ref, filtered_lrelu_ref
 from torch_utils.ops.resampler import Resampler, plan
+
+# up, down, padding, gain, slope, clamp and flip_filter, parsed.
+Settings = tuple[int, int, tuple[int, int, int, int], float, float, float | None, bool]
+MAX_LAYOUTS = 64        # So many layouts of one kind of call have their forms remembered.
 
 #----------------------------------------------------------------------------
 
@@ -57,6 +67,22 @@ def filtered_lrelu(
     Raises:
         ValueError: an argument does not fit, or a filter is larger than the images that it meets.
     """
+    if torch.compiler.is_compiling():       # What is remembered between calls is no part of a graph.
+        return _prepare(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter, impl)(x, fu, fd, b)
+    settings = up, down, plain(padding), gain, slope, clamp, flip_filter, impl
+    key = x.shape, x.dtype, x.device, None if b is None else b.shape, id(fu), id(fd), settings
+    call = _calls.find(key) or _calls.keep(
+        key, _prepare(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter, impl), x, (fu, fd), settings)
+    return call(x, fu, fd, b)
+
+
+_calls: Calls[LayerCall] = Calls()
+
+
+def _prepare(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None, b: torch.Tensor | None, up: int,
+             down: int, padding: int | Sequence[int], gain: float, slope: float, clamp: float | None,
+             flip_filter: bool, impl: str) -> LayerCall:
+    """The arguments checked, the form chosen: the call for x and b of such shapes and types, and such filters."""
     if int(up) != up or up < 1 or int(down) != down or down < 1:
         raise ValueError(f"up={up!r}, down={down!r}: expected integers of at least 1")
     if not gain > 0 or not slope >= 0:
@@ -72,20 +98,44 @@ def filtered_lrelu(
     if b is not None and b.shape != x.shape[1:2]:
         raise ValueError(f"b of shape {list(b.shape)}: x of shape {list(x.shape)} takes [{x.shape[1]}]")
     function = dispatch.select("filtered_lrelu", impl, x.device)
-    arguments = x, fu, fd, b, int(up), int(down), pad, float(gain), float(slope), clamp, flip_filter
-    if impl == "auto" and function is filtered_lrelu_native and x.device.type in tune.KINDS:
-        function = _fastest(*arguments)
-    return function(*arguments)
+    settings: Settings = int(up), int(down), pad, float(gain), float(slope), clamp, flip_filter
+    if function is not filtered_lrelu_native:
+        return lambda x, fu, fd, b: function(x, fu, fd, b, *settings)
+    if impl == "auto" and x.device.type in tune.KINDS:
+        return _Fastest(settings)
+    return filtered_lrelu_call(x, fu, fd, *settings)
 
 
-def _fastest(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None, b: torch.Tensor | None, up: int,
-             down: int, padding: tuple[int, int, int, int], *settings: Any) -> tune.Form:
-    """The form that is fastest on the device of x, which is found out at the first call of a shape."""
-    facts = {"up": up, "down": down, "padding": padding, "up taps": None if fu is None else fu.shape,
-             "down taps": None if fd is None else fd.shape}
-    return tune.fastest("filtered_lrelu", (x, b), facts,
-                        lambda: candidates(x, fu, fd, up, down, padding, *settings),
-                        lambda form, x, b: form(x, fu, fd, b, up, down, padding, *settings))
+class _Fastest:
+    """The form that is fastest on the device of x, which is found out at the first call of a shape and layout."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self._found: dict[Hashable, LayerCall] = {}
+
+    def __call__(self, x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,
+                 b: torch.Tensor | None) -> torch.Tensor:
+        key = x.stride(), torch.is_grad_enabled(), x.requires_grad, b is not None and b.requires_grad, \
+            tune.current(x.device)
+        call = self._found.get(key)
+        if call is None:
+            form = self._choose(x, fu, fd, b)
+            if form in (filtered_lrelu_native, filtered_lrelu_general):
+                call = filtered_lrelu_call(x, fu, fd, *self.settings, form is filtered_lrelu_general)
+            else:
+                call = lambda x, fu, fd, b: form(x, fu, fd, b, *self.settings)
+            if len(self._found) >= MAX_LAYOUTS:
+                self._found.clear()
+            self._found[key] = call
+        return call(x, fu, fd, b)
+
+    def _choose(self, x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,
+                b: torch.Tensor | None) -> tune.Form:
+        up, down, padding, *_ = self.settings
+        facts = {"up": up, "down": down, "padding": padding, "up taps": None if fu is None else fu.shape,
+                 "down taps": None if fd is None else fd.shape}
+        return tune.fastest("filtered_lrelu", (x, b), facts, lambda: candidates(x, fu, fd, *self.settings),
+                            lambda form, x, b: form(x, fu, fd, b, *self.settings))
 
 
 def candidates(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,
@@ -96,7 +146,7 @@ def candidates(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None
     if isinstance(plan, BiasActPlan):       # One pass over the values.
         return forms
     if plan.fast_kind(ACTIVATE) is not None and dispatch.load(kind).fast is not None:
-        forms[f"{kind} general"] = functools.partial(filtered_lrelu_native, general=True)
+        forms[f"{kind} general"] = filtered_lrelu_general
     return forms | {"matrix": filtered_lrelu_matrix}
 
 #----------------------------------------------------------------------------
@@ -135,7 +185,8 @@ def filtered_lrelu_matrix(
     upsample = plan((h, w), x.dtype, fu, (up, up), (1, 1), padding, flip_filter, up**2 * gain)
     downsample = plan(upsample.out_size, x.dtype, fd, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
     layer = _Layer(upsample, downsample, slope, math.inf if clamp is None else float(clamp))
-    return _LayerForward.apply(x.reshape(n * c, h, w), layer).reshape(n, c, *downsample.out_size)
+    y: torch.Tensor = _LayerForward.apply(x.reshape(n * c, h, w), layer)
+    return y.reshape(n, c, *downsample.out_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ def make_report(archs: Sequence[str], dtypes: Sequence[torch.dtype] = tuple(stri
 
 
 def sources_hash() -> str:
-    """Of all that decides what is compiled but the compiler."""
+    """A hash of all that decides what is compiled but the compiler."""
     content = hashlib.sha256(repr((compilation.CUDA_FLAGS, strips.KINDS)).encode())
     for path in sorted(compilation.SOURCES.iterdir()):
         if path.suffix in (".h", ".cu"):
@@ -98,7 +98,10 @@ def _rows(compiler: str, disassembler: str, folder: Path, kind: Strips, dtype: t
     for part in _run([disassembler, "-sass", str(result)]).split("Function : ")[1:]:
         name = part.split("\n", 1)[0].strip()
         stack, stores, loads, registers = resources[name]
-        mode = MODES[int(_MODE.search(name)[1])]
+        number = _MODE.search(name)
+        if number is None:
+            raise compilation.BuildError(f"a program of {source.file} does not say its mode in its name: {name}")
+        mode = MODES[int(number[1])]
         loop = _main_loop(part)
         counts = collections.Counter(loop)
         yield {"kernel": f"filtered_lrelu {kind.describe()} {str(dtype).removeprefix('torch.')} {mode}",
@@ -124,7 +127,7 @@ def _main_loop(text: str) -> list[str]:
 def _run(command: list[str]) -> str:
     """What a program prints. Raises BuildError with its first line that looks like a message."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=COMPILE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{Path(command[0]).name}: {error}") from None
     if done.returncode:

@@ -160,7 +160,8 @@ class _FixedWeightConv(torch.autograd.Function):
 
 def _conv2d(x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
-        return _FixedWeightConv.apply(x, weight, padding)
+        y: torch.Tensor = _FixedWeightConv.apply(x, weight, padding)
+        return y
     return F.conv2d(x, weight, padding=padding)
 
 #----------------------------------------------------------------------------
@@ -224,7 +225,8 @@ def _products(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demod
     x = fit_channels(x, in_channels).contiguous(memory_format=torch.channels_last)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)                                        # [N, H*W, I], a view.
     y = torch.bmm(pixels, weights.transpose(1, 2))
-    return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    y = y.view(len(y), *x.shape[2:], out_channels)                                      # [N, H, W, O]
+    return y.permute(0, 3, 1, 2)
 
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, padding: int,

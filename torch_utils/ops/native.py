@@ -7,26 +7,30 @@ is computed: calls take plans (`descriptions`).
 import contextlib
 import ctypes
 import dataclasses
+import functools
+import math
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 
 from dnnlib.util import first_line
 from torch_utils.ops import compilation, strips
 from torch_utils.ops.descriptions import (
+    ACTIVATE_AND_KEEP,
     AxisRates,
     BiasActPlan,
     LayerPlan,
     Packed,
+    Plan,
     ResamplingFilter,
     ResamplingPlan,
     Strips,
 )
 
-MAX_COLUMN_STRIDE = 2**28 - 1   # Of what fast programs read: from column to column they count bytes in 32 bits.
+MAX_COLUMN_STRIDE = 2**28 - 1   # From column to column fast programs count bytes in 32 bits.
 LANES, CODES_PER_WORD = 16, 16  # As in lanes.h and formulas.h.
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -71,17 +75,17 @@ def _load(functions: Callable[[], dict[str, Callable[..., int]]], told: str) -> 
         return Loaded(None, told + first_line(error))
 
 
-def bind(path: str | os.PathLike, with_stream: bool) -> dict[str, Callable[..., int]]:
+def bind(path: str | os.PathLike[str], with_stream: bool) -> dict[str, Callable[..., int]]:
     """The functions of a library by name. On GPUs the last argument is the stream."""
     return _bind(path, {name: (name, with_stream) for name in _SIGNATURES})
 
 
-def bind_strips(path: str | os.PathLike, names: Iterable[str]) -> dict[str, Callable[..., int]]:
+def bind_strips(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, Callable[..., int]]:
     """The functions of a library of strips by the kind of layer; they are called as `filtered_lrelu` of a GPU is."""
     return _bind(path, {f"strips_{name}": ("filtered_lrelu", True) for name in names})
 
 
-def _bind(path: str | os.PathLike, signatures: dict[str, tuple[str, bool]]) -> dict[str, Callable[..., int]]:
+def _bind(path: str | os.PathLike[str], signatures: dict[str, tuple[str, bool]]) -> dict[str, Callable[..., int]]:
     library, functions = ctypes.CDLL(str(path)), {}
     for name, (signature, with_stream) in signatures.items():
         functions[name] = getattr(library, f"stylesan_{name}")
@@ -93,18 +97,20 @@ def _bind(path: str | os.PathLike, signatures: dict[str, tuple[str, bool]]) -> d
 # The structures of csrc/abi.h, as bytes. Every call packs its own: threads then share nothing that changes, and this is
 # several times faster than filling in structures of ctypes. What all calls of a plan have in common is kept with it.
 
-_IMAGES = struct.Struct("P 8q")         # data; n, c, h, w, strides of these.
+_ADDRESS = struct.Struct("P")
+_IMAGES_END = struct.Struct("8q")       # After the address of images: n, c, h, w, strides of these.
 _FILTER = struct.Struct("2P 12q")       # taps of x and y; of x, then of y: in, out, up, down, pad, taps.
 _LAYER_START = struct.Struct("2d")      # After two filters: slope, clamp.
-_LAYER_END = struct.Struct("P 8q i")    # codes as images; mode.
-_BIAS_ACT = struct.Struct("4P 3q 3d 2i")    # x, b, g, out; outer, channels, inner; alpha, gain, clamp; act, order.
+_LAYER_END = struct.Struct("8q i")      # After the address of the codes: the rest of them as images; mode.
+_BIAS_ACT = struct.Struct("4P")         # x, b, g, out.
+_BIAS_ACT_END = struct.Struct("3q 3d 2i")   # outer, channels, inner; alpha, gain, clamp; act, order.
 
 _SIGNATURES = {     # After the type; structures are passed as addresses.
     "resample": (ctypes.c_int32, *[ctypes.c_void_p] * 3),           # x, y, filter.
     "filtered_lrelu": (ctypes.c_int32, *[ctypes.c_void_p] * 4),     # x, b, y, layer.
     "bias_act": (ctypes.c_int32, ctypes.c_void_p),
 }
-_NO_CODES = (0,) * 9
+_MAX_TEMPLATES = 64     # So many are kept with a plan, which mostly meets images of one layout.
 _FAILURES = {-1: "the compiler that built the library has no such type", -2: "the filters have too many taps",
              -3: "no tile of these rates fits into shared memory", -4: "there is no program of this kind for the layer",
              209: "the library was compiled for another kind of GPU, the one that this process used first "
@@ -114,32 +120,6 @@ _FAILURES = {-1: "the compiler that built the library has no such type", -2: "th
 # Held while what belongs to a plan is packed, never while operations run. If two threads packed the same, the arrays
 # of the one would go while it calls native code with their addresses.
 _packing = threading.Lock()
-
-
-def _images(x: torch.Tensor) -> bytes:
-    return _IMAGES.pack(x.data_ptr(), *x.shape, *x.stride())
-
-
-def _filter(plan: ResamplingPlan) -> bytes:
-    """The filter of a plan."""
-    if plan.packed is None:
-        with _packing:
-            plan.packed = plan.packed or _pack_filter(plan.filter, plan.size)
-    return plan.packed.content
-
-
-def _layer(plan: LayerPlan, mode: int, codes: torch.Tensor | None) -> bytes:
-    """The layer of a plan, for one call."""
-    if plan.packed is None:
-        with _packing:
-            plan.packed = plan.packed or _pack_layer(plan)
-    if codes is None:
-        place = _NO_CODES
-    elif codes.ndim == 4:
-        place = codes.data_ptr(), *codes.shape, *codes.stride()
-    else:
-        place = codes.data_ptr(), *_NO_CODES[1:]
-    return plan.packed.content + _LAYER_END.pack(*place, mode)
 
 
 def _pack_filter(f: ResamplingFilter, size: tuple[int, int]) -> Packed:
@@ -158,36 +138,185 @@ def _pack_layer(plan: LayerPlan) -> Packed:
     return Packed(start, up.arrays + down.arrays)
 
 #----------------------------------------------------------------------------
-# Calls. Tensors have to be on the same device and of one type; results are written into the last ones.
+# Templates of calls. What a call does beside computing is most of its time where images are small, so whatever only
+# depends on the shape and the layout of the images is worked out once.
 
-def resample(x: torch.Tensor, plan: ResamplingPlan, y: torch.Tensor) -> None:
-    """x [N, C, H, W] -> y [N, C, H', W'], any strides."""
-    _call("resample", _loaded_for(x).functions["resample"], x, _images(x), _images(y), _filter(plan))
+class Template:
+    """What all calls of a plan have in common for images of one shape, layout, type and device."""
+
+    __slots__ = "codes", "function", "is_empty", "kind", "loaded", "size", "stride", "type", "x_end", "y_end"
+
+    def __init__(self, x: torch.Tensor, plan: ResamplingPlan | LayerPlan, name: str):
+        y = new_result(x, plan)
+        self.kind, self.loaded, self.type = x.device.type, _loaded_for(x), TYPES[x.dtype]
+        self.function = _function(self.loaded, name, x)
+        self.size, self.stride, self.is_empty = y.shape, y.stride(), not y.numel()
+        self.x_end, self.y_end = (_IMAGES_END.pack(*t.shape, *t.stride()) for t in (x, y))
+        self.codes: tuple[tuple[int, ...], tuple[int, ...]] | None = None     # Their size and strides, once known.
 
 
-def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int, codes: torch.Tensor | None,
-                   y: torch.Tensor) -> None:
+def _template(x: torch.Tensor, plan: ResamplingPlan | LayerPlan, name: str) -> Template:
+    key = x.shape, x.stride(), x.dtype, x.device
+    found: Template | None = plan.templates.get(key)
+    if found is None or found.loaded is not in_use.get(found.kind):
+        found = Template(x, plan, name)
+        _keep(plan, key, found)
+    return found
+
+
+def _keep(plan: Plan, key: Hashable, value: object) -> None:
+    if len(plan.templates) >= _MAX_TEMPLATES:
+        plan.templates.clear()
+    plan.templates[key] = value
+
+
+def _function(loaded: Loaded, name: str, x: torch.Tensor) -> Callable[..., int]:
+    if loaded.functions is None:
+        raise RuntimeError(f"no native code for {x.device}: {loaded.reason}")
+    return _on_device(loaded.functions[name], x)
+
+
+def _on_device(function: Callable[..., int], x: torch.Tensor) -> Callable[..., int]:
+    """The function as it is called where x is. On GPUs it gets the stream that is the current one then."""
+    return functools.partial(_call_on_gpu, function, x.device) if x.is_cuda else function
+
+
+def _call_on_gpu(function: Callable[..., int], device: torch.device, *arguments: bytes | int | None) -> int:
+    with contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
+        return function(*arguments, torch.cuda.current_stream().cuda_stream)
+
+#----------------------------------------------------------------------------
+# Calls. Tensors have to be on the same device and of one type.
+
+def resample(x: torch.Tensor, plan: ResamplingPlan) -> torch.Tensor:
+    """x [N, C, H, W], any strides -> [N, C, H', W']."""
+    template = _template(x, plan, "resample")
+    y = x.new_empty_strided(template.size, template.stride)
+    if not template.is_empty:
+        code = template.function(template.type, _ADDRESS.pack(x.data_ptr()) + template.x_end,
+                                 _ADDRESS.pack(y.data_ptr()) + template.y_end, (plan.packed or _packed(plan)).content)
+        if code:
+            raise _failure("resample", x, code)
+    return y
+
+
+def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
+                   codes: torch.Tensor | None, template: Template | None = None) -> torch.Tensor:
     """y = down(activation(up(x + b))), or with mode READ_CODES y = down(derivative * up(x))."""
-    _call("filtered_lrelu", _layer_function(x, plan, mode), x, _images(x), None if b is None else b.data_ptr(),
-          _images(y), _layer(plan, mode, codes))
+    template = template or _template(x, plan, "filtered_lrelu")
+    y = x.new_empty_strided(template.size, template.stride)
+    if template.is_empty:
+        return y
+    if codes is None:
+        end = _NO_CODES[mode]
+    elif codes.ndim == 4:
+        end = _ADDRESS.pack(codes.data_ptr()) + _LAYER_END.pack(*codes.shape, *codes.stride(), mode)
+    else:
+        end = _ADDRESS.pack(codes.data_ptr()) + _CODES_OF_LANES[mode]
+    function = template.function if template.loaded.fast is None else _fast_function(template, x, plan, mode)
+    code = function(template.type, _ADDRESS.pack(x.data_ptr()) + template.x_end, None if b is None else b.data_ptr(),
+                    _ADDRESS.pack(y.data_ptr()) + template.y_end, (plan.packed or _packed(plan)).content + end)
+    if code:
+        raise _failure("filtered_lrelu", x, code)
+    return y
 
 
-def _layer_function(x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
-    loaded = _loaded_for(x)
-    kind = plan.fast_kind(mode) if loaded.fast is not None else None
-    if kind is not None and x.stride(3) <= MAX_COLUMN_STRIDE:
-        function = loaded.fast(kind, x.dtype)
+def filtered_lrelu_and_codes(x: torch.Tensor, b: torch.Tensor | None,
+                             plan: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = down(activation(up(x + b))), and the codes of the slopes."""
+    template = _template(x, plan, "filtered_lrelu")
+    if template.codes is None:
+        codes = new_codes(x, plan)
+        template.codes = codes.shape, codes.stride()
+    else:
+        codes = x.new_empty_strided(*template.codes, dtype=torch.int32)
+    return filtered_lrelu(x, b, plan, ACTIVATE_AND_KEEP, codes, template), codes
+
+
+def _fast_function(template: Template, x: torch.Tensor, plan: LayerPlan, mode: int) -> Callable[..., int]:
+    """The fast program for a layer on a GPU, or the general one. It is asked for anew: it may fail its check."""
+    kind, find = plan.fast_kind(mode), template.loaded.fast
+    if kind is not None and find is not None and x.stride(3) <= MAX_COLUMN_STRIDE:
+        function = find(kind, x.dtype)
         if function is not None:
-            return function
-    return loaded.functions["filtered_lrelu"]
+            return _on_device(function, x)
+    return template.function
 
 
-def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, sizes: tuple[int, int, int],
-             plan: BiasActPlan, order: int, out: torch.Tensor) -> None:
-    """Derivative of that order at x + b, times g. x, g and out share one dense layout of `sizes` (see abi.h)."""
-    _call("bias_act", _loaded_for(x).functions["bias_act"], x, _BIAS_ACT.pack(
-        x.data_ptr(), 0 if b is None else b.data_ptr(), 0 if g is None else g.data_ptr(), out.data_ptr(), *sizes,
-        plan.alpha, plan.gain, plan.clamp, plan.act, order))
+# The end of a layer's structure by mode: without codes, and after the address of codes whose layout C++ knows.
+_CODES_OF_LANES = tuple(_LAYER_END.pack(*[0] * 8, mode) for mode in range(3))
+_NO_CODES = tuple(_ADDRESS.pack(0) + end for end in _CODES_OF_LANES)
+
+
+def _packed(plan: ResamplingPlan | LayerPlan) -> Packed:
+    """What native code reads of a plan; kept with it."""
+    with _packing:
+        if plan.packed is None:
+            plan.packed = (_pack_layer(plan) if isinstance(plan, LayerPlan) else
+                           _pack_filter(plan.filter, plan.size))
+        return plan.packed
+
+
+def bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, plan: BiasActPlan,
+             order: int) -> torch.Tensor:
+    """Derivative of that order at x + b, times g [like x, or None at order 0]; b [x.shape[dim]], contiguous."""
+    key = x.shape, x.stride(), x.dtype, x.device, b is None, order
+    end: bytes | None = plan.templates.get(key)
+    if end is None:
+        sizes = _sizes(x.shape, x.stride(), None if b is None else plan.dim)
+        end = _BIAS_ACT_END.pack(*sizes, plan.alpha, plan.gain, plan.clamp, plan.act, order)
+        _keep(plan, key, end)
+    out = torch.empty_like(x)
+    if out.numel():
+        code = _function(_loaded_for(x), "bias_act", x)(TYPES[x.dtype], _BIAS_ACT.pack(
+            x.data_ptr(), 0 if b is None else b.data_ptr(), 0 if g is None else g.data_ptr(), out.data_ptr()) + end)
+        if code:
+            raise _failure("bias_act", x, code)
+    return out
+
+
+def _failure(name: str, x: torch.Tensor, code: int) -> RuntimeError:
+    return RuntimeError(f"{name} for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
+                        "STYLESAN_OPS=reference does without native code")
+
+#----------------------------------------------------------------------------
+# Layouts.
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x without gaps in memory, in its own layout if it has none."""
+    if x.is_contiguous() or x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x if _memory_order(x.shape, x.stride()) is not None else x.contiguous()
+
+
+def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:
+    """Dimensions from the outermost to the innermost in memory; None if the tensor has gaps or overlaps."""
+    order = sorted(range(len(shape)), key=lambda d: (stride[d], -d), reverse=True)
+    order = [d for d in order if shape[d] != 1]
+    expected = 1
+    for d in reversed(order):
+        if stride[d] != expected:
+            return None
+        expected *= shape[d]
+    return order
+
+
+def _sizes(shape: torch.Size, stride: tuple[int, ...], dim: int | None) -> tuple[int, int, int]:
+    """Elements of a dense tensor outside of a dimension, along it and inside, in memory; all are inside of None."""
+    order = _memory_order(shape, stride)
+    assert order is not None, "the tensor is dense"
+    if dim is None or dim not in order:     # A dimension of size 1 is nowhere.
+        return 1, 1, math.prod(shape)
+    at, sizes = order.index(dim), [shape[d] for d in order]
+    return math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1:])
+
+
+def new_result(x: torch.Tensor, plan: ResamplingPlan | LayerPlan) -> torch.Tensor:
+    """Room for a result from x: channels last if x is, else contiguous. For real tensors and fakes."""
+    shape = x.shape
+    if shape[2:] != plan.size:
+        raise ValueError(f"images of shape {list(shape)} met a plan for {plan.size[0]}x{plan.size[1]}")
+    return new_beside(x, (*shape[:2], *plan.out_size), x.dtype)
 
 
 def _codes_of_lanes(x: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
@@ -223,15 +352,3 @@ def _loaded_for(x: torch.Tensor) -> Loaded:
         raise RuntimeError(f"no native code for {x.device.type} is loaded: call an operation of torch_utils.ops first, "
                            "which loads and checks it")
     return loaded
-
-
-def _call(name: str, function: Callable[..., int], x: torch.Tensor, *arguments: bytes | int | None) -> None:
-    device = x.device
-    if device.type == "cuda":
-        with contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
-            code = function(TYPES[x.dtype], *arguments, torch.cuda.current_stream().cuda_stream)
-    else:
-        code = function(TYPES[x.dtype], *arguments)
-    if code:
-        raise RuntimeError(f"{name} for {x.dtype} on {x.device}: {_FAILURES.get(code, f'CUDA error {code}')}; "
-                           "STYLESAN_OPS=reference does without native code")

@@ -5,16 +5,23 @@ They take the arguments of the definitions (`reference`), so that one can stand 
 """
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
 from torch_utils.ops import operations, strips
 from torch_utils.ops.descriptions import ACTS, IDENTITY, BiasActPlan, LayerPlan, ResamplingPlan, Taps
 from torch_utils.ops.resampler import make_filter, read_taps
+from torch_utils.ops.tracing import untraced
 
 MAX_ELEMENTS = 2**31 - 1        # Positions inside a tensor are 32-bit numbers on GPUs.
-MAX_PLANS = 1024                # Of an operation: those used last stay in memory, some kilobytes each.
+MAX_PLANS = 1024                # The plans of an operation that were used last stay in memory, some kilobytes each.
 FAST_KINDS = tuple(strips.KINDS.values())
+
+# What is left of a call when all but the tensors is settled: functions of (x, b), (x, f) and (x, fu, fd, b).
+BiasActCall = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+ResamplingCall = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+LayerCall = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
 
 def _check_size(op: str, *numels: int) -> None:
@@ -35,12 +42,17 @@ def bias_act_native(
     clamp: float | None,
 ) -> torch.Tensor:
     """One pass over the values."""
+    return bias_act_call(x, dim, act, alpha, gain, clamp)(x, b)
+
+
+def bias_act_call(x: torch.Tensor, dim: int, act: str, alpha: float, gain: float, clamp: float | None) -> BiasActCall:
+    """The same for tensors of the shape of x: a function of x and b."""
     _check_size("bias_act", x.numel())
-    b = None if b is None else b.to(x.dtype)
-    return operations.bias_act(x, b, _bias_act_plan(dim % max(x.ndim, 1), act, alpha, gain, clamp))
+    plan = _bias_act_plan(dim % max(x.ndim, 1), act, alpha, gain, clamp)
+    return lambda x, b: operations.bias_act(x, b if b is None or b.dtype == x.dtype else b.to(x.dtype), plan)
 
 
-@torch.compiler.disable
+@untraced
 @functools.lru_cache(maxsize=MAX_PLANS)
 def _bias_act_plan(dim: int, act: str, alpha: float, gain: float, clamp: float | None) -> BiasActPlan:
     return BiasActPlan(dim, ACTS.index(act), alpha, gain, math.inf if clamp is None else float(clamp))
@@ -57,11 +69,24 @@ def upfirdn2d_native(
     gain: float,
 ) -> torch.Tensor:
     """Polyphase filters in one pass over the images."""
-    return operations.resample(x, _resampling_plan(x.shape, x.dtype, read_taps(f), up, down, padding, flip_filter,
-                                                   gain))
+    return upfirdn2d_call(x, f, up, down, padding, flip_filter, gain)(x, f)
 
 
-@torch.compiler.disable
+def upfirdn2d_call(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> ResamplingCall:
+    """The same for tensors of the shape and type of x: a function of x and of f with its present content."""
+    plan = _resampling_plan(x.shape, x.dtype, read_taps(f), up, down, padding, flip_filter, gain)
+    return lambda x, f: operations.resample(x, plan)
+
+
+@untraced
 @functools.lru_cache(maxsize=MAX_PLANS)
 def _resampling_plan(
     shape: torch.Size,
@@ -74,9 +99,10 @@ def _resampling_plan(
     gain: float,
 ) -> ResamplingPlan:
     n, c, *size = shape
-    f = make_filter(taps, dtype, tuple(size), up, down, padding, flip_filter, gain)
+    height, width = size
+    f = make_filter(taps, dtype, (height, width), up, down, padding, flip_filter, gain)
     _check_size("upfirdn2d", math.prod(shape), n * c * math.prod(f.out_size))
-    return ResamplingPlan(f, tuple(size))
+    return ResamplingPlan(f, (height, width))
 
 #----------------------------------------------------------------------------
 
@@ -99,12 +125,38 @@ def filtered_lrelu_native(
     Args:
         general: Take the program for all rates also where a GPU has a fast one for those of the layer.
     """
+    return filtered_lrelu_call(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter, general)(x, fu, fd, b)
+
+
+filtered_lrelu_general = functools.partial(filtered_lrelu_native, general=True)
+
+
+def filtered_lrelu_call(
+    x: torch.Tensor,
+    fu: torch.Tensor | None,
+    fd: torch.Tensor | None,
+    up: int,
+    down: int,
+    padding: tuple[int, int, int, int],
+    gain: float,
+    slope: float,
+    clamp: float | None,
+    flip_filter: bool,
+    general: bool = False,
+) -> LayerCall:
+    """The same for tensors of the shape and type of x: a function of x, b and filters with their present contents."""
     plan = layer_plan(x, fu, fd, up, down, padding, gain, slope, clamp, flip_filter, general)
-    if b is not None and (b.dtype != x.dtype or not b.is_contiguous()):
-        b = b.to(x.dtype).contiguous()
-    if isinstance(plan, BiasActPlan):
-        return operations.bias_act(x, b, plan)
-    return operations.filtered_lrelu(x, b, plan)
+    dtype = x.dtype
+    run: Callable[..., torch.Tensor] = (operations.bias_act if isinstance(plan, BiasActPlan) else
+                                        operations.filtered_lrelu)
+
+    def call(x: torch.Tensor, fu: torch.Tensor | None, fd: torch.Tensor | None,
+             b: torch.Tensor | None) -> torch.Tensor:
+        if b is not None and (b.dtype != dtype or not b.is_contiguous()):
+            b = b.to(dtype).contiguous()
+        return run(x, b, plan)
+
+    return call
 
 
 def layer_plan(
@@ -125,7 +177,7 @@ def layer_plan(
                        flip_filter, general)
 
 
-@torch.compiler.disable
+@untraced
 @functools.lru_cache(maxsize=MAX_PLANS)
 def _layer_plan(
     shape: torch.Size,
@@ -145,8 +197,9 @@ def _layer_plan(
         _check_size("bias_act", math.prod(shape))
         return _bias_act_plan(1, "lrelu", slope, gain, clamp)
     n, c, *size = shape
-    upsample = make_filter(up_taps, dtype, tuple(size), (up, up), (1, 1), padding, flip_filter, up**2 * gain)
+    height, width = size
+    upsample = make_filter(up_taps, dtype, (height, width), (up, up), (1, 1), padding, flip_filter, up**2 * gain)
     downsample = make_filter(down_taps, dtype, upsample.out_size, (1, 1), (down, down), (0, 0, 0, 0), flip_filter, 1.0)
     _check_size("filtered_lrelu", math.prod(shape), n * c * math.prod(downsample.out_size))
-    return LayerPlan(upsample, downsample, tuple(size), slope, math.inf if clamp is None else float(clamp),
+    return LayerPlan(upsample, downsample, (height, width), slope, math.inf if clamp is None else float(clamp),
                      () if general else FAST_KINDS)

@@ -8,17 +8,14 @@ differentiation. Bias and activation have derivatives up to the second order; ab
 What PyTorch knows as operations is the bare computation (`stylesan::...`): a tensor or two and the number of a plan, so
 that a call costs microseconds. Gradients are functions of autograd around them.
 """
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from torch_utils.ops import native
 from torch_utils.ops.descriptions import (
     ACTIVATE,
-    ACTIVATE_AND_KEEP,
     ACTS,
     READ_CODES,
     BiasActPlan,
@@ -30,69 +27,32 @@ from torch_utils.ops.reference import bias_act_ref
 
 STRAIGHT = ACTS[:3]     # Made of straight lines: no second derivative.
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _library = torch.library.Library("stylesan", "DEF")
 
 
-def _operation(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _operation(schema: str, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: the function below becomes the operation `schema` on processors and GPUs.
 
     Args:
         schema: Name, arguments and results.
         fake: Makes results of the same sizes and layouts where there is no data.
     """
-    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+    def define(function: Callable[P, R]) -> Callable[P, R]:
         name = schema.partition("(")[0]
         _library.define(schema)
         for kind in ("CPU", "CUDA"):
             _library.impl(name, function, kind)
+        # Autograd passes by: it would only find out at every call that nobody has told it of a gradient.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"stylesan::{name}", fake, lib=_library)
-        return getattr(torch.ops.stylesan, name).default
+        operation: Callable[P, R] = getattr(torch.ops.stylesan, name).default
+        return operation
     return define
 
 #----------------------------------------------------------------------------
-# Layouts. Real results and their fakes are made by the same functions.
-
-def _new_images(x: torch.Tensor, plan: ResamplingPlan | LayerPlan) -> torch.Tensor:
-    """For a result from x: channels last if x is, else contiguous."""
-    shape = x.shape
-    if shape[2:] != plan.size:
-        raise ValueError(f"images of shape {list(shape)} met a plan for {plan.size[0]}x{plan.size[1]}")
-    return native.new_beside(x, (*shape[:2], *plan.out_size), x.dtype)
-
-
-def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:
-    """Dimensions from the outermost to the innermost in memory; None if the tensor has gaps or overlaps."""
-    order = sorted(range(len(shape)), key=lambda d: (stride[d], -d), reverse=True)
-    order = [d for d in order if shape[d] != 1]
-    expected = 1
-    for d in reversed(order):
-        if stride[d] != expected:
-            return None
-        expected *= shape[d]
-    return order
-
-
-@functools.lru_cache(maxsize=1024)
-def _sizes(shape: torch.Size, stride: tuple[int, ...], dim: int | None) -> tuple[int, int, int]:
-    """Elements outside of a dimension, along it and inside, in memory; all are inside of None."""
-    order = _memory_order(shape, stride)
-    if dim not in order:        # A dimension of size 1 is nowhere.
-        return 1, 1, math.prod(shape)
-    at, sizes = order.index(dim), [shape[d] for d in order]
-    return math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1:])
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    if x.is_contiguous() or x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x if _memory_order(x.shape, x.stride()) is not None else x.contiguous()
-
-
-def _like(x: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
-    """x in the memory layout of another tensor of its shape."""
-    return x if x.stride() == layout.stride() else torch.empty_like(layout).copy_(x)
-
-
 def _needs_gradient(x: torch.Tensor, b: torch.Tensor | None = None, g: torch.Tensor | None = None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or b is not None and b.requires_grad
                                         or g is not None and g.requires_grad)
@@ -100,13 +60,10 @@ def _needs_gradient(x: torch.Tensor, b: torch.Tensor | None = None, g: torch.Ten
 #----------------------------------------------------------------------------
 # Resampling.
 
-@_operation("resample(Tensor x, int plan) -> Tensor", lambda x, plan: _new_images(x, plan_of(plan)))
+@_operation("resample(Tensor x, int plan) -> Tensor",
+            lambda x, plan: native.new_result(x, plan_of(plan, ResamplingPlan)))
 def _resample(x: torch.Tensor, plan: int) -> torch.Tensor:
-    plan = plan_of(plan)
-    y = _new_images(x, plan)
-    if y.numel():
-        native.resample(x, plan, y)
-    return y
+    return native.resample(x, plan_of(plan, ResamplingPlan))
 
 
 class _Resample(torch.autograd.Function):
@@ -122,43 +79,36 @@ class _Resample(torch.autograd.Function):
 
 def resample(x: torch.Tensor, plan: ResamplingPlan) -> torch.Tensor:
     """x [N, C, H, W] -> [N, C, H', W']."""
-    return _Resample.apply(x, plan) if _needs_gradient(x) else _resample(x, plan.number)
+    if not _needs_gradient(x):
+        return _resample(x, plan.number)
+    y: torch.Tensor = _Resample.apply(x, plan)
+    return y
 
 #----------------------------------------------------------------------------
 # Filtered leaky ReLU.
 
-def _run_layer(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan, mode: int,
-               codes: torch.Tensor | None) -> torch.Tensor:
-    y = _new_images(x, plan)
-    if y.numel():
-        native.filtered_lrelu(x, b, plan, mode, codes, y)
-    return y
-
-
 @_operation("filtered_lrelu(Tensor x, Tensor? b, int plan) -> Tensor",
-            lambda x, b, plan: _new_images(x, plan_of(plan)))
+            lambda x, b, plan: native.new_result(x, plan_of(plan, LayerPlan)))
 def _layer(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> torch.Tensor:
     """down(clamp(lrelu(up(x + b))))."""
-    return _run_layer(x, b, plan_of(plan), ACTIVATE, None)
+    return native.filtered_lrelu(x, b, plan_of(plan, LayerPlan), ACTIVATE, None)
 
 
 def _fake_layer_and_codes(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _new_images(x, plan_of(plan)), native.new_codes(x, plan_of(plan))
+    return native.new_result(x, plan_of(plan, LayerPlan)), native.new_codes(x, plan_of(plan, LayerPlan))
 
 
 @_operation("filtered_lrelu_and_codes(Tensor x, Tensor? b, int plan) -> (Tensor, Tensor)", _fake_layer_and_codes)
 def _layer_and_codes(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, and the codes of the slopes for the gradient."""
-    plan = plan_of(plan)
-    codes = native.new_codes(x, plan)
-    return _run_layer(x, b, plan, ACTIVATE_AND_KEEP, codes), codes
+    return native.filtered_lrelu_and_codes(x, b, plan_of(plan, LayerPlan))
 
 
 @_operation("filtered_lrelu_slopes(Tensor v, Tensor codes, int plan) -> Tensor",
-            lambda v, codes, plan: _new_images(v, plan_of(plan)))
+            lambda v, codes, plan: native.new_result(v, plan_of(plan, LayerPlan)))
 def _slopes(v: torch.Tensor, codes: torch.Tensor, plan: int) -> torch.Tensor:
     """down(slopes * up(v)), with the slopes that the codes stand for: linear in v."""
-    return _run_layer(v, None, plan_of(plan), READ_CODES, codes)
+    return native.filtered_lrelu(v, None, plan_of(plan, LayerPlan), READ_CODES, codes)
 
 
 class _Layer(torch.autograd.Function):
@@ -172,8 +122,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         codes, = ctx.saved_tensors
-        dx = filtered_lrelu_slopes(grad, codes, ctx.plan.transposed)
-        return dx, dx.sum([0, 2, 3]) if ctx.needs_input_grad[1] else None, None
+        plan: LayerPlan = ctx.plan.transposed
+        # The first of these goes a shorter way, for a gradient that nobody takes another one of.
+        dx = filtered_lrelu_slopes(grad, codes, plan) if torch.is_grad_enabled() else _slopes(grad, codes, plan.number)
+        return dx, dx.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[1] else None, None
 
 
 class _Slopes(torch.autograd.Function):
@@ -191,36 +143,43 @@ class _Slopes(torch.autograd.Function):
 
 def filtered_lrelu(x: torch.Tensor, b: torch.Tensor | None, plan: LayerPlan) -> torch.Tensor:
     """down(clamp(lrelu(up(x + b)))), x [N, C, H, W], b [C] of its type; codes are kept for gradients only."""
-    return _Layer.apply(x, b, plan) if _needs_gradient(x, b) else _layer(x, b, plan.number)
+    if not (torch.is_grad_enabled() and (x.requires_grad or b is not None and b.requires_grad)):
+        return _layer(x, b, plan.number)
+    y: torch.Tensor = _Layer.apply(x, b, plan)
+    return y
 
 
 def filtered_lrelu_slopes(v: torch.Tensor, codes: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
     """The derivative of the layer that recorded the codes, or its transpose, by `plan`."""
-    return _Slopes.apply(v, codes, plan) if _needs_gradient(v) else _slopes(v, codes, plan.number)
+    if not _needs_gradient(v):
+        return _slopes(v, codes, plan.number)
+    y: torch.Tensor = _Slopes.apply(v, codes, plan)
+    return y
 
 #----------------------------------------------------------------------------
 # Bias and activation.
 
-def _run_bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, plan: BiasActPlan,
+def _run_bias_act(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor | None, plan: int,
                   order: int) -> torch.Tensor:
-    x = _dense(x)
-    out = torch.empty_like(x)
-    if out.numel():
-        sizes = _sizes(x.shape, x.stride(), None if b is None else plan.dim)
-        native.bias_act(x, None if b is None else b.contiguous(), None if g is None else _like(g, x), sizes, plan,
-                        order, out)
-    return out
+    x = native.dense(x)
+    return native.bias_act(x, None if b is None else b.contiguous(), None if g is None else _like(g, x),
+                           plan_of(plan, BiasActPlan), order)
 
 
-@_operation("bias_act(Tensor x, Tensor? b, int plan) -> Tensor", lambda x, b, plan: torch.empty_like(_dense(x)))
+def _like(x: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
+    """x in the memory layout of another tensor of its shape."""
+    return x if x.stride() == layout.stride() else torch.empty_like(layout).copy_(x)
+
+
+@_operation("bias_act(Tensor x, Tensor? b, int plan) -> Tensor", lambda x, b, plan: torch.empty_like(native.dense(x)))
 def _bias_act(x: torch.Tensor, b: torch.Tensor | None, plan: int) -> torch.Tensor:
-    return _run_bias_act(x, b, None, plan_of(plan), 0)
+    return _run_bias_act(x, b, None, plan, 0)
 
 
 @_operation("bias_act_derivative(Tensor x, Tensor? b, Tensor g, int plan, int order) -> Tensor",
-            lambda x, b, g, plan, order: torch.empty_like(_dense(x)))
+            lambda x, b, g, plan, order: torch.empty_like(native.dense(x)))
 def _derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, plan: int, order: int) -> torch.Tensor:
-    return _run_bias_act(x, b, g, plan_of(plan), order)
+    return _run_bias_act(x, b, g, plan, order)
 
 
 class _BiasAct(torch.autograd.Function):
@@ -261,15 +220,19 @@ class _Derivative(torch.autograd.Function):
 
 def bias_act(x: torch.Tensor, b: torch.Tensor | None, plan: BiasActPlan) -> torch.Tensor:
     """clamp(gain * act(x + b)), b of the type of x."""
-    return _BiasAct.apply(x, b, plan) if _needs_gradient(x, b) else _bias_act(x, b, plan.number)
+    if not _needs_gradient(x, b):
+        return _bias_act(x, b, plan.number)
+    y: torch.Tensor = _BiasAct.apply(x, b, plan)
+    return y
 
 
 def bias_act_derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, plan: BiasActPlan,
                         order: int) -> torch.Tensor:
     """g times the derivative of that order (1 or 2) of `bias_act` with respect to x, element by element."""
-    if _needs_gradient(x, b, g):
-        return _Derivative.apply(x, b, g, plan, order)
-    return _derivative(x, b, g, plan.number, order)
+    if not _needs_gradient(x, b, g):
+        return _derivative(x, b, g, plan.number, order)
+    y: torch.Tensor = _Derivative.apply(x, b, g, plan, order)
+    return y
 
 
 def _third_derivative(x: torch.Tensor, b: torch.Tensor | None, g: torch.Tensor, plan: BiasActPlan) -> torch.Tensor:
@@ -287,5 +250,5 @@ def _along(dx: torch.Tensor, b: torch.Tensor | None, dim: int) -> torch.Tensor |
     """The gradient of a bias."""
     if b is None:
         return None
-    others = [d for d in range(dx.ndim) if d != dim]
-    return dx.sum(others) if others else dx
+    others = tuple(d for d in range(dx.ndim) if d != dim)
+    return dx.sum(dim=others) if others else dx

@@ -17,18 +17,20 @@ import torch.nn.functional as F
 from torch_utils.ops.arguments import filter_size, output_size, split_gain
 from torch_utils.ops.descriptions import IDENTITY, AxisFilter, AxisRates, ResamplingFilter, Taps
 from torch_utils.ops.reference import pad_or_crop, upfirdn2d_ref
+from torch_utils.ops.tracing import untraced
 
-CACHE_BYTES = 512 << 20     # Of matrices. A generator of 1024 pixels needs about 200 MiB, one of 256 a tenth of that.
+# Room for matrices. A generator of 1024 pixels needs about 200 MiB, one of 256 a tenth of that.
+CACHE_BYTES = 512 << 20
 
 #----------------------------------------------------------------------------
 # Filters as hashable values.
 
 # id of a filter -> (reference to it, its version and address when it was read, its content). Reading a filter on a GPU
 # waits for the GPU, hence this memory. Entries leave with their tensors.
-_read: dict[int, tuple[weakref.ref, tuple[int, int], Taps]] = {}
+_read: dict[int, "tuple[weakref.ref[torch.Tensor], tuple[int, int], Taps]"] = {}
 
 
-@torch.compiler.disable     # As all that is remembered between calls.
+@untraced
 def read_taps(f: torch.Tensor | None) -> Taps:
     """The content of a filter, read anew only if the tensor is new or was written to since."""
     if f is None:
@@ -47,7 +49,7 @@ def _copy_taps(f: torch.Tensor) -> Taps:
     return Taps(tuple(f.shape), f.detach().cpu().double().numpy().tobytes())
 
 
-@torch.compiler.disable
+@untraced
 @functools.lru_cache(maxsize=512)
 def split_axes(taps: Taps, eps: float) -> tuple[Taps, Taps] | None:
     """The filters along x and y whose outer product is `taps`; None if there are none to within `eps`."""
@@ -89,7 +91,7 @@ class _MatrixCache:
 _matrices = _MatrixCache(CACHE_BYTES)
 
 
-@torch.compiler.disable
+@untraced
 def axis_matrix(axis: AxisFilter, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The matrix [out, in] of an axis. Shared between callers: not to be written to."""
     return _matrices.get(axis, dtype, device)

@@ -27,7 +27,7 @@ class Call(NamedTuple):
     run: Callable[[Form, torch.Tensor, torch.Tensor], torch.Tensor]     # (form, x, b) -> y.
 
 
-# Of the largest value. A wrong index gives errors near 1.
+# Shares of the largest value. A wrong index gives errors near 1.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -89,7 +89,7 @@ def _activate(form: Form, x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return form(x, b, 1, "lrelu", 0.2, math.sqrt(2), 0.9)
 
 
-_SETTINGS = math.sqrt(2), 0.2, 0.9, False       # Of a layer: gain, slope, clamp, flip_filter.
+_SETTINGS = math.sqrt(2), 0.2, 0.9, False       # gain, slope, clamp and flip_filter of a layer.
 _layer_call = functools.partial(Call, filtered_lrelu_native, filtered_lrelu_ref)
 _CALLS = {"filtered_lrelu": _layer_call(_layer), "upfirdn2d": Call(upfirdn2d_native, upfirdn2d_ref, _resample),
           "bias_act": Call(bias_act_native, bias_act_ref, _activate)}
@@ -104,8 +104,8 @@ def _run(call: Call, kind: str, dtype: torch.dtype, form: Form) -> list[torch.Te
 def _gradients(call: Call, kind: str, dtype: torch.dtype, form: Form) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in ([2, 19, 21, 23], [19])]
-    place = {"device": "cpu", "dtype": torch.float64} if form is call.ref else {"device": kind, "dtype": dtype}
-    x, b = (t.to(**place).requires_grad_() for t in inputs)
+    place = ("cpu", torch.float64) if form is call.ref else (kind, dtype)
+    x, b = (t.to(*place).requires_grad_() for t in inputs)
     y = call.run(form, x, b)
-    weights = torch.randn(y.shape, generator=generator, device="cpu").to(dtype).to(**place)
+    weights = torch.randn(y.shape, generator=generator, device="cpu").to(dtype).to(*place)
     return [y.detach(), *torch.autograd.grad(y, [x, b], weights)]

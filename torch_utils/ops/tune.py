@@ -28,8 +28,8 @@ from torch_utils.ops import compilation
 
 KINDS = ("cuda",)           # Types of devices where forms are timed.
 LONG_SECONDS = 0.02         # A call that takes longer is timed once: little can disturb that, and forms may be many.
-REPEATS = 5                 # Of a shorter one. The fastest counts: what disturbs a measurement makes it longer.
-MARGIN = 0.95               # Of the default's time: a candidate that takes more is no better, for all that can be told.
+REPEATS = 5                 # A shorter one is timed so often. The fastest counts: what disturbs makes it longer.
+MARGIN = 0.95               # A candidate that takes a larger share of the default's time is no better for certain.
 LOCK_SECONDS = 10.0         # For another process that writes its choices; then this one does not wait any longer.
 MEMORY = 1.5                # Times what the default keeps for the gradient: a form that keeps more is out, so that
                             # the memory of a training step does not depend much on what is chosen.
@@ -54,7 +54,7 @@ def _warn(text: str) -> None:
 # What candidates cost.
 
 class Cost(NamedTuple):
-    """Of a candidate."""
+    """What a candidate costs."""
 
     seconds: float
     kept: int = 0       # Bytes in memory between the passes, for the gradient.
@@ -98,7 +98,8 @@ def _device_seconds(call: Callable[[], object], count: int, device: torch.device
             call()
             mark.record()
         marks[-1].synchronize()
-    return min(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3
+    milliseconds: list[float] = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    return min(milliseconds) / 1e3
 
 
 def _host_seconds(call: Callable[[], object], count: int, device: torch.device) -> float:
@@ -144,7 +145,8 @@ class Store:
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         try:
-            entries = json.loads(self.path.read_text())["choices"]
+            text = self.path.read_text(encoding="utf-8")
+            entries: dict[str, dict[str, Any]] = json.loads(text)["choices"]
             if not all(isinstance(entry["form"], str) for entry in entries.values()):
                 raise ValueError("not a file of choices")
             return entries
@@ -184,7 +186,7 @@ class Choices:
     """
 
     def __init__(self, values: Mapping[str, str] | None = None, origin: str = "", store: Store | None = None):
-        self.values = dict(values or {})        # Of all calls that came. Plain values, to be sent and stored.
+        self.values = dict(values or {})        # For all calls that came. Plain values, to be sent and stored.
         self.origin, self.store = origin, store
         self._kept = {} if store is None else store.read()
         self._picked: dict[Hashable, Form] = {}
@@ -221,8 +223,11 @@ class Choices:
         if len(forms) == 1:
             return default
         if name not in self.values and self.store is not None:
-            kept = self._kept.get(name)
-            chosen, costs = (kept, None) if kept in forms else self._time(forms, cost)
+            kept, costs = self._kept.get(name), None
+            if kept is not None and kept in forms:
+                chosen = kept
+            else:
+                chosen, costs = self._time(forms, cost)
             with self._lock:        # Two threads may have timed the same.
                 is_first = self.values.setdefault(name, chosen) is chosen
             if is_first and costs:
@@ -246,10 +251,10 @@ class Choices:
         usual = costs.get(default)
         better = {name: seconds for name, (seconds, kept) in costs.items()
                   if usual is None or (seconds <= MARGIN * usual.seconds and kept <= MEMORY * usual.kept)}
-        return min(better, key=better.get, default=default), costs
+        return min(better, key=lambda name: better[name], default=default), costs
 
 
-_current: dict[str, Choices] = {}       # Of this process, by type of device; made at the first call.
+_current: dict[str, Choices] = {}       # By type of device; made at the first call.
 
 
 def open_choices(device: torch.device) -> Choices:
@@ -303,11 +308,16 @@ def fastest(op: str, inputs: Sequence[torch.Tensor | None], facts: Mapping[str, 
         call: `call(form, *inputs)` runs a form.
         batched: Which of the inputs have the batch as their first dimension.
     """
-    device = inputs[0].device
-    kinds = [None if t is None else (t.shape, t.dtype, _layout(t), wants_gradient(t)) for t in inputs]
+    first = inputs[0]
+    assert first is not None, "the images are the first of the inputs"
+    device = first.device
+    kinds: list[tuple[Any, ...] | None] = [
+        None if t is None else (t.shape, t.dtype, _layout(t), wants_gradient(t)) for t in inputs]
     if not any(kind is not None and kind[3] for kind in kinds):
         for i in batched:
-            shape, *rest = kinds[i]
+            kind = kinds[i]
+            assert kind is not None, "what has a batch is there"
+            shape, *rest = kind
             kinds[i] = (_batch_like(shape[0]), *shape[1:]), *rest
 
     def name() -> str:

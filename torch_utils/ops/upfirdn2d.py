@@ -7,7 +7,8 @@ import torch
 
 from torch_utils.ops import dispatch
 from torch_utils.ops.arguments import check_images, describe_tensor, filter_size, parse_padding, parse_rate
-from torch_utils.ops.native_forms import upfirdn2d_native
+from torch_utils.ops.calls import Calls, plain
+from torch_utils.ops.native_forms import ResamplingCall, upfirdn2d_call, upfirdn2d_native
 from torch_utils.ops.reference import upfirdn2d_ref
 from torch_utils.ops.resampler import plan_matrices
 
@@ -52,7 +53,7 @@ def setup_filter(
         f = f / f.sum()
     if flip_filter:
         f = f.flip(list(range(f.ndim)))
-    return (f * gain ** (f.ndim / 2)).to(device=device)
+    return (f * float(gain ** (f.ndim / 2))).to(device=device)
 
 #----------------------------------------------------------------------------
 
@@ -87,9 +88,28 @@ def upfirdn2d(
     Raises:
         ValueError: an argument does not fit, or the filter is larger than the padded image.
     """
+    if torch.compiler.is_compiling():       # What is remembered between calls is no part of a graph.
+        return _prepare(x, f, up, down, padding, flip_filter, gain, impl)(x, f)
+    settings = plain(up), plain(down), plain(padding), flip_filter, gain, impl
+    key = x.shape, x.dtype, x.device, id(f), settings
+    call = _calls.find(key) or _calls.keep(key, _prepare(x, f, up, down, padding, flip_filter, gain, impl), x, (f,),
+                                           settings)
+    return call(x, f)
+
+
+_calls: Calls[ResamplingCall] = Calls()
+
+
+def _prepare(x: torch.Tensor, f: torch.Tensor | None, up: int | Sequence[int], down: int | Sequence[int],
+             padding: int | Sequence[int], flip_filter: bool, gain: float, impl: str) -> ResamplingCall:
+    """The arguments checked, the form chosen: the call for x of such a shape and type, and f of such a content."""
     up_xy, down_xy, pad = parse_rate(up, "up"), parse_rate(down, "down"), parse_padding(padding)
     check_images(x, f, up_xy, down_xy, pad)
-    return dispatch.select("upfirdn2d", impl, x.device)(x, f, up_xy, down_xy, pad, flip_filter, float(gain))
+    settings = up_xy, down_xy, pad, flip_filter, float(gain)
+    function = dispatch.select("upfirdn2d", impl, x.device)
+    if function is upfirdn2d_native:
+        return upfirdn2d_call(x, f, *settings)
+    return lambda x, f: function(x, f, *settings)
 
 #----------------------------------------------------------------------------
 

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.util import list_some
+from dnnlib.classes import number_names, single, whole_number, with_several
+from dnnlib.util import list_some, normalized_name
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jif", ".jp2", ".jpe", ".jpeg", ".jpg",
+                  ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 METADATA_NAME = "dataset.json"
 MAX_CLASSES = 1_000_000
 # A name that needs no cleaning: its parts are not empty, do not begin with a dot and have no odd characters.
@@ -86,11 +88,22 @@ def label_table(store: LabelledStore) -> dict[str, int] | None:
     if wrong:
         raise UserError(f'{where}: the entry {_some(wrong, repr)} in "labels" must look like '
                         '["00000/img00000000.png", 6]')
+    several = [e for e in entries if type(e[1]) is not int and with_several([single(e[1])])]
+    if several:
+        raise UserError(f"{where}: the label {_some(several, lambda e: f'{e[1]!r} of {e[0]}')} holds more than one "
+                        "value: several labels per image are not supported: keep one for each image")
+    entries = [e if type(e[1]) is int else [e[0], _number(e[1])] for e in entries]
     wrong = [e for e in entries if type(e[1]) is not int or not 0 <= e[1] < MAX_CLASSES]
     if wrong:
         raise UserError(f"{where}: the label {_some(wrong, lambda e: f'{e[1]!r} of {e[0]}')} must be a whole number "
                         f"from 0 to {MAX_CLASSES - 1}, the index of a class")
     return _table(where, entries)
+
+
+def _number(label: Any) -> Any:
+    """The whole number that a label is; what is none stays."""
+    number = whole_number(single(label))
+    return label if number is None else number
 
 
 def _some(items: list, describe: Any) -> str:
@@ -124,7 +137,7 @@ def class_list(store: LabelledStore) -> list[str] | None:
         return None
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         raise UserError(f'{store.path}: {METADATA_NAME}: "classes" must be a list of names')
-    if len(set(classes)) != len(classes):
+    if len({normalized_name(name) for name in classes}) != len(classes):
         raise UserError(f'{store.path}: {METADATA_NAME}: "classes" lists a name twice: names must differ')
     return classes
 
@@ -135,11 +148,15 @@ def labels_of(store: LabelledStore, table: dict[str, int]) -> np.ndarray:
     Raises:
         UserError: some images have no label, or a label has no name in "classes".
     """
-    missing = [name for name in store.names if name not in table]
+    names = store.names
+    if any(name not in table for name in names):        # File systems may have written names in another form.
+        table = {normalized_name(name): label for name, label in table.items()}
+        names = [normalized_name(name) for name in names]
+    missing = [name for name in names if name not in table]
     if missing:
         raise UserError(f"{store.path}: {METADATA_NAME} gives no label for {len(missing)} of {len(store.names)} "
                         f"images: {list_some(missing)}: add them to \"labels\" or take the files away")
-    labels = np.array([table[name] for name in store.names], dtype=np.int64)
+    labels = np.array([table[name] for name in names], dtype=np.int64)
     classes = class_list(store)
     wrong = [] if classes is None else np.flatnonzero(labels >= len(classes))
     if len(wrong):
@@ -173,6 +190,48 @@ def read_labels(store: LabelledStore) -> tuple[np.ndarray, list[str]] | None:
     if not classes:
         _check_gaps(store, labels)
     return labels, classes or [str(i) for i in range(int(labels.max()) + 1)]
+
+#----------------------------------------------------------------------------
+
+def array_labels(where: str, array: np.ndarray, num: int) -> tuple[np.ndarray, list[str] | None]:
+    """Labels in an array, int64 [num], and the names of the classes if they were names.
+
+    Args:
+        where: What the array is, for messages: 'samples.npz: arr_1'.
+        array: Whole numbers of any type, or text, [num] or [num, 1]; or one-hot rows [num, C].
+        num: How many images there are.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    said = f"{where} is {array.dtype} {list(array.shape)}"
+    if array.shape == (num, 1):
+        array = array[:, 0]
+    if array.dtype.kind in "US" and array.shape == (num,):
+        texts = [str(x) for x in (np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array)]
+        if any(whole_number(text) is None for text in texts):
+            labels, names = number_names(where, texts)
+            return np.array(labels, dtype=np.int64), names
+        array = np.array([whole_number(text) for text in texts], dtype=np.int64)
+    if array.dtype.kind in "biuf" and array.ndim == 2 and len(array) == num and array.shape[1] > 1:
+        return _of_one_hot(said, array), None
+    if array.dtype.kind not in "iuf" or array.shape != (num,):
+        raise UserError(f"{said}, but labels of {num} images must be whole numbers [{num}] or one-hot rows [{num}, "
+                        "classes]: save them so")
+    wrong = array[~((array >= 0) & (array < MAX_CLASSES) & (array == np.floor(array)))]
+    if len(wrong):
+        raise UserError(f"{said}: {len(wrong)} labels are no class: {list_some(wrong.tolist())}: a label is a whole "
+                        f"number from 0 to {MAX_CLASSES - 1}")
+    return array.astype(np.int64), None
+
+
+def _of_one_hot(said: str, rows: np.ndarray) -> np.ndarray:
+    """Labels of one-hot rows. Raises UserError if there is another row among them."""
+    wrong = np.flatnonzero(~((rows == 0) | (rows == 1)).all(axis=1) | (np.count_nonzero(rows, axis=1) != 1))
+    if len(wrong):
+        raise UserError(f"{said}, but {len(wrong)} of its rows are not one-hot: {list_some(wrong.tolist())}: a row "
+                        "must be zeros with a single one, because several labels per image are not supported")
+    return rows.argmax(axis=1).astype(np.int64)
 
 #----------------------------------------------------------------------------
 

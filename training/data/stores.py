@@ -1,56 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders and zip archives of images, and decoding to RGB."""
+"""Folders and zip archives of images."""
 import functools
-import io
 import os
-import struct
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 
 from dnnlib import UserError
+from dnnlib.util import format_bytes
 from training.data.labels import IMAGE_SUFFIXES, METADATA_NAME, fingerprints, is_image_name, parse_metadata
+from training.data.wrapping import metadata_folder, put_in_folder
 from training.data.zip_index import ZipIndex, load_index, make_index, open_index, read_member, read_metadata
 
-# What Pillow raises for damaged files, and what the readers below raise.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, zlib.error,
-                 PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
+MAX_FILE_BYTES = 512 << 20      # Of one encoded image. Larger files are never read.
+MAX_LINKS = 100                 # How often one folder may be reached by links.
+
+#----------------------------------------------------------------------------
+
+class ReadableStore(Protocol):
+    """Files by index."""
+
+    def size(self, index: int) -> int:
+        """Bytes that `read` would return. Raises OSError."""
+
+    def read(self, index: int) -> bytes:
+        """Content of the file. Raises OSError."""
+
+
+def printable(name: str) -> str:
+    """A file name that every terminal and JSON reader takes: bytes that are no UTF-8 are written as \\xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def read_file(store: ReadableStore, index: int) -> bytes:
+    """Content of a file, unless it is too large to be one image. Raises OSError, whose text is the reason."""
+    size = store.size(index)
+    if size > MAX_FILE_BYTES:
+        raise OSError(f"{format_bytes(size)}, more than the {format_bytes(MAX_FILE_BYTES)} that one image may have")
+    return store.read(index)
 
 #----------------------------------------------------------------------------
 # Where files lie. Both kinds can be pickled and used after a fork.
 
 class FolderStore:
-    """The images in a folder, whatever their depth, sorted by name."""
+    """The images in a folder, whatever their depth, sorted by name. Links are followed, but never in a circle."""
+
+    reads_in_order = False
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.names = sorted(name for name in self._walk() if is_image_name(name))   # With forward slashes.
-        metadata = self.path / METADATA_NAME
-        self.metadata = parse_metadata(metadata, metadata.read_bytes()) if metadata.is_file() else {}
+        self.other_files: list[str] = []        # Files that are no images, sorted likewise, without hidden ones.
+        self.names = sorted(self._images())     # With forward slashes.
+        self.other_files.sort()
+        folder = metadata_folder(path, self.other_files, self.names)
+        metadata = self.path / (folder or "") / METADATA_NAME
+        content = parse_metadata(metadata, metadata.read_bytes()) if folder is not None else {}
+        self.metadata = put_in_folder(content, folder or "")
         self.lists_labels = bool(self.metadata.get("labels"))
         self.labels, self.classes = None, None          # Not known before `training.data.labels.read_labels`.
         self.fingerprints: tuple[str, str] | None = None
 
-    def _walk(self) -> Iterator[str]:
-        seen = set()                # Links to folders are followed, but never in a circle.
-        for folder, folders, files in os.walk(self.path, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            for file in files:
-                yield os.path.relpath(os.path.join(folder, file), self.path).replace(os.sep, "/")
+    def _images(self) -> Iterator[str]:
+        for name in _walk(self.path):
+            if is_image_name(name):
+                yield name
+            elif not _is_hidden(name):
+                self.other_files.append(name)
 
     def where(self, index: int) -> str:
         """The file as error messages name it."""
-        return str(self.path / self.names[index])
+        return printable(str(self.path / self.names[index]))
+
+    def size(self, index: int) -> int:
+        """Bytes of the file. Raises OSError."""
+        return os.path.getsize(self.path / self.names[index])
 
     def read(self, index: int) -> bytes:
         """Content of the file. Raises OSError."""
@@ -65,12 +93,57 @@ class FolderStore:
         """Nothing is held open."""
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or "/." in name or "__MACOSX" in name.split("/")
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:         # A link to itself: who reads it, learns that.
+        return False
+
+
+def _walk(top: Path) -> Iterator[str]:
+    """All files below a folder, by their names relative to it, with forward slashes.
+
+    A folder that several links lead to is listed below each of them, since each may be a class. Not listed again is a
+    folder that lies inside of itself.
+
+    Raises:
+        UserError: links lead to one folder so often that there would be no end of it.
+        OSError: a folder cannot be read.
+    """
+    visits: dict[str, int] = {}
+
+    def walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        visits[real] = visits.get(real, 0) + 1
+        if visits[real] > MAX_LINKS:
+            raise UserError(f"{folder}: links lead to this folder more than {MAX_LINKS} times: remove some")
+        inside: list[str] = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    inside.append(entry.name)
+                else:
+                    yield prefix + entry.name
+        for name in inside:
+            yield from walk(os.path.join(folder, name), f"{prefix}{name}/", above | {real})
+
+    yield from walk(str(top), "", frozenset())
+
+
 class ZipStore:
     """The images in a zip archive, sorted by name.
 
     The archive is listed once, for all processes (`training.data.zip_index`). Members are read by their offsets,
     through a descriptor that has no position: it may be used by several threads and after a fork.
     """
+
+    reads_in_order = False
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -86,11 +159,17 @@ class ZipStore:
     def metadata(self) -> dict[str, Any]:
         """The object in dataset.json, which may be large: `labels` and `lists_labels` do without it."""
         member = self._index.metadata_member
-        return {} if member is None else read_metadata(self.path, self._descriptor(), member)
+        if member is None:
+            return {}
+        return read_metadata(self.path, self._descriptor(), member, self._index.metadata_folder)
 
     def where(self, index: int) -> str:
         """The file as error messages name it."""
         return f"{self.path}: {self.names[index]}"
+
+    def size(self, index: int) -> int:
+        """Bytes of the content."""
+        return int(self._index.members[index]["size"])
 
     def read(self, index: int) -> bytes:
         """Content of the file.
@@ -114,7 +193,7 @@ class ZipStore:
     def _descriptor(self) -> int:
         """The archive, opened when it is needed."""
         if self._fd is None:
-            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
             try:
                 self._check_unchanged(os.fstat(fd))
             except UserError:
@@ -169,12 +248,24 @@ def open_store(path: str | os.PathLike) -> FolderStore | ZipStore:
     try:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such folder or zip archive: check the path")
-        store = FolderStore(path) if os.path.isdir(path) else ZipStore(path)
+        if os.path.isdir(path):
+            store = FolderStore(path)
+            store.other_files.clear()           # There may be as many, and nobody asks.
+        elif not _may_be_zip(path):
+            raise UserError(f"{path}: not a whole zip archive, nor a folder: make a data set of it with "
+                            f"dataset_tool.py --source={path}")
+        else:
+            store = ZipStore(path)
     except OSError as err:
         raise UserError(f"{path}: cannot be read ({err.strerror or err}): check the path and its permissions") from err
     if not store.names:
         raise UserError(f"{path}: no images in it: files must end in {', '.join(IMAGE_SUFFIXES)}")
     return store
+
+
+def _may_be_zip(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK" or zipfile.is_zipfile(file)
 
 
 def content_fingerprint(store: FolderStore | ZipStore, indices: Sequence[int] | np.ndarray, xflip: bool) -> str:
@@ -190,51 +281,3 @@ def content_fingerprint(store: FolderStore | ZipStore, indices: Sequence[int] | 
     if everything:
         store.fingerprints = both
     return both[xflip]
-
-#----------------------------------------------------------------------------
-# Decoding.
-
-def open_image(data: bytes) -> PIL.Image.Image:
-    """A decoded image in whatever mode the file has. Raises one of DECODE_ERRORS."""
-    if not data:
-        raise OSError("the file is empty")
-    try:
-        image = PIL.Image.open(io.BytesIO(data))
-    except PIL.UnidentifiedImageError as err:
-        raise OSError("not an image, or damaged") from err      # The original text only names a memory address.
-    limit = PIL.Image.MAX_IMAGE_PIXELS      # Pillow itself only warns up to twice as many.
-    if limit is not None and image.width * image.height > limit:
-        raise OSError(f"{image.width}x{image.height} pixels, more than the {limit} that one image may have")
-    image.load()
-    return image
-
-
-def to_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, list[str]]:
-    """Any decoded image as upright RGB, and what was done to it, in words.
-
-    Raises:
-        ValueError: the values have no defined range (32-bit integers beyond 16 bits, floats).
-    """
-    notes = []
-    if getattr(image, "n_frames", 1) > 1:
-        notes.append("animated: first frame taken")
-    orientation = image.getexif().get(0x0112, 1)
-    if orientation != 1:
-        image = PIL.ImageOps.exif_transpose(image)
-        notes.append("turned upright by its EXIF orientation")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit pixels have no defined range")
-        image = PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-        notes.append("16 bits reduced to 8")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = PIL.Image.alpha_composite(white, image)
-        notes.append("transparency laid over white")
-    elif image.mode != "RGB":
-        notes.append(f"mode {image.mode} converted")
-    return image.convert("RGB"), notes

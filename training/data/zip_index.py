@@ -25,7 +25,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.download import cache_dir
-from dnnlib.util import atomic_file
+from dnnlib.util import atomic_file, read_at
 from training.data.labels import (
     METADATA_NAME,
     PLAIN_NAME,
@@ -37,14 +37,16 @@ from training.data.labels import (
     labels_of,
     parse_metadata,
 )
+from training.data.wrapping import metadata_folder, put_in_folder
 from training.data.zip_directory import ENCRYPTED, Directory, read_directory, read_tail
 
 MAGIC = b"SSXL-ZIP"
-VERSION = 1                     # Of the file and of what is in it.
+VERSION = 2                     # Of the file and of what is in it.
 MIN_ENTRIES = 10_000            # Fewer are listed in no time: no file is made.
 MAX_MEMBER = 2 * 10 ** 9        # Bytes of one file: what an archive claims beyond that is not believed.
 LOCAL_HEADER, LOCAL_BYTES = b"PK\x03\x04", 30
 READ_AHEAD = 256                # Name and extra field in front of a file's content are rarely longer.
+REPACK = "unpack the archive and name the folder, or pack that again without compression (zip -0 -r)"
 
 # A member of the archive: place of its local header, bytes in the archive, bytes of the content, CRC-32, method.
 MEMBER_TYPE = np.dtype([("offset", "<i8"), ("compressed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u4")])
@@ -112,7 +114,8 @@ class ZipIndex:
     signature: Signature
     names: Sequence[str]
     members: np.ndarray                 # MEMBER_TYPE [images].
-    metadata_member: tuple | None       # dataset.json.
+    metadata_member: tuple | None       # dataset.json,
+    metadata_folder: str                # and the folder around all images in which it lies; '' if at the top.
     lists_labels: bool                  # Whether it lists labels, right or wrong.
     labels: np.ndarray | None           # int32 [images], if they are right,
     classes: list[str] | None           # and the names of their classes, if there are any.
@@ -129,12 +132,12 @@ def read_member(fd: int, member: Sequence[int]) -> bytes:
     offset, compressed, size, crc, method = member
     if max(size, compressed) > MAX_MEMBER:
         raise OSError(f"it is of {max(size, compressed)} bytes, at most {MAX_MEMBER} are read")
-    data = os.pread(fd, compressed + READ_AHEAD, offset)
+    data = read_at(fd, compressed + READ_AHEAD, offset)
     if len(data) < LOCAL_BYTES or data[:4] != LOCAL_HEADER:
         raise OSError("the archive is damaged here")
     start = LOCAL_BYTES + sum(struct.unpack_from("<HH", data, 26))     # May differ from the central directory's.
     if len(data) < start + compressed:
-        data, start = os.pread(fd, compressed, offset + start), 0
+        data, start = read_at(fd, compressed, offset + start), 0
     content: Any = memoryview(data)[start:start + compressed]
     if method == zipfile.ZIP_DEFLATED:
         try:
@@ -162,27 +165,27 @@ def make_index(path: str | os.PathLike) -> ZipIndex:
             directory = read_directory(file)
         except zipfile.BadZipFile as err:
             raise UserError(f"{path}: not a whole zip archive ({err}): copy or make it again") from err
-        images, names, metadata_at = _choose(path, directory)
+        images, names, metadata_at, folder = _choose(path, directory)
         metadata, metadata_member = {}, None
         if metadata_at is not None:
             metadata_member = tuple(_members(directory, [metadata_at])[0].tolist())
-            metadata = read_metadata(path, file.fileno(), metadata_member)
+            metadata = read_metadata(path, file.fileno(), metadata_member, folder)
     members = _members(directory, images)
     files = zip(names, members["size"].tolist(), members["crc"].tolist(), strict=True)
-    return ZipIndex(signature, Names.of(names), members, metadata_member, bool(metadata.get("labels")),
+    return ZipIndex(signature, Names.of(names), members, metadata_member, folder, bool(metadata.get("labels")),
                     *_right_labels(path, names, metadata), fingerprints(files, metadata))
 
 
-def read_metadata(path: str | os.PathLike, fd: int, member: Sequence[int]) -> dict[str, Any]:
-    """dataset.json of an archive. Raises UserError."""
+def read_metadata(path: str | os.PathLike, fd: int, member: Sequence[int], folder: str = "") -> dict[str, Any]:
+    """dataset.json of an archive, which lies in `folder` there. Raises UserError."""
     where = f"{path}: {METADATA_NAME}"
     if member[4] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{where} is neither stored nor deflated (method {member[4]}): make the archive again")
+        raise UserError(f"{where} is neither stored nor deflated (method {member[4]}): {REPACK}")
     try:
         data = read_member(fd, member)
     except OSError as err:
         raise UserError(f"{path}: not a whole zip archive ({METADATA_NAME}: {err}): copy or make it again") from err
-    return parse_metadata(where, data)
+    return put_in_folder(parse_metadata(where, data), folder)
 
 
 def _members(directory: Directory, indices: Sequence[int]) -> np.ndarray:
@@ -192,8 +195,8 @@ def _members(directory: Directory, indices: Sequence[int]) -> np.ndarray:
     return members
 
 
-def _choose(path: str | os.PathLike, directory: Directory) -> tuple[list[int], list[str], int | None]:
-    """Images as indices into the directory, sorted by name; their clean names; index of dataset.json."""
+def _choose(path: str | os.PathLike, directory: Directory) -> tuple[list[int], list[str], int | None, str]:
+    """Images as indices into the directory, sorted by name; their clean names; index of dataset.json; its folder."""
     clean: list[str] = []
     places: list[int] = []
     for i, raw in enumerate(directory.names):
@@ -205,13 +208,14 @@ def _choose(path: str | os.PathLike, directory: Directory) -> tuple[list[int], l
         seen: set[str] = set()
         twice = next(name for name in clean if name in seen or seen.add(name))
         raise UserError(f"{path}: holds {twice} twice: make the archive again")
-    metadata_at = places[clean.index(METADATA_NAME)] if METADATA_NAME in clean else None
     keep = [k for k, name in enumerate(clean) if is_image_name(name)]
     if not all(map(operator.lt, (clean[k] for k in keep), islice((clean[k] for k in keep), 1, None))):
         keep.sort(key=clean.__getitem__)
     images, names = [places[k] for k in keep], [clean[k] for k in keep]
     _check_methods(path, directory, images, names)
-    return images, names, metadata_at
+    folder = metadata_folder(path, [name for name in clean if name.endswith(METADATA_NAME)], names)
+    metadata_at = None if folder is None else places[clean.index(folder + METADATA_NAME)]
+    return images, names, metadata_at, folder or ""
 
 
 def _clean(path: str | os.PathLike, raw: str) -> str | None:
@@ -235,8 +239,7 @@ def _check_methods(path: str | os.PathLike, directory: Directory, images: list[i
     odd = (methods != zipfile.ZIP_STORED) & (methods != zipfile.ZIP_DEFLATED)
     if odd.any():
         k = int(odd.argmax())
-        raise UserError(f"{path}: {names[k]} is neither stored nor deflated (method {methods[k]}): "
-                        "make the archive again, for example with dataset_tool.py")
+        raise UserError(f"{path}: {names[k]} is neither stored nor deflated (method {methods[k]}): {REPACK}")
 
 
 @dataclasses.dataclass
@@ -311,7 +314,8 @@ def save_index(place: Path, index: ZipIndex) -> None:
         at += len(blocks[-2]) + len(blocks[-1])
     header = json.dumps({
         "version": VERSION, "signature": dataclasses.asdict(index.signature), "arrays": table, "bytes": at,
-        "metadata_member": index.metadata_member, "lists_labels": index.lists_labels,
+        "metadata_member": index.metadata_member, "metadata_folder": index.metadata_folder,
+        "lists_labels": index.lists_labels,
         "classes": index.classes, "fingerprints": index.fingerprints}).encode()
     header += b" " * (-(len(MAGIC) + 16 + len(header)) % 64)
     crc = zlib.crc32(header)
@@ -346,7 +350,7 @@ def load_index(place: Path, signature: Signature) -> ZipIndex | None:
             arrays[name] = np.frombuffer(data, dtype=kind, count=count, offset=start)
         member = header["metadata_member"]
         return ZipIndex(signature, Names(arrays["name_bytes"], arrays["name_ends"]), arrays["members"],
-                        None if member is None else tuple(member), header["lists_labels"], arrays.get("labels"),
-                        header["classes"], tuple(header["fingerprints"]), place)
+                        None if member is None else tuple(member), header["metadata_folder"], header["lists_labels"],
+                        arrays.get("labels"), header["classes"], tuple(header["fingerprints"]), place)
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return None

@@ -2,9 +2,9 @@
 """Building blocks of the small discriminators: classic spectral normalisation and a halving block.
 
 Officially both kinds of normalisation depend on how a batch is cut: BatchNorm takes its statistics from a micro-batch,
-and spectral norm does a power iteration per forward. With `set_split_group` neither does: statistics are of groups of
-a fixed number of consecutive samples, and what moves with the training moves once per step (`begin_step`,
-`end_step`).
+and spectral norm does a power iteration per forward. With `set_ghost_batch` neither does: statistics are taken over
+ghost batches, which are a fixed number of consecutive samples each (Hoffer et al., NeurIPS 2017), and what moves with
+the training moves once per step (`begin_step`, `end_step`).
 """
 import math
 
@@ -28,17 +28,21 @@ class SpectralConv2d(torch.nn.Module):
     """
 
     once_per_step = False
-    hold_bias = False           # For a bias that a BatchNorm behind takes out again: its gradient is 0.
+    hold_bias = False           # True: a BatchNorm behind takes the bias out again, so its gradient is set to 0.
+    weight_u: torch.Tensor      # [out_channels]: the left one of the stored singular vectors.
+    weight_v: torch.Tensor      # [in_channels * k * k]: the right one.
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
                  bias: bool = True):
         super().__init__()
         self.stride, self.padding = stride, padding
         fan_in = in_channels * kernel_size ** 2
-        bound = 1 / math.sqrt(fan_in)       # The usual initialisation of convolutions in PyTorch.
+        bound = 1 / math.sqrt(fan_in)       # PyTorch initialises convolutions so, too.
         shape = (out_channels, in_channels, kernel_size, kernel_size)
         self.weight_orig = torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-        self.bias = torch.nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
+        self.bias: torch.nn.Parameter | None = None
+        if bias:
+            self.bias = torch.nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
         self.register_buffer("weight_u", _unit(torch.randn(out_channels)))
         self.register_buffer("weight_v", _unit(torch.randn(fan_in)))
 
@@ -51,7 +55,7 @@ class SpectralConv2d(torch.nn.Module):
 
     def sigma(self) -> torch.Tensor:
         """The largest singular value, as far as the stored vectors know it."""
-        # Copies, because a second forward before the backward overwrites the buffers (real, then generated images).
+        # These are copies, because a second forward before the backward (real after generated) overwrites the buffers.
         u, v = self.weight_u.clone(), self.weight_v.clone()
         return torch.dot(u, self.weight_orig.flatten(1) @ v)
 
@@ -63,7 +67,7 @@ class SpectralConv2d(torch.nn.Module):
         gain = self.sigma().reciprocal()
         if self.bias is None:
             return y * gain
-        # Exactly 0 instead of rounding errors, of which Adam makes steps.
+        # Where the gradient should be 0, rounding errors would remain, and Adam makes whole steps of them.
         bias = self.bias.detach() + 0 * self.bias if self.hold_bias else self.bias
         return torch.addcmul(bias[:, None, None], y, gain)
 
@@ -73,41 +77,48 @@ def _unit(vector: torch.Tensor) -> torch.Tensor:
 
 #----------------------------------------------------------------------------
 
-class GroupedBatchNorm2d(torch.nn.BatchNorm2d):
-    """BatchNorm that in training takes its statistics from every `group` consecutive samples by themselves.
+class GhostBatchNorm2d(torch.nn.BatchNorm2d):
+    """BatchNorm that in training normalises every ghost batch of consecutive samples by itself.
 
-    With group 0, the default, it is torch's BatchNorm: all samples of a forward are one group. With groups the running
-    statistics, which only evaluation uses, wait for `end_step` and then move once, towards the mean over all groups of
-    the step.
+    With `ghost_batch` 0, the default, it is torch's BatchNorm: all samples of a forward are normalised together. With
+    ghost batches the running statistics, which only evaluation uses, wait for `end_step` and then move once, towards
+    the mean over all ghost batches of the step.
     """
 
-    group = 0
+    ghost_batch = 0
+    sums: torch.Tensor      # [3, num_features]: means and variances, added up over ghost batches, and their number.
 
     def __init__(self, num_features: int):
         super().__init__(num_features)
-        self.register_buffer("sums", torch.zeros(3, num_features), persistent=False)    # Means, variances, groups.
+        self.register_buffer("sums", torch.zeros(3, num_features), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, W] -> the same shape; N is a multiple of `group`."""
-        if not (self.training and self.group):
+        """[N, C, H, W] -> the same shape; N is a multiple of `ghost_batch`."""
+        if not (self.training and self.ghost_batch):
             return super().forward(x)
-        num, channels = len(x) // self.group, x.shape[1]
-        # Groups go to the channels, of which BatchNorm has one statistic each: [group, num * C, H, W].
-        grouped = x.unflatten(0, (num, self.group)).transpose(0, 1).flatten(1, 2)
+        num, channels = len(x) // self.ghost_batch, x.shape[1]
+        # BatchNorm has one statistic per channel, so ghost batches become channels: [ghost_batch, num * C, H, W].
+        grouped = x.unflatten(0, (num, self.ghost_batch)).transpose(0, 1).flatten(1, 2)
         mean, var = x.new_zeros(num * channels), x.new_ones(num * channels)
         y = F.batch_norm(grouped, mean, var, self.weight.repeat(num), self.bias.repeat(num), training=True,
                          momentum=1.0, eps=self.eps)
         with torch.no_grad():
             sums = [part.view(num, channels).sum(dim=0) for part in (mean, var)]
             self.sums += torch.stack([*sums, torch.full_like(sums[0], num)])
-        return y.unflatten(1, (num, channels)).transpose(0, 1).flatten(0, 1)
+        z: torch.Tensor = y.unflatten(1, (num, channels)).transpose(0, 1).flatten(0, 1)
+        return z
 
     @torch.no_grad()
     def move_running(self) -> None:
         """Move the running statistics by what `sums` holds, if it holds anything, and empty it."""
-        has_any = self.sums[2] > 0          # Asked on the device: nothing waits for the answer.
-        for running, total in zip((self.running_mean, self.running_var), self.sums[:2], strict=True):
-            running.copy_(torch.where(has_any, running.lerp(total / self.sums[2], self.momentum), running))
+        running_mean, running_var, momentum = self.running_mean, self.running_var, self.momentum
+        assert running_mean is not None, "the constructor asks for running statistics"
+        assert running_var is not None
+        assert momentum is not None
+        assert self.num_batches_tracked is not None
+        has_any = self.sums[2] > 0          # The device answers this itself, so nothing waits for it.
+        for running, total in zip((running_mean, running_var), self.sums[:2], strict=True):
+            running.copy_(torch.where(has_any, running.lerp(total / self.sums[2], momentum), running))
         self.num_batches_tracked += has_any[0]
         self.sums.zero_()
 
@@ -117,32 +128,36 @@ class DownBlock(torch.nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.main = torch.nn.Sequential(
-            SpectralConv2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1),
-            GroupedBatchNorm2d(out_channels),
-            torch.nn.LeakyReLU(0.2),
-        )
+        conv = SpectralConv2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1)
+        self.main = torch.nn.Sequential(conv, GhostBatchNorm2d(out_channels), torch.nn.LeakyReLU(0.2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H/2, W/2]."""
-        return self.main(x)
+        y: torch.Tensor = self.main(x)
+        return y
+
+    def set_hold_bias(self, hold: bool) -> None:
+        """Say whether the bias of the convolution, which BatchNorm takes out again, stays as it is."""
+        conv = self.main[0]
+        assert isinstance(conv, SpectralConv2d)
+        conv.hold_bias = hold
 
 #----------------------------------------------------------------------------
 # Normalisation that does not depend on how a batch is cut.
 
-def set_split_group(module: torch.nn.Module, group: int) -> None:
-    """Let the blocks below `module` normalise over `group` consecutive samples; 0: officially, over a micro-batch."""
+def set_ghost_batch(module: torch.nn.Module, size: int) -> None:
+    """Let the blocks below `module` normalise over ghost batches of this size; 0: over a micro-batch, as officially."""
     for part in module.modules():
         if isinstance(part, SpectralConv2d):
-            part.once_per_step = group > 0
-        elif isinstance(part, GroupedBatchNorm2d):
-            part.group = group
+            part.once_per_step = size > 0
+        elif isinstance(part, GhostBatchNorm2d):
+            part.ghost_batch = size
         elif isinstance(part, DownBlock):
-            part.main[0].hold_bias = group > 0
+            part.set_hold_bias(size > 0)
 
 
 def begin_step(module: torch.nn.Module) -> None:
-    """What moves once per step, before its first forward: singular vectors."""
+    """Move the singular vectors, which move once per step, before its first forward."""
     for part in module.modules():
         if isinstance(part, SpectralConv2d) and part.once_per_step:
             part.power_iteration()
@@ -150,8 +165,8 @@ def begin_step(module: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def end_step(module: torch.nn.Module) -> None:
-    """What moves once per step, after its last forward: running statistics, over all processes."""
-    norms = [part for part in module.modules() if isinstance(part, GroupedBatchNorm2d) and part.group]
+    """Move the running statistics, which move once per step, after its last forward and over all processes."""
+    norms = [part for part in module.modules() if isinstance(part, GhostBatchNorm2d) and part.ghost_batch]
     if norms:
         total = distributed.all_reduce_sum(torch.cat([norm.sums.flatten() for norm in norms]))
         for norm, sums in zip(norms, total.split([norm.sums.numel() for norm in norms]), strict=True):

@@ -5,6 +5,7 @@ Names of modules are those of official snapshots: mini_discs.<i>.main.<j>.main.<
 """
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,15 @@ def channels_at(size: int, max_channels: int) -> int:
 def down_blocks(in_channels: int, map_size: int, max_channels: int) -> tuple[torch.nn.Sequential, int, int]:
     """Blocks that bring a map of this size to the nominal size 8, and at least one.
 
-    Official maps never are so small that they need none. The small maps of local networks are: without a block their
-    scale would be a linear function of frozen features, which sees means and no variety.
+    Official maps are never so small that they need none, but those of local networks are: without a block their scale
+    would be a linear function of frozen features, which sees means and no variety.
 
     Returns:
         The blocks, their output channels, and the kernel size of the layer that comes next (4, or less if the map that
         is left is smaller than that).
     """
-    blocks, channels, size = [], in_channels, nominal_size(map_size)
+    blocks: list[torch.nn.Module] = []
+    channels, size = in_channels, nominal_size(map_size)
     while size > END_SIZE or (not blocks and map_size > 1):
         size, map_size = size // 2, map_size // 2
         blocks.append(DownBlock(channels, channels_at(size, max_channels)))
@@ -47,33 +49,53 @@ def down_blocks(in_channels: int, map_size: int, max_channels: int) -> tuple[tor
     return torch.nn.Sequential(*blocks), channels, min(LAST_KERNEL, map_size)
 
 
-def num_logits(blocks: torch.nn.Sequential, kernel: int, x: torch.Tensor) -> int:
-    """Logits per sample that these blocks and a last layer with this kernel make of a map [N, C, H, W]."""
-    height, width = (size >> len(blocks) for size in x.shape[2:])
-    return (height - kernel + 1) * (width - kernel + 1)
 
 #----------------------------------------------------------------------------
 
-class SingleDisc(torch.nn.Module):
+class ScaleDisc(torch.nn.Module):
+    """The small discriminator of one scale: blocks, then inner products of the features with one or more directions."""
+
+    def __init__(self, in_channels: int, map_size: int, max_channels: int):
+        super().__init__()
+        self.main, self.main_channels, self.kernel = down_blocks(in_channels, map_size, max_channels)
+
+    def num_logits(self, x: torch.Tensor) -> int:
+        """Logits per sample of a map `x` [N, in_channels, H, W]."""
+        height, width = (size >> len(self.main) for size in x.shape[2:])
+        return (height - self.kernel + 1) * (width - self.kernel + 1)
+
+    def san(self, x: torch.Tensor, c: torch.Tensor) -> SanOutput:
+        """Both outputs of the discriminator step, each [N, h, w], of a map `x` for one-hot `c` [N, c_dim]."""
+        raise NotImplementedError
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """The features of which inner products with directions are taken: [N, positions, D]."""
+        raise NotImplementedError
+
+    def directions(self) -> torch.Tensor:
+        """The directions as unit vectors: [c_dim, D], or [1, D] without classes."""
+        raise NotImplementedError
+
+
+class SingleDisc(ScaleDisc):
     """Unconditional: blocks, then a last convolution to one channel without a bias."""
 
     def __init__(self, in_channels: int, map_size: int, max_channels: int = 512, san: bool = True):
-        super().__init__()
-        self.main, channels, kernel = down_blocks(in_channels, map_size, max_channels)
-        self.kernel = kernel
-        self.last_layer = (SanConv2d if san else PlainConv2d)(channels, 1, kernel, bias=False)
+        super().__init__(in_channels, map_size, max_channels)
+        self.last_layer = (SanConv2d if san else PlainConv2d)(self.main_channels, 1, self.kernel, bias=False)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Logits [N, h, w] of a map `x` [N, in_channels, H, W]; `c` is not used."""
-        return self.last_layer(self.main(x))[:, 0]
+        logits: torch.Tensor = self.last_layer(self.main(x))
+        return logits[:, 0]
 
     def san(self, x: torch.Tensor, c: torch.Tensor) -> SanOutput:
-        """Both outputs of the discriminator step, each [N, h, w]."""
+        """As in `ScaleDisc`; `c` is not used."""
         fun, along = self.last_layer.san(self.main(x))
         return SanOutput(fun[:, 0], along[:, 0])
 
     def patches(self, x: torch.Tensor) -> torch.Tensor:
-        """What the last layer takes inner products with: [N, positions, channels * k * k], the map under its kernel."""
+        """The patches of the last map under the last layer's kernel: [N, positions, channels * k * k]."""
         return F.unfold(self.main(x), self.kernel).transpose(1, 2)
 
     def directions(self) -> torch.Tensor:
@@ -81,15 +103,13 @@ class SingleDisc(torch.nn.Module):
         return F.normalize(self.last_layer.weight.flatten(1), dim=1)
 
 
-class SingleDiscCond(torch.nn.Module):
+class SingleDiscCond(ScaleDisc):
     """Conditional: features of width `cmap_dim`, inner product with the class's linear map, over sqrt(cmap_dim)."""
 
     def __init__(self, in_channels: int, map_size: int, c_dim: int, cmap_dim: int = 64, max_channels: int = 512,
                  san: bool = True):
-        super().__init__()
-        self.main, channels, kernel = down_blocks(in_channels, map_size, max_channels)
-        self.kernel = kernel
-        self.cls = SpectralConv2d(channels, cmap_dim, kernel, bias=False)
+        super().__init__(in_channels, map_size, max_channels)
+        self.cls = SpectralConv2d(self.main_channels, cmap_dim, self.kernel, bias=False)
         self.embed = (SanEmbedding if san else PlainEmbedding)(c_dim, cmap_dim)
         self.gain = 1 / math.sqrt(cmap_dim)
 
@@ -102,14 +122,15 @@ class SingleDiscCond(torch.nn.Module):
         return self._inner(self.cls(self.main(x)), self.embed(c.argmax(dim=1)))
 
     def san(self, x: torch.Tensor, c: torch.Tensor) -> SanOutput:
-        """Both outputs of the discriminator step, each [N, h, w]."""
+        """As in `ScaleDisc`."""
         h = self.cls(self.main(x))
         fun, along = self.embed.san(c.argmax(dim=1))
         return SanOutput(self._inner(h, fun), self._inner(h.detach(), along))
 
     def patches(self, x: torch.Tensor) -> torch.Tensor:
-        """What the classes' directions take inner products with: [N, positions, cmap_dim]."""
-        return self.cls(self.main(x)).flatten(2).transpose(1, 2)
+        """The output of the convolution `cls`: [N, positions, cmap_dim]."""
+        h: torch.Tensor = self.cls(self.main(x))
+        return h.flatten(2).transpose(1, 2)
 
     def directions(self) -> torch.Tensor:
         """The classes' linear maps as unit vectors: [c_dim, cmap_dim]."""
@@ -123,7 +144,7 @@ class MultiScaleD(torch.nn.Module):
     def __init__(self, channels: Sequence[int], map_sizes: Sequence[int], c_dim: int = 0, cmap_dim: int = 64,
                  max_channels: int = 512, san: bool = True):
         super().__init__()
-        discs: list[torch.nn.Module] = []
+        discs: list[ScaleDisc] = []
         for width, size in zip(channels, map_sizes, strict=True):
             if c_dim > 0:
                 discs.append(SingleDiscCond(width, size, c_dim, cmap_dim, max_channels, san))
@@ -131,18 +152,20 @@ class MultiScaleD(torch.nn.Module):
                 discs.append(SingleDisc(width, size, max_channels, san))
         self.mini_discs = torch.nn.ModuleDict({str(i): disc for i, disc in enumerate(discs)})
 
+    def scales(self) -> list[ScaleDisc]:
+        """The small discriminators, shallowest first."""
+        return [cast(ScaleDisc, disc) for disc in self.mini_discs.values()]
+
     def forward(self, features: Sequence[torch.Tensor], c: torch.Tensor) -> torch.Tensor:
         """Logits [N, L]; `features` are the mixed maps, shallowest first; `c` one-hot [N, c_dim]."""
-        pairs = zip(self.mini_discs.values(), features, strict=True)
-        return torch.cat([disc(x, c).flatten(1) for disc, x in pairs], dim=1)
+        return torch.cat([disc(x, c).flatten(1) for disc, x in zip(self.scales(), features, strict=True)], dim=1)
 
     def scale_sizes(self, features: Sequence[torch.Tensor]) -> list[int]:
         """How many of the L logits come from each scale, in their order."""
-        return [num_logits(disc.main, disc.kernel, x)
-                for disc, x in zip(self.mini_discs.values(), features, strict=True)]
+        return [disc.num_logits(x) for disc, x in zip(self.scales(), features, strict=True)]
 
     def san(self, features: Sequence[torch.Tensor], c: torch.Tensor) -> SanOutput:
         """Both outputs of the discriminator step, each [N, L]."""
-        outputs = [disc.san(x, c) for disc, x in zip(self.mini_discs.values(), features, strict=True)]
+        outputs = [disc.san(x, c) for disc, x in zip(self.scales(), features, strict=True)]
         return SanOutput(*(torch.cat([part.flatten(1) for part in parts], dim=1)
                            for parts in zip(*outputs, strict=True)))

@@ -8,6 +8,7 @@ and must see them in separate forwards.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from typing import cast
 
 import torch
 
@@ -16,12 +17,12 @@ from dnnlib.util import list_some
 from torch_utils.misc import assert_shape
 from training.config import DiscriminatorConfig
 from training.diffaug import NUM_UNIFORMS, POLICIES, diff_augment
-from training.discriminators.blocks import begin_step, end_step, set_split_group
+from training.discriminators.blocks import begin_step, end_step, set_ghost_batch
 from training.discriminators.heads import MultiScaleD
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded
 from training.discriminators.san import SanOutput, project_directions
 from training.feature_networks.backbones import Backbone, warm_up_batch_norm
-from training.feature_networks.fast import make_fast, surroundings_of
+from training.feature_networks.fast import optimize_frozen, surroundings_of
 from training.feature_networks.registry import load_backbone
 from training.feature_networks.within import Surroundings, run_within
 
@@ -58,7 +59,7 @@ class FeatureNetwork(torch.nn.Module):
             channels, sizes = self.pretrained.out_channels, self.pretrained.out_sizes(sizes)
         self.scratch = FeatureFusion(channels, proj_channels)
         self.out_channels = self.scratch.out_channels
-        self.out_sizes = self.scratch.out_sizes(sizes)      # For images of the backbone's input size.
+        self.out_sizes = self.scratch.out_sizes(sizes)      # The sides for images of the backbone's input size.
         self.surroundings: Surroundings | None = None       # See `training.feature_networks.fast`.
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -73,10 +74,9 @@ class FeatureNetwork(torch.nn.Module):
         return [_as_heads_want(x) for x in mixed]
 
 
-
 def _as_heads_want(x: torch.Tensor) -> torch.Tensor:
-    """The same map, channels last on CPUs if it is large: there convolutions then take half the time. Small maps, whose
-    weights are larger than they, gain nothing."""
+    """The same map, channels last if it is large and on a CPU, where convolutions then take half the time. Small maps,
+    whose weights are larger than they, gain nothing."""
     last = x.device.type == "cpu" and x.shape[2] >= LARGE_MAP
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -102,7 +102,7 @@ class ProjectedDiscriminator(torch.nn.Module):
         if unknown := sorted(set(config.diffaug) - set(POLICIES)):
             raise UserError(f"diffaug: unknown augmentation {unknown[0]!r}: choose from {', '.join(POLICIES)}")
         self.config = config
-        self.backbone_names = module_keys(config.backbones)     # As in the state dict and in `features`.
+        self.backbone_names = module_keys(config.backbones)     # The keys in the state dict and in `features`.
         self.feature_networks = torch.nn.ModuleDict()
         self.discriminators = torch.nn.ModuleDict()
         for i, (key, name) in enumerate(zip(self.backbone_names, config.backbones, strict=True)):
@@ -114,16 +114,24 @@ class ProjectedDiscriminator(torch.nn.Module):
             self.feature_networks[key] = network
             self.discriminators[key] = MultiScaleD(network.out_channels, network.out_sizes, config.c_dim,
                                                    config.cmap_dim, config.max_channels, config.san)
-        set_split_group(self.discriminators, config.split_group)
+        set_ghost_batch(self.discriminators, config.ghost_batch)
+
+    def _networks(self) -> dict[str, FeatureNetwork]:
+        """The frozen part by the keys of the backbones."""
+        return {key: cast(FeatureNetwork, network) for key, network in self.feature_networks.items()}
+
+    def heads_by_backbone(self) -> dict[str, MultiScaleD]:
+        """The trainable part by the keys of the backbones."""
+        return {key: cast(MultiScaleD, multi) for key, multi in self.discriminators.items()}
 
     #------------------------------------------------------------------------
     # Frozen part.
 
-    def make_fast_(self, precision: str = "fp32") -> None:
+    def optimize_frozen_(self, precision: str = "fp32") -> None:
         """Prepare the backbones, on the device where they are, for a run: `training.feature_networks.fast`."""
-        for network in self.feature_networks.values():
+        for network in self._networks().values():
             device = next(network.backbone.parameters()).device
-            make_fast(network.backbone, precision)
+            optimize_frozen(network.backbone, precision)
             network.surroundings = surroundings_of(network.backbone.net, precision, device)
 
     def features(self, img: torch.Tensor, augment: torch.Tensor | None = None) -> Features:
@@ -138,7 +146,7 @@ class ProjectedDiscriminator(torch.nn.Module):
         if augment is not None:
             assert_shape(augment, [len(self.backbone_names), img.shape[0], NUM_UNIFORMS])
         features: Features = {}
-        for i, (key, network) in enumerate(self.feature_networks.items()):
+        for i, (key, network) in enumerate(self._networks().items()):
             x = img if augment is None else diff_augment(img, self.config.diffaug, augment[i])
             features[key] = network(x)
         return features
@@ -155,23 +163,23 @@ class ProjectedDiscriminator(torch.nn.Module):
     def heads(self, features: Features, c: torch.Tensor) -> list[torch.Tensor]:
         """Logits [N, L] per backbone; `c` one-hot [N, c_dim]."""
         self._check_labels(c)
-        return [disc(features[key], c) for key, disc in self.discriminators.items()]
+        return [multi(features[key], c) for key, multi in self.heads_by_backbone().items()]
 
     def heads_san(self, features: Features, c: torch.Tensor) -> list[SanOutput]:
         """Both outputs of the discriminator step per backbone, each [N, L]; `c` one-hot [N, c_dim]."""
         self._check_labels(c)
-        return [disc.san(features[key], c) for key, disc in self.discriminators.items()]
+        return [multi.san(features[key], c) for key, multi in self.heads_by_backbone().items()]
 
     def scale_sizes(self, features: Features) -> list[list[int]]:
         """Per backbone, how many of its L logits come from each scale: cuts `heads`' output apart."""
-        return [disc.scale_sizes(features[key]) for key, disc in self.discriminators.items()]
+        return [multi.scale_sizes(features[key]) for key, multi in self.heads_by_backbone().items()]
 
     def forward(self, img: torch.Tensor, c: torch.Tensor, augment: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Logits [N, L] per backbone: generator step and inference. Arguments as in `features` and `heads`."""
+        """Logits [N, L] per backbone, for the generator step and inference. Arguments as in `features` and `heads`."""
         return self.heads(self.features(img, augment), c)
 
     def san(self, img: torch.Tensor, c: torch.Tensor, augment: torch.Tensor | None = None) -> list[SanOutput]:
-        """Both outputs per backbone: discriminator step. Arguments as in `features` and `heads`."""
+        """Both outputs per backbone, for the discriminator step. Arguments as in `features` and `heads`."""
         return self.heads_san(self.features(img, augment), c)
 
     def _check_labels(self, c: torch.Tensor) -> None:
@@ -181,24 +189,24 @@ class ProjectedDiscriminator(torch.nn.Module):
     # State.
 
     def begin_step(self) -> None:
-        """Before the first forward of an optimiser step, of G or of D."""
+        """Move what moves once per step; to be called before the first forward of a step of G or of D."""
         begin_step(self.discriminators)
 
     def end_step(self) -> None:
-        """After its last forward; all processes call it."""
+        """Move what moves once per step; all processes call it after the last forward of the step."""
         end_step(self.discriminators)
 
     def project_(self) -> None:
-        """Bring the directions of all SAN layers back to unit norm: after every optimiser step."""
+        """Bring the directions of all SAN layers back to unit norm, as after every optimiser step."""
         project_directions(self)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """Those of the heads."""
+        """The parameters of the heads; all others are frozen."""
         return list(self.discriminators.parameters())
 
     def backbone_info(self) -> dict[str, dict[str, str | None]]:
         """Key -> name, source and SHA-256 of each backbone, whose tensors snapshots do not hold."""
-        backbones = {key: network.backbone for key, network in self.feature_networks.items()}
+        backbones = {key: network.backbone for key, network in self._networks().items()}
         return {key: {"name": b.name, "source": b.source, "sha256": b.sha256} for key, b in backbones.items()}
 
     def own_state_dict(self) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ def seeded(seed: int, what: str) -> Iterator[None]:
 
 
 def frozen(module: torch.nn.Module) -> torch.nn.Module:
-    """No gradients for the module's parameters; returns its argument."""
+    """Switch off gradients of the module's parameters; returns its argument."""
     return module.requires_grad_(False)
 
 #----------------------------------------------------------------------------
@@ -32,8 +32,7 @@ class FeatureFusion(torch.nn.Module):
     """CCM and CSM for any number of maps, shallowest first.
 
     CCM gives map i `proj_channels * 2^i` channels; CSM gives half of that (`proj_channels` for i = 0) at twice the
-    size.
-    Names in the state dict are official: layer<i>_ccm, layer<i>_csm.out_conv.
+    size. Names in the state dict are official: layer<i>_ccm, layer<i>_csm.out_conv.
     """
 
     def __init__(self, in_channels: Sequence[int], proj_channels: int):
@@ -54,7 +53,7 @@ class FeatureFusion(torch.nn.Module):
         below = None
         for i in reversed(range(self.num_maps)):
             x = mixed[i] if below is None else mixed[i] + below
-            # Twice the size, or the next map's where halving an odd size has rounded.
+            # The size doubles, but where halving an odd size has rounded, it becomes that of the next map.
             size = mixed[i - 1].shape[2:] if i > 0 else (2 * x.shape[2], 2 * x.shape[3])
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
             below = getattr(self, f"layer{i}_csm")["out_conv"](x)
@@ -85,7 +84,9 @@ class Reassembly(torch.nn.Module):
             torch.nn.Conv2d(c4, c4, kernel_size=3, stride=2, padding=1),
         ]
         for i, (width, last) in enumerate(zip(self.out_channels, resize, strict=True), start=1):
-            steps = {"3": torch.nn.Conv2d(channels, width, kernel_size=1)} | ({"4": last} if last is not None else {})
+            steps: dict[str, torch.nn.Module] = {"3": torch.nn.Conv2d(channels, width, kernel_size=1)}
+            if last is not None:
+                steps["4"] = last
             self.add_module(f"layer{i}", torch.nn.ModuleDict(steps))
         frozen(self)
 

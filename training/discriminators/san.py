@@ -33,7 +33,7 @@ class SanOutput(NamedTuple):
 
 
 class SanMixin:
-    """What every SAN layer has: `weight` with one unit row per output along axis 0, and `scale`, one per row.
+    """The common part of SAN layers: `weight` with one unit row per output along axis 0, and `scale`, one per row.
 
     A layer that mixes this in is a module with the parameters `weight` and `scale`, and calls `_split_norm_` on a
     freshly drawn weight.
@@ -54,7 +54,7 @@ class SanMixin:
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Bring the stored rows back to unit norm: after every optimiser step. The layer's function stays the same."""
+        """Bring the stored rows back to unit norm, as after every optimiser step. The function stays the same."""
         self.weight.copy_(self.direction())
 
     @torch.no_grad()
@@ -66,14 +66,14 @@ class SanMixin:
 #----------------------------------------------------------------------------
 
 class _SanLinearMap(SanMixin, torch.nn.Module):
-    """What linear and convolutional layers share. A bias, where there is one, is added to the input:
-    so the output stays an inner product with the direction."""
+    """The common part of linear and convolutional layers. A bias, where there is one, is added to the input, so that
+    the output stays an inner product with the direction."""
 
     def __init__(self, weight_shape: tuple[int, ...], bias: bool):
         super().__init__()
         out_features, in_features = weight_shape[:2]
         fan_in = math.prod(weight_shape[1:])
-        bound = 1 / math.sqrt(fan_in)       # The usual initialisation of linear and convolutional layers in PyTorch.
+        bound = 1 / math.sqrt(fan_in)       # PyTorch initialises its layers so, too.
         self.weight = torch.nn.Parameter(torch.empty(weight_shape).uniform_(-bound, bound))
         self.scale = torch.nn.Parameter(torch.empty(out_features))
         self.bias = torch.nn.Parameter(torch.zeros(in_features)) if bias else None
@@ -164,7 +164,7 @@ class SanEmbedding(SanMixin, torch.nn.Module):
         return SanOutput(direction.detach() * scale, direction * scale.detach())
 
 #----------------------------------------------------------------------------
-# The same without layers of our own, and the same interface without SAN.
+# SAN without layers of its own, and layers with the same interface that are not SAN's.
 
 def split_linear(x: torch.Tensor, weight: torch.Tensor) -> SanOutput:
     """Both outputs of an ordinary linear map [N, in] -> [N, out] with this `weight` [out, in], whose norm is the scale.
@@ -181,7 +181,7 @@ class PlainLinear(torch.nn.Linear):
     """An ordinary linear layer. It has no direction objective: `san(x).dir` is zero."""
 
     def san(self, x: torch.Tensor) -> SanOutput:
-        """Args: x [N, in_features]."""
+        """Both outputs for x [N, in_features]."""
         y = self(x)
         return SanOutput(y, torch.zeros_like(y))
 
@@ -190,7 +190,7 @@ class PlainConv2d(torch.nn.Conv2d):
     """An ordinary convolution. It has no direction objective: `san(x).dir` is zero."""
 
     def san(self, x: torch.Tensor) -> SanOutput:
-        """Args: x [N, in_channels, H, W]."""
+        """Both outputs for x [N, in_channels, H, W]."""
         y = self(x)
         return SanOutput(y, torch.zeros_like(y))
 
@@ -199,12 +199,12 @@ class PlainEmbedding(torch.nn.Embedding):
     """An ordinary table of class vectors. It has no direction objective: `san(index).dir` is zero."""
 
     def san(self, index: torch.Tensor) -> SanOutput:
-        """Args: index int64 [N]."""
+        """Both outputs for class numbers, int64 [N]."""
         row = self(index)
         return SanOutput(row, torch.zeros_like(row))
 
 #----------------------------------------------------------------------------
-# Losses. Whatever averages over samples is in `discriminator_loss` and `generator_loss`; below it is per output.
+# Losses. Only `discriminator_loss` and `generator_loss` average over samples; what they are made of is per output.
 
 class GanLoss(NamedTuple):
     """A GAN's loss as functions of an output f, all to be minimised, and what they make of the direction's objective.
@@ -236,7 +236,7 @@ GAN_LOSSES = {
 
 
 def loss_named(name: str) -> GanLoss:
-    """The row of `GAN_LOSSES`.
+    """The loss of that name in `GAN_LOSSES`.
 
     Raises:
         UserError: there is none of that name.
@@ -302,7 +302,7 @@ def generator_loss(name: str, fake: torch.Tensor) -> torch.Tensor:
 
 
 def project_directions(network: torch.nn.Module) -> None:
-    """Bring the directions of all SAN layers of a network back to unit norm: after every discriminator step."""
+    """Bring the directions of all SAN layers of a network back to unit norm, as after every discriminator step."""
     for module in network.modules():
         if isinstance(module, SanMixin):
             module.project_()

@@ -6,6 +6,7 @@ features h injective. Features are [N, D] tensors of real and of generated sampl
 precision, on the device of the features. For the saturating, non-saturating and least-squares losses the optimal
 direction depends on a weight r(f) per sample; without weights it is the plain one.
 """
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +25,6 @@ class Direction(NamedTuple):
     inner_product: float    # <w/|w|, optimal direction>, in [-1, 1].
     gap: float              # |E_0 h - E_theta h| as measured.
     floor: float            # What an optimal direction would read on as many samples: see `noise_floor`.
-    count: int              # Samples on the smaller side.
 
 
 def _features(h: torch.Tensor, name: str) -> torch.Tensor:
@@ -38,7 +38,8 @@ def _shares(h: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     if weight is None:
         return torch.full([len(h)], 1 / len(h), dtype=torch.float64, device=h.device)
     weight = weight.detach().to(torch.float64)
-    return weight / weight.sum().clamp_min(TINY)
+    shares: torch.Tensor = weight / weight.sum().clamp_min(TINY)
+    return shares
 
 
 def mean_difference(real: torch.Tensor, fake: torch.Tensor, real_weight: torch.Tensor | None = None,
@@ -64,7 +65,8 @@ def mean_difference(real: torch.Tensor, fake: torch.Tensor, real_weight: torch.T
 def unit(vector: torch.Tensor) -> torch.Tensor:
     """[..., D] in double precision at length one; a zero vector stays zero."""
     vector = vector.detach().to(torch.float64)
-    return vector / vector.norm(dim=-1, keepdim=True).clamp_min(TINY)
+    scaled: torch.Tensor = vector / vector.norm(dim=-1, keepdim=True).clamp_min(TINY)
+    return scaled
 
 
 def optimal_direction(real: torch.Tensor, fake: torch.Tensor, real_weight: torch.Tensor | None = None,
@@ -85,7 +87,7 @@ def noise_floor(gap: float, variance: float) -> float:
         gap: |Delta_h|, the true one.
         variance: E |estimate of Delta_h - Delta_h|^2: tr(Sigma_0)/N + tr(Sigma_theta)/M.
     """
-    return (gap ** 2 / max(gap ** 2 + variance, TINY)) ** 0.5
+    return math.sqrt(gap ** 2 / max(gap ** 2 + variance, TINY))
 
 
 def estimation_variance(h: torch.Tensor, weight: torch.Tensor | None = None) -> float:
@@ -111,7 +113,7 @@ def direction_optimality(w: torch.Tensor, real: torch.Tensor, fake: torch.Tensor
     variance = estimation_variance(real, real_weight) + estimation_variance(fake, fake_weight)
     gap = float(delta.norm())
     floor = noise_floor(max(gap ** 2 - variance, 0) ** 0.5, variance)
-    return Direction(inner_product(w, delta), gap, floor, min(len(real), len(fake)))
+    return Direction(inner_product(w, delta), gap, floor)
 
 #----------------------------------------------------------------------------
 # Separability, and slices.
@@ -208,7 +210,7 @@ def w1_floor(real: torch.Tensor, fake: torch.Tensor, direction: torch.Tensor, ge
     return float(slice_w1(mixed[:len(real)], mixed[len(real):]).mean())
 
 #----------------------------------------------------------------------------
-# Injectivity of h. SAN's paper gives no number for it; these are three readings of our own.
+# Injectivity of h. SAN's paper gives no number for it; these three are our own.
 
 def jacobians(h: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """dh/dx at every sample: [N, D, d] for x [N, d] or [N, ...]. One backward pass per feature.
@@ -227,7 +229,8 @@ def smallest_singular_values(jacobian: torch.Tensor) -> torch.Tensor:
     """[N, D, d] -> [N]: how little h may move when x moves by one. 0 where h has fewer features than x has numbers."""
     if jacobian.shape[1] < jacobian.shape[2]:
         return torch.zeros(len(jacobian), dtype=torch.float64, device=jacobian.device)
-    return torch.linalg.svdvals(jacobian.detach().to(torch.float64))[:, -1]
+    values: torch.Tensor = torch.linalg.svdvals(jacobian.detach().to(torch.float64))
+    return values[:, -1]
 
 
 def min_pair_ratio(x: torch.Tensor, h: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen feature networks behind one interface: timm's convolutional pyramids and transformers, and local networks."""
 import functools
+from typing import Any, NamedTuple, Protocol, cast
 
 import timm.models
 import torch
@@ -9,21 +10,22 @@ import torch.nn.functional as F
 from dnnlib import UserError
 from torch_utils.local_network import LocalNet
 
-NUM_MAPS = 4                # Maps taken from a timm model, the deepest ones; fewer if it has fewer.
+NUM_MAPS = 4                # So many maps are taken from a timm model, the deepest ones, or all if it has fewer.
 BN_WARMUP_SIZE = 256
+FUSED = "fused_attn"        # The attribute by which timm's attention layers are told to use the fused kernel.
 
 #----------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[1, C, 1, 1]. Kept between calls, because copying numbers to a GPU waits for it. Not to be written to."""
-    with torch.inference_mode(False):       # The first caller's mode must not decide what later callers may do.
+    """[1, C, 1, 1]. It is kept between calls, because copying numbers to a GPU waits for it, so do not write to it."""
+    with torch.inference_mode(False):       # Else the first caller's mode would decide what later callers may do.
         return torch.tensor(values, dtype=dtype, device=device).reshape(1, -1, 1, 1)
 
 
 def standardized(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...],
                  net: torch.nn.Module) -> torch.Tensor:
-    """Images in [-1, 1] -> what a frozen network was trained with: to [0, 1], then (x - mean) / std per channel.
+    """Images in [-1, 1] as a frozen network was trained with them: scaled to [0, 1], then (x - mean) / std per channel.
 
     The result has the type of the network's parameters, but at least single precision. Mean and std are rounded to that
     type only: as buffers of a network that is cast to double they would keep the rounding to single precision.
@@ -38,17 +40,17 @@ class Backbone(torch.nn.Module):
     """A frozen network that turns images into a pyramid of feature maps. It stays in eval mode whatever it is told.
 
     Attributes:
-        name: As the user wrote it.
+        name: The name that the user gave.
         net: The network itself; its state dict has its own library's keys.
-        channels: Of the maps, shallowest first.
+        channels: Channels of the maps, shallowest first.
         map_sizes: Sides of the maps for images of `input_size`.
         input_size: Side of the images it was made for.
-        mean, std: Per channel of images in [0, 1]: what the network was trained with.
+        mean, std: Per channel of images in [0, 1], as the network was trained with them.
         always_resize: Whether images of every other size are resized to it; if not, only smaller ones are.
         isotropic: All maps have one size (transformers); a pyramid is made of them later.
-        sha256: Of the weights file; None where there is none (random weights).
+        sha256: SHA-256 of the weights file; None for random weights, which have no file.
         source: Where the weights came from.
-        bn_warmed_up: Whether `warm_up_batch_norm` has been here; it acts once.
+        bn_warmed_up: Whether `warm_up_batch_norm` was called; it acts once.
         reduced_dtype: Type of the large products, see `training.feature_networks.fast`; None: float32.
     """
 
@@ -85,7 +87,7 @@ class Backbone(torch.nn.Module):
         return self
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, 3, R, R] in [-1, 1] -> what `maps` takes: to [0, 1], mean and std, bilinear resize where needed."""
+        """Images [N, 3, R, R] in [-1, 1] as `maps` takes them: standardised, and resized bilinearly where needed."""
         x = standardized(images, self.mean, self.std, self.net)
         if x.shape[-1] < self.input_size or (self.always_resize and x.shape[-1] != self.input_size):
             x = F.interpolate(x, size=self.input_size, mode="bilinear", align_corners=False)
@@ -112,26 +114,51 @@ class Backbone(torch.nn.Module):
         raise NotImplementedError
 
 
+class TimmModel(Protocol):
+    """The methods that are used of a model of timm, which publishes no types."""
+
+    def forward_intermediates(self, x: torch.Tensor, *, indices: list[int], intermediates_only: bool,
+                              output_fmt: str) -> list[torch.Tensor]:
+        """The maps with these indices."""
+        ...
+
+
+class TrainedWith(NamedTuple):
+    """The images that a model of timm was trained with."""
+
+    input_size: int             # Side of the images.
+    mean: tuple[float, ...]     # Per channel of images in [0, 1].
+    std: tuple[float, ...]
+    fixed_input_size: bool      # Whether the model takes images of no other size.
+
+
+def trained_with(net: torch.nn.Module) -> TrainedWith:
+    """The images that this model of timm was trained with."""
+    config = cast(dict[str, Any], net.pretrained_cfg)
+    return TrainedWith(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]),
+                       bool(config.get("fixed_input_size")))
+
+
 def is_isotropic(net: torch.nn.Module) -> bool:
-    """Whether all stages of a model of timm have maps of one size, as those of vision transformers."""
+    """Whether all maps of a model of timm have one size, as those of vision transformers."""
     reductions = [info["reduction"] for info in getattr(net, "feature_info", [])]
     return len(reductions) > 1 and len(set(reductions)) == 1
 
 
 class TimmBackbone(Backbone):
-    """A model of timm. Maps are its deepest stages; of a transformer, activations after evenly spaced blocks without
-    the leading tokens and without the final normalisation (of 12 blocks: 2, 5, 8 and 11)."""
+    """A model of timm. Maps are the deepest ones that it lists; those of a transformer are activations after evenly
+    spaced blocks (of 12 blocks: 2, 5, 8 and 11) without the leading tokens and without the final normalisation."""
 
     def __init__(self, name: str, net: torch.nn.Module):
-        cfg = net.pretrained_cfg
+        images = trained_with(net)
         reductions = [info["reduction"] for info in getattr(net, "feature_info", [])]
         if not reductions or not hasattr(net, "forward_intermediates"):
             raise UserError(f"backbone {name}: this model of timm gives no feature maps: choose another model")
         isotropic = is_isotropic(net)
-        super().__init__(name, net, input_size=cfg["input_size"][-1], mean=cfg["mean"], std=cfg["std"],
-                         always_resize=isotropic or bool(cfg.get("fixed_input_size")))
+        super().__init__(name, net, input_size=images.input_size, mean=images.mean, std=images.std,
+                         always_resize=isotropic or images.fixed_input_size)
         self.isotropic = isotropic
-        self._attentions = [m for m in net.modules() if getattr(m, "fused_attn", False)]
+        self._attentions = [m for m in net.modules() if getattr(m, FUSED, False)]
         depth = len(reductions)
         if isotropic and depth < NUM_MAPS:
             raise UserError(f"backbone {name}: has {depth} blocks, {NUM_MAPS} needed: choose another model")
@@ -142,24 +169,25 @@ class TimmBackbone(Backbone):
         self.probe()
 
     def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        # On a CPU the backward pass of fused attention is slower than that of its products one by one.
+        # On a CPU the backward pass of fused attention takes longer than that of its products one by one.
         fused = x.device.type != "cpu" or not (torch.is_grad_enabled() and x.requires_grad)
         for attention in self._attentions:
-            attention.fused_attn = fused
-        return self.net.forward_intermediates(x, indices=self.indices, intermediates_only=True, output_fmt="NCHW")
+            setattr(attention, FUSED, fused)
+        net = cast(TimmModel, self.net)
+        return net.forward_intermediates(x, indices=self.indices, intermediates_only=True, output_fmt="NCHW")
 
 
 class LocalBackbone(Backbone):
     """A network that the user trained; always at its own resolution."""
 
     def __init__(self, name: str, net: LocalNet):
-        half = (0.5, 0.5, 0.5)              # Its images are in [-1, 1].
+        half = (0.5, 0.5, 0.5)              # Such networks take images in [-1, 1].
         super().__init__(name, net, input_size=net.input_resolution, always_resize=True, mean=half, std=half)
         self.sha256 = net.sha256
         self.probe()
 
     def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return self.net.maps(x)
+        return cast(LocalNet, self.net).maps(x)
 
 #----------------------------------------------------------------------------
 

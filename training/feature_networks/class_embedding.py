@@ -17,14 +17,18 @@ from typing import Any
 
 import click
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 
 from dnnlib import UserError, cli
+from dnnlib.classes import Classes, is_unnamed
 from dnnlib.util import atomic_file, list_some
-from torch_utils import misc, safe_pickle
+from torch_utils import checkpoint, misc, safe_pickle
+from torch_utils.arrays import open_npz, read_npy
+from torch_utils.images import from_uint8
 from torch_utils.pickle_values import Call, TensorRecord
+from torch_utils.schema import items, nothing_or, text
+from torch_utils.weights import open_safetensors, read_weights
 from training.data.randomness import permutation
 from training.dataset import ImageDataset, load_batches
 from training.feature_networks.backbones import Backbone
@@ -33,19 +37,19 @@ from training.feature_networks.registry import load_backbone
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 MAX_PER_CLASS = 256         # Images per class that a mean is taken over.
 BATCH = 32
-SAY_SECONDS = 30            # Between two lines about how far the images are.
-READERS = {
+SAY_SECONDS = 30            # Time between two lines about the progress.
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ".pkl": lambda path: _pickled(path),
-    ".npy": lambda path: {"": torch.as_tensor(np.load(path, allow_pickle=False))},
+    ".npy": lambda path: {"": torch.as_tensor(read_npy(path))},
     ".npz": lambda path: {name: torch.as_tensor(value) for name, value in _npz_items(path)},
-    ".pt": lambda path: _named(torch.load(path, map_location="cpu", weights_only=True)),
-    ".safetensors": lambda path: safetensors.torch.load_file(path),
+    ".pt": lambda path: _named(checkpoint.load_plain(path)),
+    ".safetensors": lambda path: read_weights(path),
 }
 
 #----------------------------------------------------------------------------
 
-def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbone | str | None = None, seed: int = 0,
-                    device: str | torch.device = "cpu", embed_dim: int = 320, workers: int = 0,
+def class_embedding(kind: str, c_dim: int, dataset: ImageDataset | None = None, backbone: Backbone | str | None = None,
+                    seed: int = 0, device: str | torch.device = "cpu", embed_dim: int = 320, workers: int = 0,
                     say: Callable[[str], None] = lambda text: None) -> torch.Tensor:
     """One vector per class, float32 [c_dim, dim], on the CPU.
 
@@ -56,11 +60,11 @@ def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbo
         c_dim: Number of classes.
         dataset: For 'data': an `ImageDataset` with labels in use.
         backbone: For 'data': the network or its name; None for tf_efficientnet_lite0.
-        seed: Of the random vectors, or of the choice of images.
+        seed: Decides the random vectors, or the choice of images.
         device: Where the backbone computes.
         embed_dim: Width of random vectors.
         workers: Processes that load images.
-        say: Takes lines about what goes on, for it may take minutes.
+        say: Takes lines about the progress, because this may take minutes.
 
     Raises:
         UserError: unknown kind; a file that cannot be read, does not have `c_dim` rows or names other classes.
@@ -78,8 +82,8 @@ def class_embedding(kind: str, c_dim: int, dataset: Any = None, backbone: Backbo
 # From images.
 
 @torch.no_grad()
-def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int, device: str | torch.device,
-               workers: int, say: Callable[[str], None]) -> torch.Tensor:
+def _from_data(c_dim: int, dataset: ImageDataset | None, backbone: Backbone | str, seed: int,
+               device: str | torch.device, workers: int, say: Callable[[str], None]) -> torch.Tensor:
     if dataset is None:
         raise UserError("--embedding=data: needs labelled images: give --data, or take --embedding=random")
     labels = np.asarray(dataset.labels)
@@ -91,7 +95,7 @@ def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int, de
     total, done, said = sum(map(len, batches)), 0, time.monotonic()
     say(f"    class vectors: features of {total} images")
     for images, theirs in load_batches(dataset, batches, workers):
-        pooled = net.pooled(net.preprocess(images.to(device).to(torch.float32) / 127.5 - 1))
+        pooled = net.pooled(net.preprocess(from_uint8(images.to(device))))
         sums.index_add_(0, theirs, pooled.cpu().double())
         done += len(images)
         if time.monotonic() - said > SAY_SECONDS:
@@ -110,7 +114,7 @@ def _from_data(c_dim: int, dataset: Any, backbone: Backbone | str, seed: int, de
 def _some_of_each(labels: np.ndarray, seed: int) -> np.ndarray:
     """Indices of up to MAX_PER_CLASS items per class, in ascending order: a seeded choice."""
     order = permutation(seed, 0, len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]          # Class by class, in random order within each.
+    by_class = order[np.argsort(labels[order], kind="stable")]      # Each class in random order.
     sorted_labels = labels[by_class]
     rank = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
     return np.sort(by_class[rank < MAX_PER_CLASS])
@@ -123,13 +127,13 @@ def _batches(items: np.ndarray) -> Iterator[np.ndarray]:
 #----------------------------------------------------------------------------
 # From a file.
 
-def _npz_items(path: str | os.PathLike) -> list[tuple[str, np.ndarray]]:
-    with np.load(path, allow_pickle=False) as content:
-        return list(content.items())
+def _npz_items(path: Path) -> list[tuple[str, np.ndarray]]:
+    with open_npz(path) as content:
+        return [(name, content[name]) for name in content.files]
 
 
 def _named(content: Any) -> dict[str, Any]:
-    """What a .pt file holds: a tensor, or a dict of them."""
+    """The content of a .pt file, which is a tensor or a dict of tensors, as a dict."""
     return content if isinstance(content, dict) else {"": content}
 
 
@@ -160,8 +164,11 @@ def _named_classes(path: Path) -> list[str] | None:
     """The class names that a file of `save_table` holds."""
     if path.suffix != ".safetensors":
         return None
-    with safetensors.safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("classes", "null"))
+    with open_safetensors(path) as file:
+        named = json.loads((file.metadata() or {}).get("classes", "null"))
+    nothing_or(items(text))(named, "its list of classes")
+    classes: list[str] | None = named
+    return classes
 
 
 def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.Tensor:
@@ -169,8 +176,8 @@ def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.T
         raise UserError(f"--embedding={path}: no such file")
     try:
         arrays, named = READERS[path.suffix](path), _named_classes(path)
-    except UserError:
-        raise
+    except UserError as err:
+        raise UserError(f"--embedding={path}: cannot be read: {err}") from err
     except Exception as err:        # Damaged files provoke exceptions of every kind.
         raise UserError(f"--embedding={path}: cannot be read ({type(err).__name__}): give one array of numbers, "
                         f"[{c_dim}, width]") from err
@@ -188,18 +195,19 @@ def _from_file(path: Path, c_dim: int, class_names: list[str] | None) -> torch.T
 
 
 def _check_names(path: Path, named: list[str] | None, class_names: list[str] | None) -> None:
-    """Row k must be of class k."""
-    numbers = [str(i) for i in range(len(named or []))]         # Stand for classes without names.
-    if not named or not class_names or len(named) != len(class_names) or numbers in (named, class_names):
+    """Raise UserError unless row k is the vector of class k."""
+    if named is None or class_names is None or is_unnamed(named) or is_unnamed(class_names) \
+            or len(named) != len(class_names):
         return
-    other = [f"{a} instead of {b}" for a, b in zip(named, class_names, strict=True) if a != b]
+    found = Classes(named).find_all(class_names)
+    other = [f"{named[i]} instead of {name}" for i, name in enumerate(class_names) if found[i] != i]
     if other:
         raise UserError(f"--embedding={path}: made for other classes: {list_some(other)}: compute it from this data")
 
 #----------------------------------------------------------------------------
 
-def save_table(path: str | os.PathLike, table: torch.Tensor, facts: dict[str, str]) -> None:
-    """Write a table as .npy, or as .safetensors with what is known of it."""
+def save_table(path: str | os.PathLike[str], table: torch.Tensor, facts: dict[str, str]) -> None:
+    """Write a table as .npy, or as .safetensors with these facts in its header."""
     with atomic_file(path) as file:
         if Path(path).suffix == ".npy":
             np.save(file, table.numpy())
@@ -208,13 +216,14 @@ def save_table(path: str | os.PathLike, table: torch.Tensor, facts: dict[str, st
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
-@click.option("--data", help="Images with labels", metavar="ZIP|DIR", required=True)
-@click.option("--backbone", help="Feature network: see --backbones of train.py", metavar="NAME", show_default=True,
-              default=DEFAULT_BACKBONE)
-@click.option("--out", help="Where to save the table", metavar="FILE.safetensors|FILE.npy", required=True)
-@click.option("--seed", help="Chooses the images of large classes", metavar="INT", type=click.IntRange(min=0),
+@click.option("--data", help="Images with labels", metavar="ZIP|DIR", type=cli.PathType(), required=True)
+@click.option("--backbone", help="Feature network: see --backbones of train.py", metavar="NAME", type=cli.PathType(),
+              show_default=True, default=DEFAULT_BACKBONE)
+@click.option("--out",
+              help="Where to save the table", metavar="FILE.safetensors|FILE.npy", type=cli.PathType(), required=True)
+@click.option("--seed", help="Chooses the images of large classes", metavar="INT", type=cli.Seed(),
               default=0, show_default=True)
-@click.option("--workers", help="Processes that load images", metavar="INT", type=click.IntRange(min=0), default=3,
+@click.option("--workers", help="Processes that load images", metavar="INT", type=cli.IntRange(min=0), default=3,
               show_default=True)
 @cli.device_option()
 def main(data: str, backbone: str, out: str, seed: int, workers: int, device: str) -> None:

@@ -23,7 +23,9 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import Asset, find_or_download
 from dnnlib.util import file_sha256
+from torch_utils import checkpoint
 from torch_utils.local_network import LocalNet, load_local_network, local_config
+from torch_utils.nested import first_nonfinite
 from training.feature_networks.backbones import Backbone, LocalBackbone, TimmBackbone
 
 DEFAULT_HUB = "https://huggingface.co"
@@ -70,12 +72,16 @@ def load_network(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
         return net.eval().requires_grad_(False), f"random weights, seed {seed}", None
     path, url = find_weights(name, weights)
     overlay = {"file": str(path), "custom_load": False}
+    if path.suffix != ".safetensors":
+        checkpoint.load_plain(path, mmap=True)      # Before torch.load, which unpacks and makes whatever a file claims.
     try:
         # The whole model, so that loading is strict: timm's features_only ignores missing tensors without a word.
         net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as err:
         raise UserError(f"{path}: does not hold the weights of {name} ({type(err).__name__}): delete it and fetch "
                         f"{url}") from err
+    if (bad := first_nonfinite(net.state_dict())) is not None:
+        raise UserError(f"{path}: its weights are not finite, e.g. {bad}: delete it and fetch {url}")
     return net.eval().requires_grad_(False), str(path), file_sha256(path)
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 import tqdm
 
-from dnnlib import UserError
-from dnnlib.cli import Command, device_option
+from dnnlib import UserError, cli
+from torch_utils.images import to_uint8_nearest
 from torch_utils.local_network import LocalNet, local_config, save_local_network
 from torch_utils.misc import select_device
 from training.data.randomness import permutation
@@ -35,19 +35,19 @@ EVAL_BATCH = 500
 class Settings:
     """How a local network is trained."""
 
-    widths: tuple[int, ...] = (16, 32, 64, 128) # Channels per stage; every stage halves the size.
+    widths: tuple[int, ...] = (16, 32, 64, 128) # Channels per level; every level halves the size.
     resolution: int = 32                        # Images are resized to this before anything else.
     split: tuple[int, int] = (0, 1)             # (k, n): take the k-th of n disjoint parts of the images.
-    seed: int = 0                               # Of the parts, the initial weights, the order and the shifts.
+    seed: int = 0                               # Decides the parts, the initial weights, the order and the shifts.
     epochs: int = 12
     batch: int = 64
-    lr: float = 3e-3                            # Of Adam; falls to 0 along a cosine.
+    lr: float = 3e-3                            # Adam's rate, which falls to 0 along a cosine.
     max_shift: float = 1 / 16                   # Largest random shift, as a share of the side. There are no flips.
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What came out."""
+    """The result of a training."""
 
     num_train: int
     num_heldout: int
@@ -118,7 +118,7 @@ def _pixels(dataset: Any, net: LocalNet, progress: bool) -> torch.Tensor:
     pixels = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     for i in tqdm.trange(len(dataset), desc="reading", unit="img", disable=not progress):
         x = net.prepare(torch.as_tensor(dataset[i][0])[None])
-        pixels[i] = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)[0]
+        pixels[i] = to_uint8_nearest(x)[0]
     return pixels
 
 
@@ -196,19 +196,22 @@ def _open(path: str) -> ImageDataset:
     return ImageDataset(path, use_labels=True)
 
 
-@click.command(cls=Command)
-@click.option("--data", metavar="ZIP|DIR", required=True, help="Labelled images, as dataset_tool.py writes them")
-@click.option("--dest", metavar="FILE", required=True, help="Where to write the network (*.safetensors)")
+@click.command(cls=cli.Command)
+@click.option("--data", metavar="ZIP|DIR", type=cli.PathType(), required=True,
+              help="Labelled images, as dataset_tool.py writes them")
+@click.option("--dest", metavar="FILE", type=cli.PathType(), required=True,
+              help="Where to write the network (*.safetensors)")
 @click.option("--split", type=_Split(), default="0/1", show_default=True,
               help="Train on part K of N disjoint parts of the images; the rest is held out")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the parts and of training")
-@click.option("--epochs", type=click.IntRange(min=1), default=12, show_default=True, help="Passes over the part")
+@click.option("--seed", type=cli.Seed(), default=0, show_default=True,
+              help="Decides the parts and everything random in training")
+@click.option("--epochs", type=cli.IntRange(min=1), default=12, show_default=True, help="Passes over the part")
 @click.option("--widths", metavar="N,N...", default="16,32,64,128", show_default=True, callback=_widths,
-              help="Channels per stage; every stage halves the size")
-@click.option("--resolution", type=click.IntRange(min=2), default=32, show_default=True,
+              help="Channels per level; every level halves the size")
+@click.option("--resolution", type=cli.IntRange(min=2), default=32, show_default=True,
               help="Images are resized to this")
-@click.option("--batch", type=click.IntRange(min=2), default=64, show_default=True, help="Images per step")
-@device_option()
+@click.option("--batch", type=cli.IntRange(min=2), default=64, show_default=True, help="Images per step")
+@cli.device_option()
 def main(data: str, dest: str, device: str, **options: Any) -> None:
     """Train a small classifier on your own labelled images.
 

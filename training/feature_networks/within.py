@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-Surroundings = Callable[[], AbstractContextManager]
+Surroundings = Callable[[], AbstractContextManager[None]]
 
 
 def run_within(surroundings: Surroundings, function: Callable[[torch.Tensor], Sequence[torch.Tensor]],

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the generator: layer tables, and growing a stage on a stem."""
+"""Modules around the generator: layer tables, growing a stage on a stem, and images to look at."""

@@ -7,13 +7,14 @@ follows the same rule from where the kept part stops.
 """
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from dnnlib import UserError
 from training.config import GeneratorConfig, InputSpec, LayerSpec
 
-NUM_CRITICAL = 2                        # Critically sampled layers at the end, not counting ToRGB.
+NUM_CRITICAL = 2                        # So many layers at the end are critically sampled, not counting ToRGB.
 FIRST_CUTOFF = 2.0
 FIRST_STOPBAND = 2 ** 2.1
 LAST_STOPBAND_REL = 2 ** 0.3            # Stopband of the last layer over its cutoff.
@@ -60,13 +61,15 @@ def _layers(bands: _Bands, num_layers: int, resolution: int, img_channels: int, 
     layers = []
     for i in range(num_layers + 1):
         prev = max(i - 1, 0)
-        from_before = i == 0 and before is not None
+        in_channels, in_size = int(bands.channels[prev]), int(bands.sizes[prev])
+        if i == 0 and before is not None:
+            in_channels, in_size = before.out_channels, before.out_size
         out_channels = img_channels if i == num_layers else int(bands.channels[i])
         layers.append(LayerSpec(
             name=f"L{first_index + i}_{int(bands.sizes[i])}_{out_channels}",
-            in_channels=before.out_channels if from_before else int(bands.channels[prev]),
+            in_channels=in_channels,
             out_channels=out_channels,
-            in_size=before.out_size if from_before else int(bands.sizes[prev]),
+            in_size=in_size,
             out_size=int(bands.sizes[i]),
             in_sampling_rate=float(bands.rates[prev]),
             out_sampling_rate=float(bands.rates[i]),
@@ -86,7 +89,7 @@ def _layers(bands: _Bands, num_layers: int, resolution: int, img_channels: int, 
 #----------------------------------------------------------------------------
 
 def stem_config(img_resolution: int, num_layers: int, channel_base: int, channel_max: int, margin_size: int = 10,
-                rotation: bool = False, full_precision: bool = False, **settings) -> GeneratorConfig:
+                rotation: bool = False, full_precision: bool = False, **settings: Any) -> GeneratorConfig:
     """Configuration of a first-stage generator.
 
     Args:
@@ -95,11 +98,12 @@ def stem_config(img_resolution: int, num_layers: int, channel_base: int, channel
         channel_base, channel_max: A layer has min(channel_base / 2 / cutoff, channel_max) channels.
         margin_size: Extra pixels on every side of the feature maps.
         rotation: Layers of config R (1x1 convolutions, radial filters) instead of T.
-        full_precision: No layer may run in half precision, and none is clamped: what --fp32=1 officially means.
+        full_precision: No layer may run in half precision, and none is clamped, as --fp32=1 officially means.
         settings: Further fields of GeneratorConfig (c_dim, w_dim, ...).
     """
     if img_resolution < 8 or img_resolution & (img_resolution - 1):
-        raise UserError(f"resolution {img_resolution}: must be a power of two of at least 8")
+        raise UserError(f"resolution {img_resolution}: must be a power of two of at least 8: convert "
+                        "the images with dataset_tool.py --resolution=8 or more")
     if num_layers <= NUM_CRITICAL:
         raise UserError(f"--syn_layers={num_layers}: at least {NUM_CRITICAL + 1} layers are needed")
     bands = _bands(FIRST_CUTOFF, FIRST_STOPBAND, num_layers, img_resolution, channel_base, channel_max, margin_size)
@@ -144,7 +148,7 @@ def superres_config(stem: GeneratorConfig, up_factor: int, head_layers: int,
     resolution = stem.img_resolution * up_factor
     bands = _bands(last.out_cutoff, last.out_cutoff + last.out_half_width, head_layers, resolution, channel_base,
                    channel_max, stem.margin_size, last.out_sampling_rate, last.out_channels)
-    # Names count on from len(kept) + 1: officially one index is skipped, once.
+    # Names count on from len(kept) + 1, because officially one index is skipped, once.
     head = _layers(bands, head_layers, resolution, stem.img_channels, len(kept) + 1, last, rotation,
                    full_precision)
     return dataclasses.replace(stem, img_resolution=resolution, layers=kept + head, num_frozen_layers=len(kept),

@@ -5,7 +5,7 @@ import torch
 from dnnlib import UserError
 from torch_utils import misc
 from training.config import GeneratorConfig, LayerSpec
-from training.generator.layer_schedule import kept_layers, superres_config
+from training.generator.layer_schedule import kept_layers
 from training.networks_stylegan3 import Generator
 
 
@@ -27,19 +27,13 @@ def load_stem_into(G: Generator, stem: GeneratorConfig, stem_state: dict[str, to
     G.load_state_dict(state)
 
 
-def grow(stem: GeneratorConfig, stem_state: dict[str, torch.Tensor], up_factor: int, head_layers: int) -> Generator:
-    """A new stage on top of a stem's G_ema: the kept part copied, the head freshly drawn (torch's global generator)."""
-    G = Generator(superres_config(stem, up_factor, head_layers))
-    load_stem_into(G, stem, stem_state)
-    return G
-
 
 def stage_table(config: GeneratorConfig, stem: GeneratorConfig | None = None) -> str:
     """Kept, cut and added layers with their sizes and numbers of parameters, for the user to read before training."""
     counts = _parameter_counts(config)
     kept = {layer.name for layer in config.layers[: config.num_frozen_layers]}
     is_stage = config.num_frozen_layers > 0
-    rows = [("layer", "size", "channels", "rate", "cutoff", "parameters", "trained")]
+    rows: list[tuple[str, ...]] = [("layer", "size", "channels", "rate", "cutoff", "parameters", "trained")]
     rows.append(("mapping", "", f"{config.z_dim} -> {config.w_dim}", "", "", f"{counts['mapping']:,}",
                  "frozen" if is_stage else "yes"))
     rows.append(("input", f"{config.input.size}", f"{config.input.channels}", f"{config.input.sampling_rate:g}",

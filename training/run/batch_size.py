@@ -17,6 +17,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import format_bytes
 from torch_utils import distributed, misc
+from torch_utils.memory import free_memory
 from torch_utils.misc import one_hot
 from torch_utils.ops import tune
 from training.config import GeneratorConfig, TrainConfig
@@ -37,6 +38,7 @@ GPU_SHARE = 0.95            # Of a GPU's memory: data, statistics and fragments 
 AS_FAST = 0.97              # Of the images per second of the fastest size: smaller ones that reach it are taken.
 MICRO_BATCHES, REPEATS = 3, 3   # Of a timed iteration, beside one with a single one; iterations of each.
 CPU_SHARE = 0.5             # Of the free memory of a machine.
+UNKNOWN_MEMORY = 4 << 30    # Bytes that are counted on where the system does not say.
 CPU_COPIES = 3              # Values, gradients and temporary copies of every map: an estimate.
 D_ELEMENTS = 96 * 2 / 4     # Of D's largest maps per input pixel: 96 channels at half the side, real and generated.
 
@@ -84,11 +86,11 @@ def check_index_range(config: TrainConfig, world_size: int) -> None:
 def usable_sizes(config: TrainConfig, world_size: int) -> list[int]:
     """Micro-batch sizes that a process's share can be cut into and 32-bit indices reach, ascending.
 
-    Multiples of --split-group, and even ones where pairs count.
+    Multiples of --ghost-batch, and even ones where pairs count.
     """
     elements, _ = largest_tensor(config.generator)
     sizes = micro_batch_sizes(config.batch, world_size, even=config.loss.diversity_weight > 0)
-    return [n for n in sizes if elements * n < MAX_ELEMENTS and n % max(config.discriminator.split_group, 1) == 0]
+    return [n for n in sizes if elements * n < MAX_ELEMENTS and n % max(config.discriminator.ghost_batch, 1) == 0]
 
 #----------------------------------------------------------------------------
 # --batch-gpu=auto.
@@ -112,14 +114,15 @@ def find_batch_gpu(config: TrainConfig, device: torch.device, say: Callable[[str
     """
     sizes = usable_sizes(config, distributed.world_size())
     if not sizes:
-        group = config.discriminator.split_group
+        ghost = config.discriminator.ghost_batch
         raise UserError(f"--batch-gpu=auto: no micro-batch of --batch={config.batch} on {distributed.world_size()} "
                         "process(es) stays within 32-bit indices"
-                        + (f" and is a multiple of --split-group={group}" if group else "") + ": take another --batch")
+                        + (f" and is a multiple of --ghost-batch={ghost}" if ghost else "") + ": take another --batch")
     if device.type == "cuda":
         found = _find_on_gpu(config, device, sizes, say, class_names, clock)
     else:
         per_image, free = cpu_bytes_per_image(config.generator), free_memory()
+        free = UNKNOWN_MEMORY if free is None else free
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         found = largest_fitting(sizes, lambda n: n == sizes[0] or n * per_image * local <= free * CPU_SHARE)
     everyones: list[int | None] = distributed.all_gather_object(found)
@@ -161,16 +164,6 @@ def cpu_bytes_per_image(config: GeneratorConfig) -> int:
     """An estimate of what a training step takes per image, without the networks themselves."""
     maps = sum(size for _, size in map_sizes(config)) + 8 * int(D_ELEMENTS * max(config.img_resolution, 224) ** 2)
     return maps * CPU_COPIES * 4
-
-
-def free_memory() -> int:
-    """Bytes that the machine has left, as far as it says."""
-    try:
-        with open("/proc/meminfo") as f:
-            fields = dict(line.split(":") for line in f)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @misc.full_precision()
@@ -258,7 +251,7 @@ class Trial:
         self.config, self.device, self.memory, self.clock = config, device, memory, clock
         G = Generator(config.generator).train().requires_grad_(False).to(device)
         D = D.train().requires_grad_(False).to(device)
-        D.make_fast_(config.feature_precision)
+        D.optimize_frozen_(config.feature_precision)
         # At the first image the blur is widest; path lengths count, too, although they begin later.
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, pl_start_kimg=0))
         self.trainer = Trainer(config, G, D, classifier, device, real_distance=1.0)

@@ -8,9 +8,7 @@ moves no time. Left out: the start (class table, compilation), sample sheets, sn
 import contextlib
 import dataclasses
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import format_bytes, format_time
 from torch_utils import distributed, misc
+from torch_utils.memory import peak_memory
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.run.autotuning import autotunes
@@ -188,16 +187,9 @@ def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device)
             wait *= num_all / num_few
     finally:
         rehearsal.data.close()
-    everyones = distributed.all_gather_object((phases, wait, peak_memory(device)))
+    everyones = distributed.all_gather_object((phases, wait, peak_memory(device) or 0))
     slowest = {name: max(times[name] for times, _, _ in everyones) for name in phases}
     stage = StageTime(config.generator.img_resolution, distributed.world_size(), config.batch, config.batch_gpu,
                       config.total_kimg, slowest, rehearsal.runs, 0.0, max(peak for _, _, peak in everyones))
     share = max(wait for _, wait, _ in everyones) / stage.sec_per_iteration
     return dataclasses.replace(stage, data_wait=min(share, 1.0))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process took at most: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import atomic_write_text
+from dnnlib.classes import Classes
+from dnnlib.util import append_text, atomic_write_text, normalized_name
 from torch_utils import checkpoint, distributed
-from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
+from training.config import GeneratorConfig, TrainConfig, from_dict, present_names, to_dict
 from training.data.inventory import Inventory, compare, inventory_fingerprint, read_inventory, write_inventory
 from training.dataset import ImageDataset
 from training.run.lock import RunLock, owner_of, refusal
@@ -121,8 +122,7 @@ class RunChoice:
 
 def description(name: str) -> str:
     """A folder's or run's description without its number, processes and batch, which may differ."""
-    name = unicodedata.normalize("NFC", name)       # Some systems write accents as characters of their own.
-    return re.sub(r"-gpus\d+-batch\d+", "", re.sub(r"^\d{5}-", "", name), count=1)
+    return re.sub(r"-gpus\d+-batch\d+", "", re.sub(r"^\d{5}-", "", normalized_name(name)), count=1)
 
 
 def run_description(parts: list[str], desc: str | None) -> str:
@@ -143,7 +143,7 @@ def run_description(parts: list[str], desc: str | None) -> str:
         if desc.strip(" .") != desc or ".." in desc:
             raise UserError(f"--desc={desc!r}: begins or ends with a space or a dot, or has two dots in a row: "
                             f"--desc={_harmless(desc)} would do")
-    name = unicodedata.normalize("NFC", "-".join(parts + ([desc] if desc else [])))
+    name = normalized_name("-".join(parts + ([desc] if desc else [])))
     too_long = len(name.encode()) - MAX_NAME
     if too_long > 0:
         what = f"--desc={desc[:20]}..." if desc else f"--data: the name {parts[-1][:20]}..."
@@ -165,9 +165,13 @@ def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
         options = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-        return options if isinstance(options, dict) else None
     except (OSError, ValueError):
         return None
+    if not isinstance(options, dict):
+        return None
+    if "discriminator" in options:
+        options["discriminator"] = present_names(options["discriminator"])
+    return options
 
 
 def recorded_options(folder: Path) -> dict[str, Any] | None:
@@ -266,6 +270,10 @@ def _differing(folder: Path, options: dict[str, Any], config: TrainConfig, given
 
 def _other_data(folder: Path, options: dict[str, Any], config: TrainConfig, given: Given) -> list[Change]:
     """Data may move, grow or be repaired, but not become other data. Older versions knew folders by their path."""
+    before, after = (options.get(RUN_INFO) or {}).get("class_names"), given.info.get("class_names")
+    if before and after and not (len(before) == len(after)
+                                 and Classes(before).find_all(after) == list(range(len(after)))):
+        return [Change("class_names", before, after)]
     old = (options.get(RUN_INFO) or {}).get("data_fingerprint")
     new = given.info.get("data_fingerprint")
     if old is None or new is None:
@@ -299,7 +307,7 @@ def _refused(folder: Path, fatal: list[Change]) -> tuple[str, ...]:
 
 
 def known_stem(outdir: Path, desc: str | None, path_stem: str) -> dict[str, Any] | None:
-    """Settings of the generator of a stem that is gone, from the newest run that can go on without it.
+    """Settings of the generator and classes of a stem that is gone, from the newest run that can go on without it.
 
     Args:
         outdir: Where runs are.
@@ -310,7 +318,7 @@ def known_stem(outdir: Path, desc: str | None, path_stem: str) -> dict[str, Any]
         known = (read_options(folder) or {}).get(RUN_INFO) or {}
         if (has_state(folder) and known.get("desc") == desc and isinstance(known.get(STEM_KEY), dict)
                 and (known.get(FILES) or {}).get("path_stem", {}).get("typed") == path_stem):
-            return {"generator_config": known[STEM_KEY]}
+            return dict(known[STEM_KEY])
     return None
 
 
@@ -346,18 +354,16 @@ def code_version() -> str:
 
 
 def run_info(dataset: ImageDataset, device: str = "", desc: str | None = None) -> dict[str, Any]:
-    """Code version, torch, processes, device, content of the data, and what the user typed for --desc."""
+    """Code version, torch, processes, device, content of the data, classes, and what the user typed for --desc."""
     fingerprint = dataset.fingerprint if os.path.isfile(dataset.path) else inventory_fingerprint(   # Not read whole.
         dataset.inventory(), dataset.xflip)
     return {"code": code_version(), "torch": torch.__version__, "world_size": distributed.world_size(),
-            "device": device, "data_fingerprint": fingerprint, "desc": desc}
+            "device": device, "data_fingerprint": fingerprint, "desc": desc,
+            "class_names": dataset.class_names}
 
 
-def create_run(choice: RunChoice, config: TrainConfig, given: Given) -> dict[str, Any]:
+def create_run(choice: RunChoice, config: TrainConfig, given: Given) -> None:
     """Make the folder and write the settings into it; count the start; the notes go into log.txt.
-
-    Returns:
-        What the options file holds.
 
     Raises:
         UserError: the folder cannot be written.
@@ -376,12 +382,10 @@ def create_run(choice: RunChoice, config: TrainConfig, given: Given) -> dict[str
                 (folder / DATA_FILE).is_file() and old.get("data_fingerprint") == info.get("data_fingerprint")):
             write_inventory(folder / DATA_FILE, given.inventory())
         atomic_write_text(folder / OPTIONS_FILE, json.dumps(content, indent=2) + "\n")
-        with open(folder / "log.txt", "a", encoding="utf-8") as f:
-            f.writelines(f"{note}\n" for note in choice.notes)
+        append_text(folder / "log.txt", "".join(f"{note}\n" for note in choice.notes))
     except OSError as err:
         raise UserError(f"--outdir: cannot write to {folder} ({os.strerror(err.errno or 0)}): "
                         "name a folder that you may write to") from err
-    return json.loads(json.dumps(content))
 
 
 def settings_of_state(folder: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def path_length_samples(G: Generator, config: TrainConfig) -> int:
     """Of a micro-batch, in the phase of path lengths; 0 without that phase."""
     if config.loss.pl_weight == 0 or G.config.num_frozen_layers > 0:
         return 0
-    group = config.discriminator.split_group or config.batch_gpu
+    group = config.discriminator.ghost_batch or config.batch_gpu
     return max(group // config.loss.pl_batch_shrink, 1) * (config.batch_gpu // group)
 
 

@@ -8,11 +8,11 @@ that depend on them: blur, the ramp-up of the averages, path lengths.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
 
 import torch
 
 from dnnlib import UserError
+from dnnlib.classes import Classes, are_numbers, is_unnamed
 from torch_utils import distributed
 from training.config import TrainConfig
 from training.networks_stylegan3 import Generator
@@ -40,19 +40,17 @@ class ClassRows:
 def match_classes(here: Sequence[str], there: Sequence[str] | None, num_here: int, num_there: int) -> ClassRows:
     """Rows of equal classes.
 
-    Where both sides have names, names decide. Without names, classes are equal if there are as many of them; else none
-    are. Numbers in order, which stand in for names in data sets without any, are no names.
+    Where both sides have names, names decide, as `dnnlib.classes` compares them. Without names, classes are equal if
+    there are as many of them; else none are. Numbers in order, which stand in for names in data sets without any, are
+    no names, except beside other numbers.
     """
-    if _are_names(here) and _are_names(there):
-        rows = {name: i for i, name in enumerate(there)}
-        pairs = [(i, rows[name]) for i, name in enumerate(here) if name in rows]
+    known = Classes(there, num_there)
+    named = [not is_unnamed(names) for names in (here, there)]
+    if all(named) or any(named) and are_numbers(here) and known.are_numbers:
+        pairs = [(i, j) for i, j in enumerate(known.find_all(here)) if j is not None]
     else:
         pairs = [(i, i) for i in range(num_here)] if num_here == num_there else []
     return ClassRows([i for i, _ in pairs], [j for _, j in pairs], len(pairs) == num_here)
-
-
-def _are_names(names: Sequence[str] | None) -> TypeGuard[Sequence[str]]:
-    return names is not None and len(names) > 0 and list(names) != [str(i) for i in range(len(names))]
 
 #----------------------------------------------------------------------------
 # One network.

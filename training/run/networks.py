@@ -22,6 +22,7 @@ class Stem:
     """What a super-resolution stage is grown on."""
 
     config: GeneratorConfig
+    class_names: tuple[str, ...]        # Empty where they are not known, as those of official networks.
     snapshot: Snapshot | None = None    # None for a stem that is planned but not trained yet.
 
 
@@ -51,7 +52,7 @@ def make_networks(config: TrainConfig, dataset: ImageDataset, stem: Stem | None,
                 G.mapping.embed.weight.copy_(table)
     G, D = G.train().requires_grad_(False).to(device), D.train().requires_grad_(False).to(device)
     D.project_()
-    D.make_fast_(config.feature_precision)
+    D.optimize_frozen_(config.feature_precision)
     if config.feature_precision == "tf32" and device.type != "cuda":
         say("NOTE: --feature-precision=tf32 has an effect on GPUs only: here it is fp32")
     for tensor in [*G.parameters(), *G.buffers(), *D.own_state_dict().values()]:
@@ -70,7 +71,7 @@ def make_classifier(config: TrainConfig, class_names: Sequence[str], device: tor
     model, c_dim = config.loss.cls_model, config.generator.c_dim
     names = list(class_names) if model.endswith(".safetensors") else None
     classifier: Classifier = distributed.node_first(lambda: load_classifier(model, c_dim, names)).to(device)
-    return classifier.make_fast_(config.feature_precision)
+    return classifier.optimize_frozen_(config.feature_precision)
 
 
 def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: torch.device,

@@ -44,7 +44,7 @@ class TrainOptions:
     glr: float = 0.0025
     dlr: float = 0.002
     diversity: float | None = None
-    split_group: int = 0
+    ghost_batch: int = 0
     map_depth: int = 2
     # Super-resolution.
     stem: bool = False

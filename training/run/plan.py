@@ -5,11 +5,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from dnnlib import UserError
+from dnnlib.classes import Classes
 from torch_utils import distributed
 from training.config import (
     DataConfig,
@@ -23,12 +24,11 @@ from training.config import (
 )
 from training.data.local_copy import stage as copy_to_local_disk
 from training.data.zip_index import prepare_index
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 from training.generator.layer_schedule import stem_config, superres_config
 from training.generator.superres import stage_table
 from training.run.batch_size import check_index_range, default_batch_gpu, find_batch_gpu, usable_sizes
 from training.run.folder import (
-    FILES,
     RUN_INFO,
     STEM_KEY,
     Given,
@@ -46,12 +46,18 @@ from training.run.init_from import check_generator
 from training.run.networks import Stem
 from training.run.options import Preset, TrainOptions, check_options, filled_preset
 from training.run.snapshots import Snapshot, generator_config
-from training.run.sources import find_sources, with_kept_networks
-from training.run.splitting import check_diversity, check_split_group, split_batch
+from training.run.sources import FILES, find_sources, with_kept_networks
+from training.run.splitting import check_diversity, check_ghost_batch, split_batch
 
 SMALL_DATA = 50_000         # Images below which --preset=small is worth a thought.
 
-SnapshotReader = Callable[[str], Snapshot]      # Path of a file or of a run -> content: `legacy.open_snapshot`.
+
+class SnapshotReader(Protocol):
+    """Gives the content of a snapshot, by the path of a file or of a run: `legacy.open_snapshot`."""
+
+    def __call__(self, path: str, mmap: bool = False) -> Snapshot: ...
+
+
 SnapshotFinder = Callable[[str], Path]          # Path of a file or of a run -> the file: `legacy.find_snapshot`.
 
 
@@ -82,14 +88,14 @@ class RunPlan:
 
 
 def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
-             planned_stem: GeneratorConfig | None = None, find_snapshot: SnapshotFinder = Path) -> RunPlan:
+             planned_stem: Stem | None = None, find_snapshot: SnapshotFinder = Path) -> RunPlan:
     """Resolve the options of one stem or stage. Nothing is created. All processes call this.
 
     Args:
         options: As typed, or as a recipe sets them.
         gpus: Number of processes.
         open_snapshot: Reads --path_stem, --init-from and --resume.
-        planned_stem: Settings of a stem that is not trained yet, in place of --path_stem.
+        planned_stem: One that is not trained yet, in place of --path_stem.
         find_snapshot: The file that such a path means.
 
     Raises:
@@ -105,14 +111,15 @@ def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
     stem = None
     if options.superres:
         assert options.path_stem is not None, "check_options has seen it"
-        stem = Stem(planned_stem) if planned_stem else _open_stem(options, open_snapshot)
+        stem = planned_stem or _open_stem(options, open_snapshot)
+        follow_stem(dataset, stem)
     start, missing = _open_start(options, open_snapshot)
     config = _settings(options, preset, dataset, stem, gpus)
     transfer = check_generator(config, start, dataset.class_names) if start is not None else ""
     name = run_description([str(options.cfg), dataset.name, f"gpus{gpus}", f"batch{config.batch}"], options.desc)
     info = run_info(dataset, options.device, options.desc)
     if stem is not None:
-        info[STEM_KEY] = to_dict(stem.config)
+        info[STEM_KEY] = {"generator_config": to_dict(stem.config), "class_names": list(stem.class_names)}
     given = Given(info, find_sources(config, find_snapshot), dataset.inventory)
 
     def find() -> RunChoice:
@@ -142,13 +149,33 @@ def _open_stem(options: TrainOptions, open_snapshot: SnapshotReader) -> Stem:
     """The snapshot of --path_stem; where that is gone, what a run that was begun with it knows of it."""
     assert options.path_stem is not None, "check_options has seen it"
     try:
-        snapshot = open_snapshot(options.path_stem)
+        snapshot = open_snapshot(options.path_stem, mmap=True)      # Only G_ema of it is read.
     except UserError:
         known = known_stem(Path(options.outdir), options.desc, options.path_stem)
         if known is None:
             raise
-        return Stem(generator_config(known))
-    return Stem(generator_config(snapshot), snapshot)
+        return Stem(generator_config(known), tuple(known.get("class_names") or ()))
+    return Stem(generator_config(snapshot), tuple(snapshot.get("class_names") or ()), snapshot)
+
+
+def follow_stem(dataset: ImageDataset, stem: Stem) -> None:
+    """Number the classes of the data as the stem does, whose mapping a stage keeps, and with it the classes.
+
+    Raises:
+        UserError: the data has other classes.
+    """
+    there, here = stem.config.c_dim, dataset.c_dim
+    if (there > 0) != (here > 0):
+        remedy = "--cond=1 and data with labels" if there > 0 else "--cond=0"
+        raise UserError(f"--path_stem: the stem has {there} classes, --data with --cond={int(here > 0)} has {here}: "
+                        f"use {remedy}, as for the stem")
+    if there != here:
+        raise UserError(f"--path_stem: the stem has {there} classes, --data has {here}: moving a stage to other "
+                        "classes is not supported, because it keeps its stem's: train a stem on this data first "
+                        "(--init-from takes what fits of another stem), then grow the stage on it")
+    note = follow_classes(dataset, "the stem of --path_stem", Classes(stem.class_names, there))
+    if note:
+        distributed.print0(f"NOTE: {note}")
 
 
 def _open_start(options: TrainOptions, open_snapshot: SnapshotReader) -> tuple[Snapshot | None, UserError | None]:
@@ -178,9 +205,6 @@ def _generator(options: TrainOptions, preset: Preset, dataset: ImageDataset, ste
                            preset.margin, rotation, full_precision, c_dim=dataset.c_dim, w_dim=preset.w_dim,
                            mapping_layers=options.map_depth)
     below = stem.config
-    if below.c_dim != dataset.c_dim:
-        raise UserError(f"--path_stem: the stem has {below.c_dim} classes, --data with --cond={int(options.cond)} has "
-                        f"{dataset.c_dim}: use the data set that the stem was trained on, at the new resolution")
     config = superres_config(below, options.up_factor, preset.head_layers, rotation, full_precision)
     if config.img_resolution != dataset.resolution:
         raise UserError(f"--up_factor={options.up_factor} makes {config.img_resolution} pixels of the stem's "
@@ -200,7 +224,7 @@ def _settings(options: TrainOptions, preset: Preset, dataset: ImageDataset, stem
         data=DataConfig(str(options.data), dataset.resolution, dataset.c_dim, options.mirror, options.workers),
         generator=_generator(options, preset, dataset, stem),
         discriminator=DiscriminatorConfig(tuple(options.backbones), dataset.resolution, dataset.c_dim, options.san,
-                                          split_group=options.split_group),
+                                          ghost_batch=options.ghost_batch),
         loss=LossConfig(cls_weight=options.cls_weight, cls_model=options.classifier,
                         diversity_weight=preset.diversity),
         optim=optim,
@@ -214,7 +238,7 @@ def _settings(options: TrainOptions, preset: Preset, dataset: ImageDataset, stem
         saving=SavingConfig(options.keep, options.keep_every, options.snap_state, options.save_in_background,
                             options.best_metric, options.stop_patience))
     check_diversity(preset.diversity, config.batch_gpu)
-    check_split_group(options.split_group, config.batch_gpu)
+    check_ghost_batch(options.ghost_batch, config.batch_gpu)
     config = _overridden(config, preset.overrides)
     if options.batch_gpu in (None, "auto"):
         config = dataclasses.replace(config, batch_gpu=default_batch_gpu(config, gpus))
@@ -245,11 +269,11 @@ def with_micro_batch(plan: RunPlan, gpus: int, device: torch.device) -> RunPlan:
         found = find_batch_gpu(config, device, distributed.print0, plan.dataset.class_names)
         distributed.print0(f"--batch-gpu=auto: {found}")
     official = config.loss.reference_micro_batch
-    if config.discriminator.split_group == 0 and found != official:
-        remedy = f": --split-group={official} keeps that" if config.batch // gpus % official == 0 else ""
+    if config.discriminator.ghost_batch == 0 and found != official:
+        remedy = f": --ghost-batch={official} keeps that" if config.batch // gpus % official == 0 else ""
         distributed.print0("NOTE: D's heads normalise over a micro-batch, and path lengths take their mean from it: "
                            f"here it has {found} image(s), in the published runs {official}{remedy}")
-    check_split_group(config.discriminator.split_group, found)
+    check_ghost_batch(config.discriminator.ghost_batch, found)
     return dataclasses.replace(plan, config=dataclasses.replace(config, batch_gpu=found))
 
 
@@ -260,7 +284,9 @@ def with_local_data(plan: RunPlan) -> RunPlan:
     if folder is None:
         return plan
     path = distributed.node_first(lambda: copy_to_local_disk(options.data, folder))
-    return dataclasses.replace(plan, dataset=ImageDataset(path, use_labels=options.cond, xflip=options.mirror))
+    dataset = ImageDataset(path, use_labels=options.cond, xflip=options.mirror)
+    follow_classes(dataset, "the run", Classes(plan.dataset.class_names))
+    return dataclasses.replace(plan, dataset=dataset)
 
 
 @contextlib.contextmanager
@@ -294,6 +320,8 @@ def print_plan(plan: RunPlan, gpus: int) -> None:
                        f"pixels, {dataset.c_dim or 'no'} classes\n"
                        f"Batch:     {config.batch} = {gpus} process(es) x {config.batch_gpu} x "
                        f"{config.batch // (config.batch_gpu * gpus)} micro-batches\n")
+    if dataset.changes:
+        distributed.print0(f"NOTE: --data: {dataset.changes}: dataset_tool.py does that once and for all\n")
     if len(dataset) < SMALL_DATA and plan.stem is None:
         distributed.print0(f"NOTE: fewer than {SMALL_DATA} images: --preset=small has widths and depth for such data\n")
 

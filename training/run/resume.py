@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading the training state of a run: the newest that is whole, the same on all processes."""
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import checkpoint, distributed
-from training.config import TrainConfig, to_dict
+from torch_utils.nested import leaves, map_leaves
+from training.config import GeneratorConfig, TrainConfig, to_dict
 from training.run.folder import (
     CHANGEABLE,
     FREE,
@@ -20,7 +22,9 @@ from training.run.folder import (
     changes,
     has_state,
 )
-from training.run.snapshots import STATE_FORMAT
+from training.run.formats import RunShape, read_state
+from training.run.snapshots import STATE_FORMAT, generator_config
+from training.trainer import Progress, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +36,31 @@ class _Slot:
     dtype: torch.dtype
 
 
-def load_state(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def load_state(folder: Path, say: Callable[[str], None], shape: RunShape | None = None) -> dict[str, Any] | None:
     """The content of the state file in `folder`; None if the run has none.
 
     The first process reads and sends it to the others: they need not see the folder, and cannot read another state.
 
+    Args:
+        folder: Of the run.
+        say: Takes lines for the log.
+        shape: Of the run that is to continue, which the state must fit.
+
     Raises:
-        UserError: there are states, and all of them are damaged.
+        UserError: there are states, and none of them can be continued.
     """
-    content = _read(folder, say) if distributed.rank() == 0 else None
-    return content if distributed.world_size() == 1 else _share(content)
+    content = _read(folder, say, shape) if distributed.rank() == 0 else None
+    return content if distributed.world_size() == 1 else share(content)
+
+
+def saved_generator(folder: Path) -> GeneratorConfig | None:
+    """Settings of the generator in the newest state that can be read; None without one. All processes call this."""
+    found = None
+    for name in (STATE_FILE, PREVIOUS_STATE_FILE) if distributed.rank() == 0 else ():
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            found = found or generator_config(checkpoint.load(folder / name, STATE_FORMAT, mmap=True))
+    config: GeneratorConfig | None = distributed.broadcast_object(found)
+    return config
 
 
 def check_state(state: dict[str, Any], folder: Path, config: TrainConfig,
@@ -72,57 +91,43 @@ def check_state(state: dict[str, Any], folder: Path, config: TrainConfig,
                         "start a new run with another --desc")
 
 
-def _read(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def run_shape(trainer: Trainer) -> RunShape:
+    """What a file must fit to be continued by this trainer."""
+    groups = {name: [group["params"] for group in opt.param_groups] for name, opt in trainer.optimizers().items()}
+    networks = {"G": trainer.G.state_dict(), "G_ema": trainer.G_ema.state_dict(), "D": trainer.D.own_state_dict()}
+    return RunShape(networks, groups, tuple(field.name for field in dataclasses.fields(Progress)))
+
+
+def _read(folder: Path, say: Callable[[str], None], shape: RunShape | None) -> dict[str, Any] | None:
     if not has_state(folder):
         return None
     try:
-        return checkpoint.load(folder / STATE_FILE, STATE_FORMAT, verify=True)
+        return read_state(folder / STATE_FILE, shape)
     except UserError as err:
         if not (folder / PREVIOUS_STATE_FILE).is_file():
             raise
         problem = str(err)
-    content = checkpoint.load(folder / PREVIOUS_STATE_FILE, STATE_FORMAT, verify=True)
+    content = read_state(folder / PREVIOUS_STATE_FILE, shape)
     say(f"WARNING: {problem}; using the one before it, {PREVIOUS_STATE_FILE}")
     return content
 
 
-def _share(content: dict[str, Any] | None) -> dict[str, Any] | None:
+def share(content: dict[str, Any] | None) -> dict[str, Any] | None:
     """Rank 0's nested dicts, lists and tensors, on all processes; tensors on the CPU."""
     tensors: list[torch.Tensor] = []
-    skeleton = distributed.broadcast_object(_strip(content, tensors))
-    slots = sorted(_slots(skeleton), key=lambda slot: slot.index)
-    for slot in slots:
+
+    def strip(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        tensors.append(value)
+        return _Slot(len(tensors) - 1, tuple(value.shape), value.dtype)
+
+    skeleton = distributed.broadcast_object(map_leaves(strip, content))
+    for slot in (value for _, value in leaves(skeleton) if isinstance(value, _Slot)):
         mine = tensors[slot.index] if distributed.rank() == 0 else torch.empty(slot.shape, dtype=slot.dtype)
         received = distributed.broadcast(mine.to(distributed.device()).contiguous()).cpu()
         if distributed.rank() != 0:
             tensors.append(received)
-    return _fill(skeleton, tensors)
-
-
-def _strip(value: Any, tensors: list[torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return _Slot(len(tensors) - 1, tuple(value.shape), value.dtype)
-    if isinstance(value, dict):
-        return {key: _strip(item, tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_strip(item, tensors) for item in value)
-    return value
-
-
-def _slots(value: Any) -> Iterator[_Slot]:
-    if isinstance(value, _Slot):
-        yield value
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    for item in items:
-        yield from _slots(item)
-
-
-def _fill(value: Any, tensors: list[torch.Tensor]) -> Any:
-    if isinstance(value, _Slot):
-        return tensors[value.index]
-    if isinstance(value, dict):
-        return {key: _fill(item, tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_fill(item, tensors) for item in value)
-    return value
+    whole: dict[str, Any] | None = map_leaves(
+        lambda value: tensors[value.index] if isinstance(value, _Slot) else value, skeleton)
+    return whole

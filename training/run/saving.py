@@ -6,22 +6,21 @@ model, what `--keep` lets go, the state. A kill at any moment leaves files that 
 """
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dnnlib import UserError
 from dnnlib.util import format_bytes, link_or_copy
 from torch_utils import checkpoint, distributed
+from torch_utils.memory import free_memory
+from torch_utils.nested import copy_to_cpu, first_nonfinite, tensor_bytes
 from training.config import TrainConfig
+from training.run import formats
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE, settings_of_state
 from training.run.snapshots import (
-    NETWORK_FORMAT,
     images_shown,
     network_snapshot,
     snapshot_name,
@@ -29,41 +28,6 @@ from training.run.snapshots import (
     training_state,
 )
 from training.trainer import Progress, Trainer
-
-#----------------------------------------------------------------------------
-# Memory.
-
-def copy_to_cpu(value: Any) -> Any:
-    """The same nested dicts and lists, with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copy_to_cpu(item) for item in value)
-    return value
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(tensor_bytes(item) for item in items)
-
-
-def available_memory() -> int | None:
-    """Bytes that this process may still take: what the system has left, or its control group; None where unknown."""
-    found = []
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if meminfo.is_file() and (match := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        found.append(int(match[1]) * 1024)
-    try:                    # Without the cache of files, which gives way.
-        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        found.append(int((group / "memory.max").read_text()) - int(used[1] if used else 0))
-    except (OSError, ValueError):
-        pass                # No such control group, or one without a limit ("max").
-    return min(found, default=None)
 
 #----------------------------------------------------------------------------
 
@@ -112,20 +76,19 @@ class Score:
 
     metric: str
     value: float
+    lower_is_better: bool = True
 
     def is_better_than(self, other: "Score | None") -> bool:
-        """Whether this one wins: distances want to be low, everything else high; NaN never wins."""
+        """Whether this one wins, in its own direction, which a snapshot does not say; NaN never wins."""
         if not math.isfinite(self.value):
             return False
         if other is None or other.metric != self.metric:
             return True
-        lower = any(word in self.metric for word in ("fid", "kid", "ppl", "fd_"))
-        return self.value < other.value if lower else self.value > other.value
-
+        return self.value < other.value if self.lower_is_better else self.value > other.value
 
     def replaces(self, other: "Score") -> bool:
         """Whether it takes the place of `other`: better, or the same evaluation once more."""
-        return self.is_better_than(other) or self == other
+        return self.is_better_than(other) or (self.metric, self.value) == (other.metric, other.value)
 
 
 def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
@@ -134,13 +97,13 @@ def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
     A result's name says after an '@' where it departs from the metric of that name.
     """
     found = [r for r in results if r["metric"].partition("@")[0] == metric] or results
-    return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))))
+    return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))), found[0]["lower_is_better"])
 
 
 def read_score(path: Path) -> Score | None:
     """The score in a snapshot; None where there is none or where the file is missing or damaged."""
     try:
-        score = checkpoint.load(path, NETWORK_FORMAT, mmap=True).get("score")
+        score = formats.read_score(path)
         return Score(score["metric"], float(score["value"])) if score else None
     except UserError:
         return None
@@ -185,6 +148,10 @@ def prune(folder: Path, keep: int, keep_every: float, protected: set[int]) -> No
 
 #----------------------------------------------------------------------------
 
+class NonFiniteState(UserError):
+    """Weights or moments are NaN or infinite, so nothing is written; the message names one of them."""
+
+
 class Saver:
     """Writes the files of a run. Only the first process has anything to write."""
 
@@ -196,9 +163,16 @@ class Saver:
         self._told = False
 
     def save_state(self, trainer: Trainer) -> None:
-        """Write the training state; the one before it stays as training-state-prev.pt."""
+        """Write the training state; the one before it stays as training-state-prev.pt.
+
+        A state that is not finite is not written: `training.watch.nonfinite.broken_weights` ends the run at its tick.
+        """
         if distributed.rank() == 0:
-            self.write_state(self.capture(trainer))
+            try:
+                self.write_state(self.capture(trainer))
+            except NonFiniteState as err:
+                self._last_state = time.monotonic()
+                self.say(f"NOTE: no state is saved now: {err}")
 
     def write_state(self, captured: tuple[dict[str, Any], bool]) -> None:
         """Write what `capture` returned."""
@@ -214,12 +188,18 @@ class Saver:
         """What a state file holds, and whether it is a copy that may be written while training goes on.
 
         Copied only if the copy takes at most half of the memory that is left; else tensors are those in use.
+
+        Raises:
+            NonFiniteState: it must not be written.
         """
         self.writer.wait()          # The copy before this one is gone then.
         content = training_state(trainer.state_dict()) | self._options
+        if (bad := first_nonfinite(content)) is not None:
+            raise NonFiniteState(f"{bad} is not finite, so nothing is saved: start a new run from the last snapshot, "
+                                 "with --fp32=1 or half --glr and --dlr")
         if not self.config.saving.background:
             return content, False
-        size, left = tensor_bytes(content), available_memory()
+        size, left = tensor_bytes(content), free_memory()
         if left is not None and size > left / 2:
             if not self._told:
                 self.say(f"saving in the foreground: a copy of the state takes {format_bytes(size)}, more than half of "
@@ -237,8 +217,8 @@ class Saver:
             score: Of this snapshot; None without metrics: then the newest model counts as the best.
         """
         content = captured[0] | {"counters": dataclasses.asdict(progress)}
-        snapshot = network_snapshot(content, self.config, self.class_names, None if score is None else
-                                    dataclasses.asdict(score))
+        kept = None if score is None else {"metric": score.metric, "value": score.value}
+        snapshot = network_snapshot(content, self.config, self.class_names, kept)
         name, saving = snapshot_name(progress.cur_nimg), self.config.saving
         protected = {progress.cur_nimg, progress.cur_nimg if progress.best_nimg is None else progress.best_nimg}
 

@@ -22,8 +22,8 @@ def check_diversity(diversity: float, batch_gpu: int) -> None:
                         "an even --batch-gpu")
 
 
-def check_split_group(group: int, batch_gpu: int) -> None:
-    """Groups lie within micro-batches."""
-    if group and (group < 2 or batch_gpu % group):
-        raise UserError(f"--split-group={group} must be at least 2 and divide the micro-batch of {batch_gpu}: take "
+def check_ghost_batch(size: int, batch_gpu: int) -> None:
+    """Ghost batches lie within micro-batches."""
+    if size and (size < 2 or batch_gpu % size):
+        raise UserError(f"--ghost-batch={size} must be at least 2 and divide the micro-batch of {batch_gpu}: take "
                         "another one, or another --batch-gpu")

@@ -13,8 +13,8 @@ from pathlib import Path
 from dnnlib import UserError
 from dnnlib.util import atomic_write_text
 from torch_utils import distributed
-from training.config import GeneratorConfig
 from training.run.folder import BEST_FILE
+from training.run.networks import Stem
 from training.run.options import TrainOptions
 from training.run.plan import RunPlan, SnapshotFinder, SnapshotReader, plan_run
 from training.run.recipes import RECIPES, Stage, select_stages, stage_dir, stage_options
@@ -33,7 +33,8 @@ def has_snapshot(folder: Path) -> bool:
 def is_finished(folder: Path, total_kimg: float) -> bool:
     """Whether the stage ended, and is not to become longer than it was to be then."""
     try:
-        return float(json.loads((folder / FINISHED_FILE).read_text())["kimg"]) >= total_kimg
+        text = (folder / FINISHED_FILE).read_text(encoding="utf-8")
+        return float(json.loads(text)["kimg"]) >= total_kimg
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -103,7 +104,7 @@ def _plans(stages: list[tuple[Stage, TrainOptions]], stem: Path | None, gpus: in
 
     A stem that is not trained yet is stood in for by the settings that it will have.
     """
-    below: GeneratorConfig | None = None
+    below: Stem | None = None
     for stage, options in stages:
         planned = None
         if options.superres:
@@ -111,5 +112,5 @@ def _plans(stages: list[tuple[Stage, TrainOptions]], stem: Path | None, gpus: in
             options = dataclasses.replace(options, path_stem=str(stem))
             planned = None if has_snapshot(stem) else below
         plan = plan_run(options, gpus, open_snapshot, planned, find_snapshot)
-        below, stem = plan.config.generator, plan.folder
+        below, stem = Stem(plan.config.generator, tuple(plan.dataset.class_names)), plan.folder
         yield stage, plan

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -17,8 +16,7 @@ from training.run.init_from import start_from
 from training.run.networks import make_classifier, make_networks
 from training.run.plan import RunPlan
 from training.run.preflight import check_disk, state_bytes
-from training.run.resume import check_state, load_state
-from training.run.snapshots import generator_config
+from training.run.resume import check_state, load_state, run_shape, saved_generator
 from training.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -38,11 +36,8 @@ def start_trainer(plan: RunPlan, device: torch.device, report: Callable[[str, to
     with step("preparing the operations (native code is compiled once per machine)"):
         operations = dispatch.describe(device)
     say(f"device {device}, {distributed.world_size()} process(es); {operations}; torch {torch.__version__}")
-    state = load_state(plan.folder, say)
     with step("making the networks"):
-        G, D = make_networks(config, plan.dataset, stem, device, say, generator_config(state) if state else None)
-        if state is not None:
-            check_state(state, plan.folder, config, D.backbone_info())
+        G, D = make_networks(config, plan.dataset, stem, device, say, saved_generator(plan.folder))
         classifier = make_classifier(config, plan.dataset.class_names, device)
     say(stage_table(G.config, stem.config if stem else None))
     trained = [sum(p.numel() for p in net.trainable_parameters()) for net in (G, D)]
@@ -51,8 +46,7 @@ def start_trainer(plan: RunPlan, device: torch.device, report: Callable[[str, to
     trainer = Trainer(config, G, D, classifier, device, report, _real_distance(plan, say))
     if distributed.rank() == 0:
         check_disk(plan.folder, state_bytes([G, trainer.G_ema, D], trainer.phases))
-    _take_weights(trainer, plan, state, say)
-    settle_forms(trainer, plan.folder, state is not None, say)
+    settle_forms(trainer, plan.folder, _take_weights(trainer, plan, say), say)
     trainer.progress.elapsed += time.time() - began
     return trainer
 
@@ -65,11 +59,14 @@ def _real_distance(plan: RunPlan, say: Say) -> float:
     return float(distributed.broadcast_object(distance))
 
 
-def _take_weights(trainer: Trainer, plan: RunPlan, state: dict[str, Any] | None, say: Say) -> None:
-    """Continue from a state, or begin with the weights of another network."""
+def _take_weights(trainer: Trainer, plan: RunPlan, say: Say) -> bool:
+    """Continue from the newest state, or begin with the weights of another network. Whether there was a state."""
+    state = load_state(plan.folder, say, run_shape(trainer))
     if state is not None:
+        check_state(state, plan.folder, plan.config, trainer.D.backbone_info())
         trainer.load_state_dict(state)
         say(f"resuming at kimg {trainer.progress.cur_nimg / 1e3:.1f}, "
             f"after {format_time(trainer.progress.elapsed)} of training")
     elif plan.start is not None:
         say(start_from(trainer, plan.start, plan.dataset.class_names))
+    return state is not None

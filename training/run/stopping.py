@@ -23,7 +23,7 @@ import torch
 
 from torch_utils import distributed
 from torch_utils.launch import STOP_SIGNALS, TWICE_SECONDS
-from torch_utils.watch import end_process
+from torch_utils.peer_monitor import end_process
 from training.config import TrainConfig
 from training.trainer import Progress
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimiser step: what goes in, gradients, their guard, averages. Nothing here knows a folder."""
+"""One optimiser step: its micro-batches, its gradients and their guard, and the averages. No module knows a folder."""

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into each phase: latents, labels, augmentation numbers and real images.
+"""Makes the inputs of each phase: latents, labels, augmentation numbers and real images.
 
 Every random number is a function of (seed, stream, position), where the position of a sample is the number of images
 shown before it. It does not matter which process draws it, in which micro-batch, or whether the run was restarted.
 """
+import dataclasses
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from torch_utils.images import from_uint8
 from torch_utils.misc import one_hot, to_device
 from training.data.randomness import CounterRNG
 from training.diffaug import NUM_UNIFORMS
@@ -27,9 +29,9 @@ class BatchSource:
         rng: CounterRNG,
         label_probs: np.ndarray | None,     # [c_dim] float64: how often each class is asked for; None: unconditional.
         real_images: Iterator[tuple[torch.Tensor, torch.Tensor]],   # uint8 [batch_gpu, 3, R, R], int64 [batch_gpu].
-        num_backbones: int,                 # Augmentation is drawn anew for each.
-        batch: int,                         # Over all processes.
-        batch_gpu: int,                     # Of one micro-batch.
+        num_backbones: int,                 # Augmentation is drawn for each of them.
+        batch: int,                         # Samples per iteration, over all processes.
+        batch_gpu: int,                     # Samples of one micro-batch.
         rank: int,
         world_size: int,
         device: torch.device,
@@ -55,22 +57,23 @@ class BatchSource:
 
     def _micro_batch(self, phase: Phase, positions: np.ndarray) -> MicroBatch:
         name, config = phase.name, self.G.config
-        content = {
-            "z": self._to_device(self.rng.normal(f"z/{name}", positions, (config.z_dim,))),
-            "gen_c": self._one_hot(self._labels(name, positions)),
-            "augment_fake": self._augmentation(f"augment/{name}/fake", positions),
-        }
+        batch = MicroBatch(
+            z=self._to_device(self.rng.normal(f"z/{name}", positions, (config.z_dim,))),
+            gen_c=self._one_hot(self._labels(name, positions)),
+            augment_fake=self._augmentation(f"augment/{name}/fake", positions),
+        )
         if phase.uses_real_images:
             started = time.perf_counter()
             images, labels = next(self.real_images)
             self._waited += time.perf_counter() - started
-            images = to_device(images, self.device).to(torch.float32) / 127.5 - 1
-            content |= {"real_img": images, "real_c": self._one_hot(labels),
-                        "augment_real": self._augmentation(f"augment/{name}/real", positions)}
+            images = from_uint8(to_device(images, self.device))
+            batch = dataclasses.replace(batch, real_img=images, real_c=self._one_hot(labels),
+                                        augment_real=self._augmentation(f"augment/{name}/real", positions))
         if phase.uses_noise:
             shape = (config.img_channels, config.img_resolution, config.img_resolution)
-            content["pl_noise"] = self._to_device(self.rng.normal(f"noise/{name}", positions, shape))
-        return MicroBatch(**content)
+            noise = self._to_device(self.rng.normal(f"noise/{name}", positions, shape))
+            batch = dataclasses.replace(batch, pl_noise=noise)
+        return batch
 
     def _labels(self, name: str, positions: np.ndarray) -> torch.Tensor:
         if self.label_probs is None:

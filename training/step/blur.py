@@ -19,6 +19,6 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     radius = math.floor(sigma * 3)
     if radius == 0:
         return images
-    # On the CPU: a filter that was made on a GPU would have to be read back, and sigma changes in every iteration.
+    # The filter is made on the CPU: from a GPU it would have to be read back, and sigma changes in every iteration.
     taps = torch.arange(-radius, radius + 1, dtype=images.dtype).div(sigma).square().neg().exp2()
     return filter2d(images, taps / taps.sum())

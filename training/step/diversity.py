@@ -10,10 +10,10 @@ import torch
 
 
 def diversity_loss(images: torch.Tensor, target: float) -> torch.Tensor:
-    """What pairs lack in distance: images [N, C, H, W] in [-1, 1], 2k and 2k + 1 of one class -> [N / 2], at least 0.
+    """The distance that pairs lack, [N / 2], at least 0, of images [N, C, H, W] in [-1, 1], 2k and 2k + 1 of one class.
 
     Args:
-        images: Of independent z. N is even.
+        images: Made from independent z; N is even.
         target: Mean absolute difference to reach, `training.dataset.real_pair_distance`.
     """
     distances = (images[0::2] - images[1::2]).abs().mean(dim=[1, 2, 3])

@@ -2,12 +2,22 @@
 """Gradients of a phase in one flat tensor, and their sum over processes, which starts during the backward pass."""
 import functools
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from torch_utils import distributed
 
-BUCKET_BYTES = 25 << 20         # Of one message: large enough for full speed, small enough to start early.
+BUCKET_BYTES = 25 << 20         # A message this large goes at full speed, and is small enough to start early.
+
+
+class Message(Protocol):
+    """A sum over processes that is on its way."""
+
+    def wait(self) -> object:
+        """Return when the sum is there."""
+        ...
 
 
 class FlatGradients:
@@ -32,8 +42,8 @@ class FlatGradients:
         self._cut(sizes, bucket_bytes // self.flat.element_size())
         self._missing = [0] * len(self._buckets)            # Parameters whose gradient is not final yet.
         self._seen = [0] * len(sizes)
-        self._hooks: list = []
-        self._messages: list = []
+        self._hooks: list[RemovableHandle] = []
+        self._messages: list[Message] = []
 
     def _cut(self, sizes: list[int], limit: int) -> None:
         start = stop = sum(sizes)
@@ -45,7 +55,7 @@ class FlatGradients:
                 stop = start
 
     def overlap(self, num_backwards: int) -> None:
-        """From here on send a bucket as soon as it is complete.
+        """Send buckets from here on as soon as they are complete.
 
         Call it before the last micro-batch. A parameter's gradient is complete after `num_backwards` more backward
         passes that reach it; buckets with parameters that are not reached wait for `finish`.

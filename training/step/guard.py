@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Non-finite gradients: replaced, counted, and a reason to stop when they no longer cease."""
+"""Non-finite gradients are replaced and counted, and are a reason to stop if they do not cease."""
 from collections.abc import Callable
 
 import torch
@@ -14,7 +14,8 @@ class GradientGuard:
     run stops once LIMIT steps of a phase in a row had any.
 
     Args:
-        batch: Global batch size: our gradients are smaller than the official ones, and so is what infinities become.
+        batch: Global batch size. Our gradients are smaller than the official ones by a factor that depends on it, so
+            infinities become smaller numbers, too.
         report: Takes a name and a value.
     """
 
@@ -31,8 +32,9 @@ class GradientGuard:
         """Replace non-finite elements of a phase's flat gradient in place; remember how many there were and where."""
         norm = gradient.norm()
         zero = torch.zeros([], dtype=torch.int64, device=gradient.device)
-        if norm.device.type == "cpu" and norm.isfinite():   # Nothing to wait for there, and the rest takes ten times as
-            self._total.setdefault(name, zero)              # long: all elements are finite.
+        if norm.device.type == "cpu" and norm.isfinite():
+            # All elements are finite, which costs no wait to know on a CPU; what follows would take ten times as long.
+            self._total.setdefault(name, zero)
             self._in_a_row[name] = zero
             self._first.setdefault(name, zero - 1)
             self.report(f"Gradients/{name}", norm)
@@ -46,22 +48,22 @@ class GradientGuard:
         self.report(f"Gradients/{name}", gradient.norm())
 
     def counts(self) -> dict[str, int]:
-        """Non-finite elements per phase since the start. Waits for the device."""
+        """Non-finite elements per phase since the start. Asking waits for the device, here and below."""
         return {name: int(total) for name, total in self._total.items()}
 
     def steps_in_a_row(self) -> dict[str, int]:
-        """Non-finite steps per phase up to now, without a finite one between. Waits for the device."""
+        """Non-finite steps per phase up to now, without a finite one between."""
         return {name: int(steps) for name, steps in self._in_a_row.items()}
 
     def is_clean(self) -> bool:
-        """Whether every phase's last step was finite. Waits for the device."""
+        """Whether every phase's last step was finite."""
         return not any(self.steps_in_a_row().values())
 
     def first_element(self, name: str) -> int | None:
-        """Position in the flat gradient of the first bad element of the phase's last bad step. Waits for the device."""
+        """Position in the flat gradient of the first bad element of the last bad step."""
         first = int(self._first[name]) if name in self._first else -1
         return None if first < 0 else first
 
     def failed(self) -> str | None:
-        """A phase whose last LIMIT steps all had non-finite gradients. Waits for the device."""
+        """A phase whose last LIMIT steps all had non-finite gradients."""
         return next((name for name, steps in self.steps_in_a_row().items() if steps >= self.LIMIT), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a phase's backward pass gets: the samples of one micro-batch."""
+"""The samples of one micro-batch, which the backward pass of a phase gets."""
 import dataclasses
 
 import torch
@@ -7,7 +7,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """What one process feeds through the networks at once; N samples."""
+    """N samples, which one process feeds through the networks at once."""
 
     z: torch.Tensor                             # [N, z_dim]
     gen_c: torch.Tensor                         # [N, c_dim], one-hot.
@@ -16,3 +16,14 @@ class MicroBatch:
     augment_fake: torch.Tensor | None = None    # [backbones, N, NUM_UNIFORMS] uniform numbers; None: no augmentation.
     augment_real: torch.Tensor | None = None
     pl_noise: torch.Tensor | None = None        # [N, 3, R, R] standard normal; only the path-length phase uses it.
+
+    def real(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(real_img, real_c), which a phase with `uses_real_images` gets."""
+        assert self.real_img is not None, "this phase gets no real images"
+        assert self.real_c is not None
+        return self.real_img, self.real_c
+
+    def noise(self) -> torch.Tensor:
+        """pl_noise, which a phase with `uses_noise` gets."""
+        assert self.pl_noise is not None, "this phase gets no noise"
+        return self.pl_noise

@@ -19,11 +19,11 @@ from training.step.micro_batch import MicroBatch
 class Phase:
     """One optimiser step: which loss, on which parameters, how often."""
 
-    name: str                                           # Gmain, Greg or Dmain: also the name of its random streams.
+    name: str                                           # Gmain, Greg or Dmain; its random streams have this name, too.
     module: torch.nn.Module
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Adam
-    interval: int                                       # Runs when the iteration number is a multiple of it.
+    interval: int                                       # It runs when the iteration number is a multiple of this.
     backward: Callable[[MicroBatch, int], None]         # (micro-batch, size of the global batch) -> adds gradients.
     backwards: int = 1                                  # Backward passes per micro-batch.
     is_active: Callable[[int], bool] = lambda cur_nimg: True
@@ -34,7 +34,7 @@ class Phase:
 
 
 class PhaseLosses(Protocol):
-    """What the phases need of a loss; `training.loss.StyleSanLoss` is one. Backward passes add to `.grad`."""
+    """The methods of a loss that phases call; `training.loss.StyleSanLoss` has them. Backward passes add to `.grad`."""
 
     def generator_main(self, batch: MicroBatch, global_batch: int) -> None: ...
 
@@ -60,7 +60,7 @@ def lazy_adam(parameters: list[torch.nn.Parameter], lr: float, config: OptimConf
 
 
 def make_phases(G: Generator, D: ProjectedDiscriminator, loss: PhaseLosses, config: OptimConfig) -> list[Phase]:
-    """Gmain, Greg (path lengths), Dmain. The discriminator's regulariser is empty, but its interval corrects Adam."""
+    """Gmain, Greg (path lengths) and Dmain. The discriminator has no regulariser, but its interval corrects Adam."""
     G_parameters, D_parameters = G.trainable_parameters(), D.trainable_parameters()
     G_opt = lazy_adam(G_parameters, config.G_lr, config, config.G_reg_interval)
     D_opt = lazy_adam(D_parameters, config.D_lr, config, config.D_reg_interval)

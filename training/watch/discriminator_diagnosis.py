@@ -25,24 +25,26 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from torch_utils.misc import evaluating, one_hot
+from torch_utils.images import from_uint8
+from torch_utils.misc import evaluating
 from training.data.randomness import CounterRNG, permutation
 from training.dataset import ImageDataset, load_batches
 from training.diffaug import NUM_UNIFORMS
 from training.discriminators import san_conditions
+from training.discriminators.heads import ScaleDisc
 from training.discriminators.projected import ProjectedDiscriminator
 from training.generator.synthesis import require_finite, synthesize
 from training.networks_stylegan3 import Generator
 from training.step.blur import blur
 
-IMAGES_PER_CLASS = 32       # With more classes than that leaves room for, some are chosen.
-MIN_IMAGES = 8              # Of a class, to be counted.
-MAX_VALUES = 1 << 23        # Numbers kept per head and side; above that only some positions of an image are.
-MAX_PATCHES = 1024          # Per side in a search for the largest slice.
+IMAGES_PER_CLASS = 32       # Where there are too many classes for so many of each, some classes are chosen.
+MIN_IMAGES = 8              # Classes with fewer images are not counted.
+MAX_VALUES = 1 << 23        # Numbers kept per head and side; if there are more, only some positions are kept.
+MAX_PATCHES = 1024          # Patches per side in a search for the largest slice.
 MAX_WIDTH = 256             # Features in that search; wider ones are searched in a random part of their span.
-PAIR_IMAGES = 64            # Real ones, and as many generated ones, whose distances are compared.
+PAIR_IMAGES = 64            # So many real and as many generated images have their distances compared.
 POINTS, TANGENTS = 4, 16    # Generated images, and directions of their latents, for the local measure.
-STEP = 1e-2                 # Of its finite differences, in units of a latent's standard deviation.
+STEP = 1e-2                 # Finite differences take this step, in units of a latent's standard deviation.
 LEVELS = np.linspace(0, 1, 201)
 
 #----------------------------------------------------------------------------
@@ -50,17 +52,17 @@ LEVELS = np.linspace(0, 1, 201)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is measured, and what the training step does to images."""
+    """Settings: how much is measured, and what the training step does to images."""
 
     num: int = 2048             # Images per side, at most those of the data.
     batch: int = 8              # Images over which heads normalise: the run's micro-batch.
     seed: int = 0
-    blur_sigma: float = 0.0     # Of this moment of the run, in pixels.
+    blur_sigma: float = 0.0     # In pixels, as at this moment of the run.
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What was measured of one head. Distances are in units of h, without SAN's scale and the gain of the logits."""
+    """The measurements of one head. Distances are in units of h, without SAN's scale and the gain of the logits."""
 
     name: str                   # <backbone>/<scale>; scale 0 is the shallowest.
     width: int                  # D: features of h.
@@ -70,8 +72,8 @@ class Head:
     gap: float                  # |E_real h - E_generated h|.
     separability: float         # S along omega: |mean difference| / W1, in [0, 1].
     separability_optimal: float     # S along the optimal direction.
-    w1_learned: float           # W1 along omega; this and the next three on halves, see `slices_of`.
-    w1_optimal: float           # Along the optimal direction, estimated on the other half.
+    w1_learned: float           # W1 along omega; this and the next three are measured on halves, see `slices_of`.
+    w1_optimal: float           # W1 along the optimal direction, estimated on the other half.
     w1_max: float               # max-ASW: the largest that a search found, on the other half.
     w1_floor: float             # What W1 along omega would read if both laws were equal.
     pair_ratio: float           # min over pairs |h(x) - h(y)| / |x - y|, over the ratio of typical distances.
@@ -82,13 +84,13 @@ class Head:
                "w1_max", "w1_floor", "pair_ratio", "tangent_ratio")
 
     def numbers(self) -> dict[str, float]:
-        """Everything measured that is one number."""
+        """The measurements that are single numbers."""
         return {name: getattr(self, name) for name in self.NUMBERS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """All heads."""
+    """The measurements of all heads."""
 
     heads: tuple[Head, ...]
     num: int                    # Images per side that were used.
@@ -107,16 +109,16 @@ class Diagnosis:
         return {f"Diagnosis/{key}": value for key, value in self.means().items()} | by_head
 
     def record(self) -> dict[str, Any]:
-        """Plain values."""
+        """The diagnosis as plain values, which go to JSON."""
         heads = [{"head": h.name, "width": h.width, "positions": h.positions} | h.numbers() for h in self.heads]
         return {"num": self.num, "classes": self.classes} | self.means() | {"heads": heads}
 
 #----------------------------------------------------------------------------
-# Modes of the heads. Both restore modes and buffers, also after an error.
+# Modes of the heads. Both functions restore modes and buffers, also after an error.
 
 @contextlib.contextmanager
 def _unchanged(D: ProjectedDiscriminator) -> Iterator[None]:
-    """Eval mode for the block; afterwards all buffers of the heads have the values that they had."""
+    """Put D into eval mode for the block; afterwards all buffers of the heads have the values that they had."""
     before = [(buffer, buffer.clone()) for buffer in D.discriminators.buffers()]
     with evaluating(D):
         try:
@@ -136,10 +138,10 @@ def as_in_training(D: ProjectedDiscriminator) -> Iterator[None]:
         yield
 
 
-def heads_of(D: ProjectedDiscriminator) -> dict[str, tuple[str, int, torch.nn.Module]]:
+def heads_of(D: ProjectedDiscriminator) -> dict[str, tuple[str, int, ScaleDisc]]:
     """Name -> (backbone, scale, the head), in the order of the logits."""
-    return {f"{key}/{scale}": (key, int(scale), disc) for key, multi in D.discriminators.items()
-            for scale, disc in multi.mini_discs.items()}
+    return {f"{key}/{scale}": (key, scale, disc) for key, multi in D.heads_by_backbone().items()
+            for scale, disc in enumerate(multi.scales())}
 
 
 def patches(D: ProjectedDiscriminator, img: torch.Tensor, augment: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -163,12 +165,12 @@ def choose(dataset: ImageDataset, settings: Settings) -> np.ndarray:
     if dataset.c_dim > 0:
         labels = dataset.labels[order]
         kinds, first = np.unique(labels, return_index=True)
-        kinds = kinds[np.argsort(first)][:max(settings.num // IMAGES_PER_CLASS, 1)]     # As they come.
+        kinds = kinds[np.argsort(first)][:max(settings.num // IMAGES_PER_CLASS, 1)]     # In the order they come in.
         order = order[np.isin(labels, kinds)]
     count = min(settings.num, len(order)) // settings.batch * settings.batch
     if count == 0:
-        raise UserError(f"{settings.num} of {len(order)} images do not make a batch of {settings.batch}: take more, or "
-                        "a smaller --batch")
+        raise UserError(f"{settings.num} of {len(order)} images do not make a batch of {settings.batch}: take at "
+                        f"least {settings.batch} per side")
     return order[:count]
 
 
@@ -190,7 +192,7 @@ def _image_batches(G: Generator, dataset: ImageDataset, settings: Settings, item
         z = torch.from_numpy(rng.normal("diagnose/z", positions, (G.z_dim,)))
         fake = synthesize(G, z, labels)
         require_finite(torch.isfinite(fake).all())
-        yield [pixels.to(device).to(torch.float32) / 127.5 - 1, fake.to(torch.float32)], positions
+        yield [from_uint8(pixels.to(device)), fake.to(torch.float32)], positions
 
 
 def _augmentation(D: ProjectedDiscriminator, seed: int, side: int, positions: np.ndarray,
@@ -208,8 +210,8 @@ def collect(G: Generator, D: ProjectedDiscriminator, dataset: ImageDataset, sett
     """Features of every head, taken as in training."""
     names, device = list(heads_of(D)), next(G.parameters()).device
     store = torch.device("cpu") if device.type == "mps" else device     # Measures are in double precision.
-    means: list[Any] = [([], []) for _ in names]
-    kept: list[Any] = [([], []) for _ in names]
+    means: list[tuple[list[torch.Tensor], ...]] = [([], []) for _ in names]
+    kept: list[tuple[list[torch.Tensor], ...]] = [([], []) for _ in names]
     counts = [0] * len(names)
     with as_in_training(D):
         for images, positions in _image_batches(G, dataset, settings, items, device):
@@ -239,17 +241,18 @@ def _narrowed(real: torch.Tensor, fake: torch.Tensor, keep: torch.Tensor, genera
     if both.shape[1] <= MAX_WIDTH:
         return torch.eye(both.shape[1], dtype=torch.float64, device=both.device)
     mix = torch.randn([len(both), MAX_WIDTH - keep.shape[1]], generator=generator, dtype=torch.float64).to(both)
-    return torch.linalg.qr(torch.cat([keep, (both - both.mean(dim=0)).T @ mix], dim=1))[0]
+    basis: torch.Tensor = torch.linalg.qr(torch.cat([keep, (both - both.mean(dim=0)).T @ mix], dim=1))[0]
+    return basis
 
 
 def searched_direction(real: torch.Tensor, fake: torch.Tensor, omega: torch.Tensor,
                        generator: torch.Generator) -> torch.Tensor:
-    """Where a search finds the largest W1 between samples [N, D] and [M, D]: a unit vector [D]."""
+    """The direction in which a search finds the largest W1 between samples [N, D] and [M, D]: a unit vector [D]."""
     keep = torch.stack([san_conditions.unit(omega), san_conditions.optimal_direction(real, fake)], dim=1)
     basis = _narrowed(real, fake, keep, generator)
     inside = [x.to(torch.float64) @ basis for x in (real, fake)]
-    found = san_conditions.max_asw(*inside, (san_conditions.unit(omega) @ basis)[None], generator=generator,
-                                   random_starts=2, steps=24)
+    found = san_conditions.max_asw(inside[0], inside[1], (san_conditions.unit(omega) @ basis)[None],
+                                   generator=generator, random_starts=2, steps=24)
     return san_conditions.unit(basis @ found.direction)
 
 
@@ -257,16 +260,17 @@ def slices_of(samples: Samples, rows: torch.Tensor, omega: torch.Tensor,
               generator: torch.Generator) -> dict[str, float]:
     """W1 along the learned direction omega, the optimal one and the largest that a search finds, for some images.
 
-    Directions that come from samples fit these too well, so they come from one half of the images and W1 is of the
-    other half, both ways; all four numbers are of halves. The floor mixes real and generated images as a whole, since
-    positions of an image are alike.
+    Directions that come from samples fit these too well, so they come from one half of the images and W1 is measured on
+    the other half, both ways; all four numbers are measured so. The floor mixes real and generated images as a whole,
+    since positions of an image are alike.
     """
     found = {"w1_learned": 0.0, "w1_optimal": 0.0, "w1_max": 0.0, "w1_floor": 0.0}
     halves = rows[0::2], rows[1::2]
     for fit, held in (halves, halves[::-1]):
         real, fake = (h[held].flatten(0, 1) for h in samples.kept)
         optimal = san_conditions.optimal_direction(*(mean[fit] for mean in samples.mean))
-        searched = searched_direction(*(_spread_out(h, fit) for h in samples.kept), omega, generator)
+        some_real, some_fake = (_spread_out(h, fit) for h in samples.kept)
+        searched = searched_direction(some_real, some_fake, omega, generator)
         w1 = [san_conditions.slice_along(w, real, fake).w1 for w in (omega, optimal, searched)]
         both = torch.cat([h[held] for h in samples.kept])[torch.randperm(2 * len(held), generator=generator)]
         mixed = [x.flatten(0, 1) for x in both.split(len(held))]
@@ -289,7 +293,7 @@ def conditions_of(samples: Samples, rows: torch.Tensor, omega: torch.Tensor,
 
 
 def _quantiles(samples: Samples, rows: list[torch.Tensor], omegas: list[torch.Tensor]) -> np.ndarray:
-    """Of <omega, h> over all classes, each along its own direction: [2, len(LEVELS)]."""
+    """The quantiles of <omega, h> over all classes, each along its own direction: [2, len(LEVELS)]."""
     sides = []
     for h in samples.kept:
         values = [h[r].flatten(0, 1).to(torch.float64) @ san_conditions.unit(w)
@@ -316,7 +320,7 @@ def smallest_stretch(dx: torch.Tensor, dh: torch.Tensor) -> float:
 
     Args:
         dx, dh: Derivatives of an image and of its features along k directions, [k, ...] each. Directions along which
-            the image does not move are left out.
+            the image does not move do not count.
     """
     dx, dh = (d.flatten(1).to(torch.float64) for d in (dx, dh))
     powers, axes = torch.linalg.eigh(dx @ dx.T)
@@ -354,19 +358,17 @@ def injectivity(G: Generator, D: ProjectedDiscriminator, dataset: ImageDataset, 
 def _tangents(G: Generator, D: ProjectedDiscriminator, settings: Settings, labels: np.ndarray,
               store: torch.device) -> list[float]:
     """Per head the median over POINTS of the smallest stretch in a random TANGENTS-dimensional part of the tangent."""
-    rng, device = CounterRNG(settings.seed), next(G.parameters()).device
-    found = []
+    rng, found = CounterRNG(settings.seed), []
     for point in range(min(POINTS, len(labels))):
         z = torch.from_numpy(rng.normal("diagnose/point", [point], (G.z_dim,)))
         probes = rng.normal("diagnose/tangent", [point], (G.z_dim, min(TANGENTS, G.z_dim)))[0]
         steps = STEP * torch.linalg.qr(torch.from_numpy(probes))[0].T
-        c = one_hot(torch.full([2 * len(steps)], int(labels[point])), G.c_dim).to(device)
-        with evaluating(G):
-            img = G(torch.cat([z + steps, z - steps]).to(device), c, force_fp32=True)
+        classes = torch.full([2 * len(steps)], int(labels[point]))
+        img = synthesize(G, torch.cat([z + steps, z - steps]), classes, precision="fp32")
         img = blur(img, settings.blur_sigma)
         dx, *dhs = (torch.sub(*y.to(store).to(torch.float64).chunk(2)) for y in (img, *patches(D, img)))
         found.append([smallest_stretch(dx, dh) for dh in dhs])
-    return np.median(found, axis=0).tolist()
+    return [float(value) for value in np.median(found, axis=0)]
 
 #----------------------------------------------------------------------------
 
@@ -376,7 +378,7 @@ def diagnose(G: Generator, D: ProjectedDiscriminator, dataset: ImageDataset, set
     Args:
         G: The generator that D plays against; G_ema is another one, whose images D was not trained on.
         D: On G's device.
-        dataset: Of G's size and classes.
+        dataset: Its images have G's size and classes.
 
     Raises:
         UserError: too few images for a batch, or for any class; images of G that are not finite.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a run is well: measuring variety, and verdicts in plain words.
+"""Tells whether a run is well: measures variety, and gives verdicts in plain words.
 
 Every number here is equal on all processes, so that they decide alike.
 """
@@ -10,15 +10,16 @@ import numpy as np
 import torch
 
 from torch_utils import distributed
-from torch_utils.misc import autotuning, evaluating, one_hot
+from torch_utils.misc import autotuning
 from torch_utils.training_stats import Stat
 from training.config import TrainConfig
 from training.data.randomness import CounterRNG
 from training.dataset import ImageDataset, real_pair_distance
+from training.generator.synthesis import synthesize
 from training.networks_stylegan3 import Generator
 from training.step.guard import GradientGuard
 
-EXIT_NONFINITE, EXIT_COLLAPSE = 4, 5    # Exit codes: gradients stopped being finite; --on-collapse=stop.
+EXIT_NONFINITE, EXIT_COLLAPSE = 4, 5    # Exit codes after gradients that are not finite, and with --on-collapse=stop.
 
 #----------------------------------------------------------------------------
 
@@ -32,31 +33,31 @@ class DiversityProbe:
     """
 
     NUM_GROUPS, GROUP_SIZE = 8, 4
-    NUM_REAL_PAIRS = 256        # The mean over them is good to some percent; reading them takes seconds at most.
+    NUM_REAL_PAIRS = 256        # Their mean is good to some percent, and reading them takes seconds at most.
 
-    def __init__(self, dataset: ImageDataset, c_dim: int, z_dim: int, seed: int, device: torch.device, batch: int):
+    def __init__(self, dataset: ImageDataset, c_dim: int, z_dim: int, seed: int, batch: int):
         rng = CounterRNG(seed)
-        self.device, self.batch = device, batch
+        self.batch = batch
         self.z = torch.from_numpy(rng.normal("diversity/z", np.arange(self.NUM_GROUPS * self.GROUP_SIZE), (z_dim,)))
         labels = np.zeros(self.NUM_GROUPS, dtype=np.int64)
         if c_dim > 0:
             labels = rng.integers_from("diversity/c", np.arange(self.NUM_GROUPS), dataset.label_distribution())
-        self.c = one_hot(torch.from_numpy(labels.repeat(self.GROUP_SIZE)), c_dim)
+        self.labels = torch.from_numpy(labels.repeat(self.GROUP_SIZE))
         distance = real_pair_distance(dataset, seed, self.NUM_REAL_PAIRS) if distributed.rank() == 0 else 0.0
-        self.real_distance = distributed.broadcast_object(distance)
+        self.real_distance: float = distributed.broadcast_object(distance)
 
     def measure(self, G_ema: Generator) -> float | None:
-        """The ratio; None if no class has two real images. Rank 0 computes; every process must call it."""
+        """The ratio; None if no class has two real images. Rank 0 computes it, but every process must call this."""
         if self.real_distance == 0:
             return None
-        ratio = self._fake_distance(G_ema) / self.real_distance if distributed.rank() == 0 else 0.0
-        return distributed.broadcast_object(ratio)
+        own = self._fake_distance(G_ema) / self.real_distance if distributed.rank() == 0 else 0.0
+        ratio: float = distributed.broadcast_object(own)
+        return ratio
 
-    @torch.no_grad()
     def _fake_distance(self, G_ema: Generator) -> float:
-        with evaluating(G_ema), autotuning(False):
-            parts = [G_ema(z.to(self.device), c.to(self.device)).clamp(-1, 1).cpu()
-                     for z, c in zip(self.z.split(self.batch), self.c.split(self.batch), strict=True)]
+        with autotuning(False):
+            parts = [synthesize(G_ema, z, labels).clamp(-1, 1).cpu()
+                     for z, labels in zip(self.z.split(self.batch), self.labels.split(self.batch), strict=True)]
         images = torch.cat(parts).unflatten(0, (self.NUM_GROUPS, self.GROUP_SIZE))
         a, b = torch.triu_indices(self.GROUP_SIZE, self.GROUP_SIZE, offset=1)
         return float(np.mean([float((group[a] - group[b]).abs().mean()) for group in images]))
@@ -66,20 +67,20 @@ class DiversityProbe:
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """What a tick knows about the health of a run; None: not measured."""
+    """The numbers of one tick from which the health of a run is judged; None: not measured."""
 
-    diversity: float | None     # Of DiversityProbe.
+    diversity: float | None     # As `DiversityProbe` measures it.
     sign_real: float | None     # Mean sign of D's logits of real images, in [-1, 1].
     sign_fake: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A disease: how it shows and what to say."""
+    """One way in which a run may go wrong, the numbers that show it, and the advice that the user gets."""
 
     name: str
     is_bad: Callable[[Measures], bool]
-    text: str                   # May name fields of Measures.
+    text: str                   # May name fields of Measures, which are filled in.
 
 
 MIN_DIVERSITY = 0.05
@@ -87,12 +88,12 @@ PINNED_SIGN = 0.99
 
 
 def low_diversity(m: Measures) -> bool:
-    """All z give about the same image of a class. A generator whose images are not finite counts, too."""
+    """Whether all z give about the same image of a class. A generator whose images are not finite counts, too."""
     return m.diversity is not None and not m.diversity >= MIN_DIVERSITY
 
 
 def pinned_signs(m: Measures) -> bool:
-    """The discriminator is sure of nearly every real and nearly every generated image, rightly or wrongly."""
+    """Whether D is sure of nearly every real and nearly every generated image, rightly or wrongly."""
     return (m.sign_real is not None and m.sign_fake is not None
             and abs(m.sign_real) > PINNED_SIGN and abs(m.sign_fake) > PINNED_SIGN)
 
@@ -111,7 +112,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A rule that began or ceased to hold."""
+    """The news that a rule began or ceased to hold."""
 
     name: str
     is_bad: bool
@@ -121,8 +122,8 @@ class Verdict:
 class CollapseWatch:
     """Turns measurements into verdicts: a rule must hold PATIENCE times in a row, for PATIENCE_STEPS, after a warm-up.
 
-    A discriminator begins with easy images and is sure of them for a while: that is no illness. One verdict is given
-    when a rule has held for long enough, and one when it is over.
+    A discriminator begins with easy images and is sure of them for a while, which is as it should be. One verdict is
+    given when a rule has held for long enough, and one when it no longer holds.
     """
 
     WARMUP_STEPS = 500          # Iterations since the start of the stage.
@@ -131,7 +132,7 @@ class CollapseWatch:
 
     def __init__(self, rules: tuple[Rule, ...] = RULES):
         self._rules = rules
-        self._bad_steps: dict[str, list[int]] = {rule.name: [] for rule in rules}   # When a rule held, in a row.
+        self._bad_steps: dict[str, list[int]] = {rule.name: [] for rule in rules}   # Steps in a row at which it held.
         self._told: set[str] = set()
 
     def update(self, measures: Measures, step: int) -> list[Verdict]:
@@ -153,16 +154,16 @@ class CollapseWatch:
 #----------------------------------------------------------------------------
 
 class HealthCheck:
-    """What the loop asks once per tick. Every process must make the same calls."""
+    """The numbers and verdicts that training asks for once per tick. Every process must make the same calls."""
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device, guard: GradientGuard):
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, guard: GradientGuard):
         generator = config.generator
         self.guard, self.stops = guard, config.on_collapse == "stop"
-        self.probe = DiversityProbe(dataset, generator.c_dim, generator.z_dim, config.seed, device, config.batch_gpu)
+        self.probe = DiversityProbe(dataset, generator.c_dim, generator.z_dim, config.seed, config.batch_gpu)
         self.watch = CollapseWatch()
 
     def numbers(self, G_ema: Generator) -> dict[str, float | None]:
-        """diversity, and the non-finite gradient elements since this process began: all, and per network."""
+        """The diversity, and the non-finite gradient elements since this process began: all, and per network."""
         counts = self.guard.counts()
         by_network = {f"nonfinite/{net}": sum(n for phase, n in counts.items() if phase.startswith(net))
                       for net in ("G", "D")}
@@ -173,7 +174,7 @@ class HealthCheck:
         """Tell what changed; returns whether to save and stop.
 
         Args:
-            stats: Of the tick.
+            stats: Statistics of the tick.
             numbers: From `numbers`.
             cur_nimg: Images shown.
             step: Iterations done in this stage.

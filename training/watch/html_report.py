@@ -9,10 +9,9 @@ import datetime
 import html
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -20,7 +19,8 @@ import PIL.Image
 
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write_text, format_time
-from training.run.folder import OPTIONS_FILE
+from training.run.folder import OPTIONS_FILE, read_options
+from training.run.snapshots import images_shown
 
 REPORT_FILE = "report.html"
 MAX_SHEETS = 6          # Sample sheets over time that are shown.
@@ -28,22 +28,27 @@ SHEET_PIXELS = 512      # Side of a shown sheet, at most.
 MAX_POINTS = 400        # Of a curve; more are averaged.
 LOG_SPREAD = 30         # Metrics that move by this factor get a logarithmic axis.
 
+Item = TypeVar("Item")
+
 REAL, FAKE, OTHER = "#1f6fb4", "#d1602a", "#3c8d5a"     # Colours: what belongs to real images, to G, to neither.
 
 #----------------------------------------------------------------------------
 # Reading.
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file that count; none if there is no file.
+    """The lines of a .jsonl file that count, objects with a number cur_nimg; none if there is no file.
 
     Lines hold cur_nimg and run_start (how often the run had been started). What a killed run wrote after its last state
-    is written again by the next start: the later line counts. A line cut off by a kill is passed over.
+    is written again by the next start: the later line counts. A line that a kill cut off, or a disk damaged, is passed
+    over.
     """
     lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(line, dict) or not isinstance(line.get("cur_nimg"), int):
             continue
         while lines and _is_void(lines[-1], line):
             lines.pop()
@@ -54,7 +59,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _is_void(line: dict[str, Any], later: dict[str, Any]) -> bool:
     """Whether a later start was not yet as far, or writes the same again."""
     return (line.get("run_start") != later.get("run_start")
-            and line.get("cur_nimg", -1) >= later.get("cur_nimg", math.inf))
+            and line["cur_nimg"] >= later["cur_nimg"])
 
 
 @dataclasses.dataclass
@@ -78,18 +83,16 @@ class Run:
         return np.array([kimg for kimg, _ in pairs]), np.array(values, dtype=float)
 
 
-def kimg_in(name: str) -> float:
-    """200.0 of 'network-snapshot-000200.pkl' or 'fakes000200.png'."""
-    return float(name.rpartition(".")[0].removeprefix("network-snapshot-").removeprefix("fakes"))
-
-
 def read_metrics(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Numbers of metric-*.jsonl; of two lines for one snapshot the later counts."""
     curves: dict[str, dict[float, float]] = {}
     for path in sorted(folder.glob("metric-*.jsonl")):
         for line in read_lines(path):
-            for name, value in line["results"].items():
-                curves.setdefault(name, {})[kimg_in(line["snapshot_pkl"])] = value
+            results, snapshot = line.get("results"), line.get("snapshot_pkl")
+            nimg = images_shown(snapshot) if isinstance(snapshot, str) else None
+            if isinstance(results, dict) and nimg is not None:      # Not of a line cut and joined by hand.
+                for name, value in results.items():
+                    curves.setdefault(name, {})[nimg / 1e3] = value
     return {name: (np.array(sorted(points)), np.array([points[k] for k in sorted(points)], dtype=float))
             for name, points in curves.items()}
 
@@ -100,11 +103,11 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: not the folder of a run.
     """
-    options = folder / OPTIONS_FILE
-    if not options.is_file():
-        raise UserError(f"{folder}: no {OPTIONS_FILE} in it: name the folder of a run, such as runs/00000-...")
+    options = read_options(folder)
+    if options is None:
+        raise UserError(f"{folder}: no readable {OPTIONS_FILE} in it: name the folder of a run, such as runs/00000-...")
     return Run(folder, read_lines(folder / "stats.jsonl"), read_metrics(folder),
-               read_lines(folder / "health.jsonl"), json.loads(options.read_text()))
+               read_lines(folder / "health.jsonl"), options)
 
 #----------------------------------------------------------------------------
 # Curves.
@@ -254,7 +257,7 @@ def figures(run: Run) -> list[tuple[Panel, bytes]]:
 #----------------------------------------------------------------------------
 # Sample sheets.
 
-def pick(items: list[Path], count: int) -> list[Path]:
+def pick(items: list[Item], count: int) -> list[Item]:
     """`count` of the items: the first, the last, and evenly between."""
     if len(items) <= count:
         return items
@@ -278,8 +281,8 @@ def shown_sheet(path: Path) -> bytes:
 
 def sheets(folder: Path) -> list[tuple[str, bytes]]:
     """Titles and pictures: samples over time, and real images of the same classes."""
-    fakes = sorted(folder.glob("fakes*.png"), key=lambda path: kimg_in(path.name))
-    shown = [(f"generated, {kimg_in(path.name):g} kimg", shown_sheet(path)) for path in pick(fakes, MAX_SHEETS)]
+    fakes = sorted((nimg, path) for path in folder.glob("fakes*.png") if (nimg := images_shown(path.name)) is not None)
+    shown = [(f"generated, {nimg / 1e3:g} kimg", shown_sheet(path)) for nimg, path in pick(fakes, MAX_SHEETS)]
     reals = folder / "reals.png"
     return shown + ([("real", shown_sheet(reals))] if reals.is_file() else [])
 
@@ -384,10 +387,10 @@ def write_report(folder: Path) -> Path:
 #----------------------------------------------------------------------------
 
 @click.command(cls=cli.Command)
-@click.argument("rundir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(rundir: Path) -> None:
+@click.argument("rundir", type=cli.PathType())
+def main(rundir: str) -> None:
     """Draw report.html of the run folder RUNDIR."""
-    click.echo(write_report(rundir))
+    click.echo(write_report(Path(rundir)))
 
 
 if __name__ == "__main__":

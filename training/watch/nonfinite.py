@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to know about a run whose gradients stopped being finite: where it began, and what to go back to."""
+"""Explains to the user of a run whose gradients stopped being finite where that began, and what to go back to."""
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,14 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import atomic_write_text
-from torch_utils import checkpoint, distributed, misc
-from training.run.snapshots import NETWORK_FORMAT, snapshot_name
+from torch_utils import distributed, misc
+from torch_utils.nested import first_nonfinite
+from training.run.formats import read_snapshot
+from training.run.snapshots import kimg_digits, snapshots_by_age
 from training.step.guard import GradientGuard
 from training.step.micro_batch import MicroBatch
 from training.step.phases import Phase
+from training.trainer import Trainer
 
 MAX_NAMES = 10      # Names of tensors in a list of the dump.
 
@@ -21,17 +24,27 @@ MAX_NAMES = 10      # Names of tensors in a list of the dump.
 
 def is_finite(value: Any) -> bool:
     """Whether all floating-point tensors in nested lists, tuples and dicts are finite."""
-    if isinstance(value, torch.Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
-    if isinstance(value, Mapping):
-        return all(is_finite(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return all(is_finite(v) for v in value)
-    return True
+    return first_nonfinite(value) is None
+
+
+def broken_weights(trainer: Trainer) -> str | None:
+    """Name of a weight, a moment of an optimiser or the like that is not finite any more; None while all are.
+
+    To be asked before something is saved: such a run is over. Every process must call it, and all get the same answer.
+    """
+    bad = first_nonfinite(trainer.state_dict()) if distributed.rank() == 0 else None
+    found: str | None = distributed.broadcast_object(bad)
+    return found
+
+
+def phase_of(tensor: str, phases: Sequence[Phase]) -> Phase:
+    """The phase to look at when this tensor of a training state is not finite: the first one of its network."""
+    network = "D" if "D" in tensor.split(".")[:2] else "G"          # 'D.x', 'optimizers.D.x'.
+    return next(phase for phase in phases if phase.name.startswith(network))
 
 
 class ForwardWatch:
-    """Within its block: the order in which modules run, and the first one whose output is not finite.
+    """Notes within its block in which order modules run, and the first one whose output is not finite.
 
     Modules inside others end before them, so the first one is as deep as possible.
     """
@@ -85,8 +98,8 @@ def rerun(phase: Phase, batch: MicroBatch, networks: Mapping[str, torch.nn.Modul
     """Run a phase once more without a step and look at every layer. Every process must call it.
 
     Returns:
-        first_bad_output: the first module whose output was not finite; bad_gradients: names of parameters in forward
-        order. Of the first process that saw something.
+        What the first process that saw something found. first_bad_output: the first module whose output was not
+        finite; bad_gradients: names of parameters in forward order.
     """
     own_name = next(name for name, network in networks.items() if network is phase.module)
     phase.before_step()
@@ -107,27 +120,20 @@ def bad_tensors(networks: Mapping[str, torch.nn.Module]) -> list[str]:
             if not is_finite(value)]
 
 
-def snapshots_by_age(folder: Path) -> Iterator[Path]:
-    """The folder's network snapshots, newest first."""
-    yield from sorted(folder.glob("network-snapshot-*.pkl"), reverse=True,
-                      key=lambda path: float(path.name.removeprefix("network-snapshot-").removesuffix(".pkl")))
-
-
 def last_good_snapshot(folder: Path) -> str | None:
     """Name of the newest snapshot whose networks are readable and finite."""
-    for path in snapshots_by_age(folder):
+    for path in reversed(snapshots_by_age(folder)):
         try:
-            content = checkpoint.load(path, NETWORK_FORMAT)
+            read_snapshot(path)
         except UserError:
             continue
-        if is_finite([content.get(name) for name in ("G", "G_ema", "D")]):
-            return path.name
+        return path.name
     return None
 
 #----------------------------------------------------------------------------
 
 def explain_nonfinite(folder: Path, phase: Phase, batch: MicroBatch, guard: GradientGuard,
-                      networks: Mapping[str, torch.nn.Module], cur_nimg: int) -> str:
+                      networks: Mapping[str, torch.nn.Module], cur_nimg: int, broken: str | None = None) -> str:
     """Find where non-finite gradients of a phase come from, write nonfinite-<kimg>.json; returns what to tell the user.
 
     Every process must call it; rank 0 writes.
@@ -136,10 +142,11 @@ def explain_nonfinite(folder: Path, phase: Phase, batch: MicroBatch, guard: Grad
         batch: A micro-batch of the phase, to try once more.
         networks: By the names that layers get in the report: G, D, ...
         cur_nimg: Images shown.
+        broken: A tensor of the state that is not finite, if that is why the run ends.
     """
     found = rerun(phase, batch, networks)
     recorded = parameter_at(phase, guard.first_element(phase.name))
-    steps = guard.steps_in_a_row()[phase.name]
+    steps = guard.steps_in_a_row().get(phase.name, 0)
     dump = {
         "phase": phase.name,
         "kimg": cur_nimg / 1e3,
@@ -149,15 +156,19 @@ def explain_nonfinite(folder: Path, phase: Phase, batch: MicroBatch, guard: Grad
         "first_bad_gradient": next(iter(found["bad_gradients"]), None),
         "first_bad_gradient_of_the_last_step": recorded,
         "bad_gradients": len(found["bad_gradients"]),
+        "not_finite_in_the_state": broken,
         "bad_weights": bad_tensors(networks)[:MAX_NAMES],
         "last_good_snapshot": None,
     }
-    name = snapshot_name(cur_nimg).replace("network-snapshot-", "nonfinite-").replace(".pkl", ".json")
+    name = f"nonfinite-{kimg_digits(cur_nimg)}.json"
     if distributed.rank() == 0:
         dump["last_good_snapshot"] = last_good_snapshot(folder)
         atomic_write_text(folder / name, json.dumps(dump, indent=2) + "\n")
     layer = dump["first_bad_layer"] or "none: outputs are finite, the backward pass overflows"
-    return (f"STOPPED: gradients of {phase.name} were not finite in the last {steps} steps. First layer with a bad "
-            f"output: {layer}; first bad gradient: {dump['first_bad_gradient'] or recorded}. Last good snapshot: "
-            f"{dump['last_good_snapshot'] or 'none'}. Start a new run from it with --fp32=1, or with half --glr and "
-            f"--dlr. Details: {name}")
+    reason = f"gradients of {phase.name} were not finite in the last {steps} steps"
+    if broken is not None:
+        reason = f"{broken} is not finite any more, and nothing was saved with it"
+    gradient = dump["first_bad_gradient"] or recorded or "none"
+    return (f"STOPPED: {reason}. First layer with a bad output: {layer}; first bad gradient: {gradient}. Last good "
+            f"snapshot: {dump['last_good_snapshot'] or 'none'}. Start a new run from it with --fp32=1, or with half "
+            f"--glr and --dlr. Details: {name}")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run tells: status line, stats.jsonl, TensorBoard, W&B, sample sheets. From rank 0, and always appended."""
+import contextlib
 import json
-import resource
+import os
 import sys
 import time
 import uuid
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import atomic_write_text, format_bytes, format_time
+from dnnlib.util import append_text, atomic_write_text, first_line, format_bytes, format_time
 from torch_utils import distributed
 from torch_utils.images import image_grid, save_image, to_uint8_sample
-from torch_utils.misc import evaluating, one_hot
+from torch_utils.memory import peak_memory
+from torch_utils.misc import evaluating, one_hot, random_state
 from torch_utils.training_stats import Stat
 from training.config import TrainConfig, to_dict
 from training.dataset import ImageDataset
@@ -35,6 +37,9 @@ REPORT_SECONDS = 30                 # Drawing takes one or two.
 class Curves(Protocol):
     """Takes numbers by name."""
 
+    def continue_at(self, cur_nimg: int) -> None:
+        """The run goes on from a state after `cur_nimg` images: what was said of later ones is void."""
+
     def scalars(self, values: dict[str, float], cur_nimg: int) -> None:
         """Numbers after `cur_nimg` images."""
 
@@ -50,9 +55,16 @@ class TensorBoard:
 
     def __init__(self, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(folder)
+        self._open, self._writer, self._purge = SummaryWriter, None, None
+        self._folder = folder
+
+    def continue_at(self, cur_nimg: int) -> None:
+        """A killed run wrote numbers after its last state, which are written again: TensorBoard drops the old ones."""
+        self._purge = cur_nimg + 1
 
     def scalars(self, values: dict[str, float], cur_nimg: int) -> None:
+        if self._writer is None:
+            self._writer = self._open(self._folder, purge_step=self._purge)
         for name, value in values.items():
             self._writer.add_scalar(name, value, cur_nimg)
         self._writer.flush()
@@ -61,20 +73,34 @@ class TensorBoard:
         """Nothing: the pictures already lie beside the event files."""
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def import_wandb(project: str) -> Any:
     """The package wandb, which is asked for by `--wandb` and is no dependency.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or broken.
     """
     try:
         import wandb
     except ImportError as err:
         raise UserError(f"--wandb={project}: the package wandb is not installed: pip install wandb") from err
+    except Exception as err:
+        raise UserError(f"--wandb={project}: the package wandb cannot be imported ({type(err).__name__}: "
+                        f"{first_line(err)}): install it anew, or leave --wandb out") from err
     return wandb
+
+
+def read_wandb_id(path: Path) -> str:
+    """The id in the file; one is made if there is none that can be read."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name = uuid.uuid4().hex[:8]
+        atomic_write_text(path, json.dumps({"id": name}) + "\n")
+        return name
 
 
 class WeightsAndBiases:
@@ -82,14 +108,14 @@ class WeightsAndBiases:
 
     def __init__(self, folder: Path, config: TrainConfig, project: str):
         self._wandb = import_wandb(project)
-        path = folder / WANDB_FILE
-        if not path.is_file():
-            atomic_write_text(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
         # The x axis is kimg: a run that was killed shows some images twice, and the service's own steps only grow.
-        self._run = self._wandb.init(project=project, id=json.loads(path.read_text())["id"], name=folder.name,
+        self._run = self._wandb.init(project=project, id=read_wandb_id(folder / WANDB_FILE), name=folder.name,
                                      dir=str(folder), config=to_dict(config), resume="allow")
         self._run.define_metric("kimg")
         self._run.define_metric("*", step_metric="kimg")
+
+    def continue_at(self, cur_nimg: int) -> None:
+        """Nothing: the service draws by kimg, and of two values at one place the later."""
 
     def scalars(self, values: dict[str, float], cur_nimg: int) -> None:
         self._run.log(values | {"kimg": cur_nimg / 1e3})
@@ -103,17 +129,28 @@ class WeightsAndBiases:
 #----------------------------------------------------------------------------
 
 def memory_gb() -> dict[str, float]:
-    """Peak memory of this process in GiB: of the CPU, and of the GPU if there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024      # Of ru_maxrss.
-    memory = {"cpu_mem_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30}
+    """Peak memory of this process in GiB: of the CPU, where the system tells, and of the GPU if there is one."""
+    peak = peak_memory()
+    memory = {} if peak is None else {"cpu_mem_gb": peak / 2 ** 30}
     if torch.cuda.is_available():
         memory["gpu_mem_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
     return memory
 
 
+def print_nowhere() -> None:
+    """Nobody reads the output any more: what is printed from now on, and when Python ends, meets no error."""
+    with contextlib.suppress(OSError):      # Also what is no file, such as the output within a test.
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, sys.stdout.fileno())
+        finally:
+            os.close(null)
+
+
 class Reporter:
     """Writes one line per tick to the screen and to log.txt, and the same numbers to stats.jsonl, TensorBoard and, with
-    `config.wandb`, Weights & Biases. Only log.txt, stats.jsonl and the metrics' files may stop a run (a full disk)."""
+    `config.wandb`, Weights & Biases. Only log.txt, stats.jsonl and the metrics' files may stop a run (a full disk):
+    of everything else that fails one line tells, and the run goes on without it."""
 
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder, self.run_start = folder, run_start(folder)
@@ -121,19 +158,31 @@ class Reporter:
         self._seconds = self._kimg = 0.0        # Reported by this process so far, with maintenance.
         self._drawn = time.monotonic()          # When report.html was.
         if distributed.rank() == 0:
-            try:
-                self._curves.append(TensorBoard(folder))
-            except ImportError:
-                self.say("TensorBoard is not installed: no event files (pip install tensorboard)")
+            self._open("TensorBoard", "tensorboard", lambda: TensorBoard(folder))
             if config.wandb:
-                self._curves.append(WeightsAndBiases(folder, config, config.wandb))
+                self._open("WeightsAndBiases", "wandb", lambda: WeightsAndBiases(folder, config, config.wandb))
+
+    def _open(self, name: str, package: str, make: Callable[[], Curves]) -> None:
+        """Add a service. Whatever it does while it starts, the run goes on without it."""
+        try:
+            self._curves.append(make())
+        except (Exception, SystemExit) as err:
+            remedy = f": pip install {package}" if isinstance(err, ImportError) else ""
+            self.say(f"NOTE: {name} gets no numbers until the run is started again: {type(err).__name__}: "
+                     f"{first_line(err)}{remedy}")
+
+    def continue_at(self, cur_nimg: int) -> None:
+        """The run goes on from a state after `cur_nimg` images."""
+        self._draw(lambda curves: curves.continue_at(cur_nimg))
 
     def say(self, text: str) -> None:
         """Print a line and append it to log.txt."""
         if distributed.rank() == 0:
-            print(text, flush=True)
-            with open(self.folder / "log.txt", "a") as f:
-                f.write(text + "\n")
+            try:
+                print(text, flush=True)
+            except OSError:     # The terminal was closed, or the program that read the lines ended.
+                print_nowhere()
+            append_text(self.folder / "log.txt", text + "\n")
 
     def tick(self, stats: dict[str, Stat], cur_nimg: int, total_nimg: int, progress: dict[str, float | None],
              diagnosis: Mapping[str, float] = MappingProxyType({})) -> None:
@@ -195,7 +244,7 @@ class Reporter:
             try:
                 write_report(self.folder)
             except Exception as err:
-                self.say(f"NOTE: {REPORT_FILE} was not refreshed: {type(err).__name__}: {err}")
+                self.say(f"NOTE: {REPORT_FILE} was not refreshed: {type(err).__name__}: {first_line(err)}")
             self._drawn = time.monotonic()
 
     def _draw(self, action: Callable[[Curves], None]) -> None:
@@ -203,15 +252,14 @@ class Reporter:
         for curves in list(self._curves):
             try:
                 action(curves)
-            except Exception as err:
+            except (Exception, SystemExit) as err:
                 self._curves.remove(curves)
                 self.say(f"NOTE: {type(curves).__name__} gets no more numbers until the run is started again: "
-                         f"{type(err).__name__}: {err}")
+                         f"{type(err).__name__}: {first_line(err)}")
 
     def _write(self, name: str, cur_nimg: int, line: dict[str, Any]) -> None:
         line = line | {"cur_nimg": cur_nimg, "run_start": self.run_start, "timestamp": time.time()}
-        with open(self.folder / name, "a") as f:
-            f.write(json.dumps(line) + "\n")
+        append_text(self.folder / name, json.dumps(line) + "\n")
 
     def close(self) -> None:
         """The run has ended, for now."""
@@ -247,7 +295,7 @@ class SampleSheets:
         per_side = max(min(max_pixels // dataset.resolution, 16), 2)
         self.columns = per_side
         self.rows = min(c_dim, per_side) if c_dim > 0 else per_side
-        rng = np.random.RandomState(seed)
+        rng = random_state(seed)
         self.items, self.labels = [], []
         for row in range(self.rows):
             choices = np.flatnonzero(dataset.labels == row) if c_dim > 0 else np.arange(len(dataset))

@@ -21,7 +21,7 @@ from training.trainer import Trainer
 from training.watch.beginning import Beginning
 from training.watch.discriminator_diagnosis import training_diagnosis
 from training.watch.health import EXIT_COLLAPSE, EXIT_NONFINITE, HealthCheck
-from training.watch.nonfinite import explain_nonfinite
+from training.watch.nonfinite import broken_weights, explain_nonfinite, phase_of
 from training.watch.reporting import Reporter, SampleSheets
 
 Evaluator = Callable[[Generator], list[dict[str, Any]]]     # G_ema -> metric results; every process calls it.
@@ -87,12 +87,13 @@ class Ticks:
         config, dataset = plan.config, plan.dataset
         self.plan, self.config, self.trainer, self.batches = plan, config, trainer, batches
         self.report, self.collector, self.beginning = report, collector, beginning
-        self.health = HealthCheck(config, dataset, trainer.device, trainer.guard)
+        self.health = HealthCheck(config, dataset, trainer.guard)
         self.diagnose = training_diagnosis(dataset, config.diagnose, config.batch_gpu, config.seed)
         self.snapshots = SnapshotTaker(plan, trainer, report, evaluate)
         self.saver = self.snapshots.saver
         self._tick_nimg = max(int(config.kimg_per_tick * 1000), config.batch)
         self._collapsed = False
+        self._broken: str | None = None     # A tensor that is not finite any more.
         self._elapsed_before, self._started = trainer.progress.elapsed, time.time()
 
     #------------------------------------------------------------------------
@@ -102,6 +103,7 @@ class Ticks:
         """Pictures of the data and, in a new run, the first snapshot: it shows, before weeks of training, that metrics
         and disk work. Why the stage is over already; None if it is not."""
         progress, config = self.trainer.progress, self.config
+        self.report.continue_at(progress.cur_nimg)
         if distributed.rank() == 0 and progress.batch_idx == 0:
             self.snapshots.sheets.save_reals(self.plan.dataset)
         if progress.snapshot_due:
@@ -129,6 +131,12 @@ class Ticks:
         left = progress.tick_start_nimg + self._tick_nimg - progress.cur_nimg
         self.beginning.iteration(self.batches.batch, left)
         return left <= 0
+
+    def broken_phase(self) -> Phase | None:
+        """Before something is saved: the phase of a network of which a weight, or a moment of its optimiser, is not
+        finite any more. The run is over then."""
+        self._broken = broken_weights(self.trainer)
+        return None if self._broken is None else phase_of(self._broken, self.trainer.phases)
 
     def tick(self, end: str | None, request: Request) -> str | None:
         """Status and health, and a snapshot where one is due.
@@ -173,7 +181,7 @@ class Ticks:
 
         Args:
             end, request: As in `tick`.
-            failed: A phase whose gradients stopped being finite. Nothing is saved then: what is there is better.
+            failed: A phase whose gradients or weights stopped being finite. Nothing is saved then.
             data: Of the run.
         """
         trainer, report = self.trainer, self.report
@@ -181,7 +189,7 @@ class Ticks:
             nimg = trainer.progress.cur_nimg
             batch = next(iter(self.batches.micro_batches(failed, nimg)))
             report.say(explain_nonfinite(self.plan.folder, failed, batch, trainer.guard,
-                                         {"G": trainer.G, "D": trainer.D}, nimg))
+                                         {"G": trainer.G, "D": trainer.D}, nimg, self._broken))
         elif request.restart is not None:
             self.saver.save_state(trainer)
         data.close()

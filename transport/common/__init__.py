@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all studies share: their command line, figures, critics with a gradient penalty, and exact optimal transport."""
+"""Shared by all studies: their command line, figures, critics with a gradient penalty, and exact optimal transport."""

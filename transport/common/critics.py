@@ -26,12 +26,12 @@ class MLP(torch.nn.Module):
         self.out_features = out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.layers(x)
+        y: torch.Tensor = self.layers(x)
         return y.squeeze(1) if self.out_features == 1 else y
 
 
 def gradient(critic: Critic, x: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
-    """grad u at every sample: [N, ...] like `x`. `x` is cut from its graph."""
+    """grad u at every sample: [N, ...] like `x`, whose own graph takes no part."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(critic(x).sum(), x, create_graph=create_graph)[0]
@@ -45,7 +45,7 @@ def between(x: torch.Tensor, y: torch.Tensor, generator: torch.Generator) -> tor
 
 def penalty(critic: Critic, z: torch.Tensor, two_sided: bool = False) -> torch.Tensor:
     """E (|grad u(z)| - 1)_+^2, without the bracket's plus if two-sided (Gulrajani et al. 2017): a scalar."""
-    excess = gradient(critic, z, create_graph=True).flatten(1).norm(dim=1) - 1
+    excess: torch.Tensor = gradient(critic, z, create_graph=True).flatten(1).norm(dim=1) - 1
     return (excess if two_sided else excess.clamp_min(0)).square().mean()
 
 #----------------------------------------------------------------------------

@@ -2,17 +2,12 @@
 """Exact optimal transport of small samples with the Euclidean distance as cost: the ground truth of the studies."""
 import numpy as np
 import scipy.optimize
-import scipy.stats
 from scipy.spatial.distance import cdist
 
 from dnnlib import UserError
 
 MAX_POINTS = 5000       # An assignment of n points takes n^2 numbers of memory and up to n^3 steps.
 
-
-def w1_line(x: np.ndarray, y: np.ndarray) -> float:
-    """W1 of two samples [N] and [M] on the line: the area between their distribution functions."""
-    return float(scipy.stats.wasserstein_distance(x, y))
 
 
 def assignment(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

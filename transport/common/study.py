@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all studies share: settings as frozen dataclasses, one command line made of them, numbers as one JSON line.
+"""The frame of all studies: settings as frozen dataclasses, a command line made of them, numbers as one JSON line.
 
 A study is a frozen `Config`, a function `run(config) -> Result`, and a function that draws a result:
 
@@ -25,8 +25,7 @@ from typing import Any, Protocol, Self
 import click
 import torch
 
-from dnnlib import UserError
-from dnnlib.cli import Command
+from dnnlib import UserError, cli
 from dnnlib.util import atomic_write_text
 from torch_utils import misc
 
@@ -41,7 +40,7 @@ class StudyConfig(Protocol):
 
 
 class StudyResult(Protocol):
-    """What a study found: numbers and arrays as attributes of a dataclass."""
+    """The findings of a study: numbers and arrays as attributes of a dataclass."""
 
     def headline(self) -> dict[str, Any]:
         """The numbers to remember, as plain values: the JSON line."""
@@ -67,7 +66,7 @@ def option(default: Any, text: str, *, choices: tuple[str, ...] = (), min: float
 
 
 def check(config: Any) -> None:
-    """Every number of a `Config` within its range, every word among its choices: for the first line of `run`.
+    """Check that every number of a `Config` is in its range and every word among its choices; `run` begins with this.
 
     Raises:
         UserError: names the option, the value and what it may be.
@@ -122,11 +121,12 @@ def study_command(name: str, config_class: type, run: Callable[[Any], Any], draw
             atomic_write_text(folder / "result.json", json.dumps(record, indent=2))
         click.echo(json.dumps(line))
 
-    options = [_option_of(field, typing.get_type_hints(config_class)[field.name])
+    options: list[click.Parameter] = [_option_of(field, typing.get_type_hints(config_class)[field.name])
                for field in dataclasses.fields(config_class) if field.name != "outdir"]
     options += [click.Option(["--quick"], is_flag=True, help="Smaller settings: under two minutes on two cores"),
-                click.Option(["--outdir"], metavar="DIR", help="Where figures and result.json go; default: nowhere")]
-    return Command(name=f"python -m transport.{name}", callback=body, params=options,
+                click.Option(["--outdir"], metavar="DIR", type=cli.PathType(),
+                             help="Where figures and result.json go; default: nowhere")]
+    return cli.Command(name=f"python -m transport.{name}", callback=body, params=options,
                    help=(config_class.__doc__ or "").split("\n\n")[0],
                    context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -135,7 +135,7 @@ def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _option_of(field: dataclasses.Field, hint: Any) -> click.Option:
+def _option_of(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     """An option without a default of its own: what is not given stays as the (quick) settings have it."""
     text = f"{field.metadata['text']}  [default: {field.default}]"
     if field.name == "device":
@@ -144,5 +144,7 @@ def _option_of(field: dataclasses.Field, hint: Any) -> click.Option:
         kind = click.Choice(list(field.metadata["choices"]))
     else:
         plain = [t for t in (typing.get_args(hint) or (hint,)) if t is not type(None)]
-        kind = plain[0]
+        # Words without choices may be paths; others pass a path's type unchanged.
+        kinds = {int: cli.IntRange(), float: cli.FloatRange(), str: cli.PathType()}
+        kind = cli.Seed() if field.name == "seed" else kinds.get(plain[0], plain[0])
     return click.Option([_flag(field.name)], type=kind, default=None, help=text)

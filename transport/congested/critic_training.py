@@ -28,7 +28,7 @@ class Recipe:
     sides: str = "one-sided"
     steps: int = 2500
     batch: int = 512            # Fresh pairs per step.
-    rate: float = 1e-3          # Of Adam, decaying to 0 along a cosine.
+    rate: float = 1e-3          # Adam's rate, which falls to 0 along a cosine.
     width: int = 64
     depth: int = 3
     device: str = "cpu"
@@ -38,14 +38,14 @@ class Recipe:
 class Reached:
     """A critic's value on samples; all expectations are means over them."""
 
-    gap: float              # E u(x) - E u(y): what implementations log as the Wasserstein estimate.
+    gap: float              # E u(x) - E u(y), which implementations log as the Wasserstein estimate.
     penalty: float          # Lam E (|grad u| - 1)_+^2.
     error: float            # Standard error of the objective.
     norms: np.ndarray       # |grad u| on sigma [count].
 
     @property
     def objective(self) -> float:
-        """What was maximised: an estimate, from below, of P."""
+        """The value that was maximised, an estimate of P from below."""
         return self.gap - self.penalty
 
     def histogram(self, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +102,7 @@ def train(draw: Draw, recipe: Recipe, generator: torch.Generator) -> critics.MLP
 
 def measure(critic: critics.MLP, draw: Draw, recipe: Recipe, generator: torch.Generator, *,
             count: int = 20_000, rounds: int = 40) -> Reached:
-    """What a critic reaches on `rounds` independent batches of `count` fresh samples each."""
+    """Measure what a critic reaches on `rounds` independent batches of `count` fresh samples each."""
     check_lamb(recipe.lamb)
     gaps, penalties, norms = [], [], []
     for _ in range(rounds):

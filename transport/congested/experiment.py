@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the critic of WGAN-GP computes: congested transport (Milne & Nachman 2022, arXiv 2109.00528).
+"""The critic of WGAN-GP computes congested transport (Milne & Nachman 2022, arXiv 2109.00528).
 
     python -m transport.congested --quick --outdir=out
 
@@ -22,7 +22,7 @@ from transport.congested import critic_training, finite_sample, momentum, oracle
 from transport.congested.critic_training import Reached, Recipe
 
 PLANES: dict[str, Callable[[], pairs.Draw]] = {"blobs": pairs.blobs, "ring": pairs.ring}
-HALF_WIDTH = 3.0            # Of the square on which flows in the plane are drawn: holds all of blobs and ring.
+HALF_WIDTH = 3.0            # Flows in the plane are drawn on a square of twice this side, which holds blobs and ring.
 ARROW = 0.6                 # Length of the longest arrow on it.
 FAINT = 0.03                # Flows below this share of the largest get no arrow.
 MEMORY_DIMS = 3             # Fewest in which the exact solution for fixed points holds.
@@ -81,7 +81,7 @@ class Slopes:
     exact: np.ndarray           # [places]
     trained: dict[str, np.ndarray]      # Per penalty [places].
     certified: dict[str, float]         # Per penalty: the critic's value by quadrature, at most P.
-    norms: Reached              # Of the one-sided critic.
+    norms: Reached              # What the one-sided critic reaches.
     sigma: np.ndarray           # [places]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a critic without limits reaches on a fixed sample: congested transport between two finite sets, exactly.
+"""Congested transport between two finite sets, exactly: what a critic without limits reaches on a fixed sample.
 
 With n points each in general position, in three dimensions or more, the segments from x_i to y_j meet only in their
 end points, and the penalty's law sigma is spread over them with density 1 / (n^2 d_ij). Only the critic's values a_i at
@@ -25,7 +25,7 @@ from dnnlib import UserError
 from transport.common import ot_exact
 from transport.common.critics import check_lamb
 
-MIN_DIMS = 3            # In the plane segments cross, on the line they overlap: other problems.
+MIN_DIMS = 3            # In the plane segments cross, and on the line they overlap, which makes other problems of it.
 MAX_POINTS = 1000
 NEWTON_STEPS = 50       # A piecewise quadratic function: Newton ends after a few pieces.
 
@@ -34,12 +34,12 @@ NEWTON_STEPS = 50       # A piecewise quadratic function: Newton ends after a fe
 class FiniteSample:
     """A solution with its proof: dual <= P <= primal (+ what the balance is worth)."""
 
-    dual: float             # What the critic reaches.
-    primal: float           # What the flow costs.
+    dual: float             # The value that the critic reaches.
+    primal: float           # The cost of the flow.
     balance: float          # Largest violation of the flow's row and column sums; they are 1/n.
     flow: np.ndarray        # f [n, n], signed.
-    at_x: np.ndarray        # The critic's values a [n] ...
-    at_y: np.ndarray        # ... and b [n].
+    at_x: np.ndarray        # The critic's values a [n] at the points x.
+    at_y: np.ndarray        # The critic's values b [n] at the points y.
     w1: float               # W1 of the two samples, by assignment.
     lower: float            # W1 + W1^2 / (4 Lam) <= P.
     upper: float            # P <= the cheaper of: along the best pairing, and spread over all pairs.
@@ -107,7 +107,8 @@ class _Dual:
         """f [n, n] that belongs to the values."""
         step = values[:self.n, None] - values[None, self.n:]
         excess = np.clip(np.abs(step) / self.d - 1, 0, None)
-        return 2 * self.lamb / self.n ** 2 * excess * np.sign(step) / self.d
+        flow: np.ndarray = 2 * self.lamb / self.n ** 2 * excess * np.sign(step) / self.d
+        return flow
 
     def cost(self, flow: np.ndarray) -> float:
         moved = np.abs(flow) * self.d

@@ -23,19 +23,20 @@ def momentum(gradient: np.ndarray, sigma: np.ndarray, lamb: float) -> np.ndarray
     check_lamb(lamb)
     norm = np.linalg.norm(gradient, axis=-1, keepdims=True)
     share = np.clip(norm - 1, 0, None) / np.maximum(norm, 1)        # (|g| - 1)_+ / |g|, without 0 / 0.
-    return -2 * lamb * sigma[..., None] * share * gradient
+    flow: np.ndarray = -2 * lamb * sigma[..., None] * share * gradient
+    return flow
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
     """A critic's flow on the cells of a square grid."""
 
-    centres: np.ndarray     # Of the cells, along both axes [cells].
+    centres: np.ndarray     # The cells' centres, along both axes [cells].
     sigma: np.ndarray       # Density of (1-t)x + ty [cells, cells], first coordinate first.
     slope: np.ndarray       # grad u at the centres [cells, cells, 2].
     flow: np.ndarray        # w [cells, cells, 2].
-    crossing: np.ndarray    # int w_1 over the second coordinate [cells]: what the critic moves through each line ...
-    needed: np.ndarray      # ... and F_x - F_y of the first coordinate [cells]: what has to be moved.
+    crossing: np.ndarray    # int w_1 over the second coordinate [cells]: the mass that the critic moves through a line.
+    needed: np.ndarray      # F_x - F_y of the first coordinate [cells]: the mass that has to be moved through it.
 
     @property
     def shortfall(self) -> float:

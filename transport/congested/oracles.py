@@ -61,7 +61,8 @@ class Exact:
         """u' of the best critic at each r; where m = 0 it is free up to 1, and 0 is returned."""
         check_lamb(lamb)
         m, sigma = self.at(r)
-        return np.sign(m) * (1 + np.abs(m) / (2 * lamb * sigma))
+        slope: np.ndarray = np.sign(m) * (1 + np.abs(m) / (2 * lamb * sigma))
+        return slope
 
     def value_of(self, slope: Callable[[np.ndarray], np.ndarray], lamb: float, points: int = 601) -> float:
         """What a critic reaches, from its slope at `points` even places: without noise, and at most P."""
@@ -129,38 +130,13 @@ def line_gaussians(mean_x: float, std_x: float, mean_y: float, std_y: float) -> 
     return Exact(gap, density, low, high, (mean_x, mean_y, *crossing))
 
 
-def line_uniforms(shift: float) -> Exact:
-    """U[0, 1] to U[shift, 1 + shift], shift > 0."""
-    _check_positive(shift=shift)
-
-    def gap(r: float) -> float:
-        return min(max(r - shift, 0.0), 1.0) - min(max(r, 0.0), 1.0)
-
-    def density(r: float) -> float:
-        def at(t: float) -> float:      # (1-t) x + t y is a trapezium over [t shift, 1 + t shift].
-            short, long, s = min(t, 1 - t), max(t, 1 - t), r - t * shift
-            return max(min(s, 1 - s, short), 0.0) / (short * long) if short > 0 else float(0 < s < 1)
-        kinks = [r / shift, (r - 1) / shift, r / (1 + shift)]
-        kinks += [] if shift == 1 else [(1 - r) / (1 - shift)]
-        return _over_t(at, 0.5, *kinks)
-
-    return Exact(gap, density, 0.0, 1 + shift, (1.0, shift))
-
-
-def atoms(distance: float) -> Exact:
-    """One point to one point at a distance; also a sphere of that radius to its centre, in any dimension (r: the radius
-    counted from the sphere inwards). Here m = -1: r runs from x to y."""
-    _check_positive(distance=distance)
-    return Exact(lambda r: -1.0 if 0 <= r <= distance else 0.0, lambda r: 1 / distance if 0 <= r <= distance else 0.0,
-                 0.0, distance)
-
 
 def radial_gaussians(dims: int, std_x: float, std_y: float) -> Exact:
     """N(0, std_x^2 I) to N(0, std_y^2 I) in `dims` dimensions; r is the radius."""
     _check_positive(dims=dims, std_x=std_x, std_y=std_y)
     half, spread = dims / 2, max(std_x, std_y)
     middle = math.sqrt(dims) * (std_x + std_y) / 2
-    log_scale = (1 - half) * math.log(2) - math.lgamma(half)        # Of the density of chi with `dims` degrees.
+    log_scale = (1 - half) * math.log(2) - math.lgamma(half)        # Scales the density of chi with `dims` degrees.
 
     def gap(r: float) -> float:
         qx, qy = (r / std_x) ** 2 / 2, (r / std_y) ** 2 / 2
@@ -210,10 +186,10 @@ def _check_positive(**values: float) -> None:
 
 
 def _quad(function: Curve, low: float, high: float) -> float:
-    return quad(function, low, high, epsabs=1e-12, epsrel=1e-9, limit=200)[0]
+    return float(quad(function, low, high, epsabs=1e-12, epsrel=1e-9, limit=200)[0])
 
 
 def _over_t(function: Curve, *breaks: float) -> float:
-    """int_0^1: sigma is a mixture over t. `breaks` that lie outside are left out."""
+    """The integral over t from 0 to 1, because sigma is a mixture over t. `breaks` that lie outside are left out."""
     edges = [0.0, *sorted({b for b in breaks if 0 < b < 1}), 1.0]
     return sum(_quad(function, a, b) for a, b in zip(edges, edges[1:], strict=False))

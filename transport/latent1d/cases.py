@@ -22,7 +22,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """One trained generator."""
+    """A trained generator and how good it is."""
 
     field: str
     loss: str

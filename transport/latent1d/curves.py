@@ -26,13 +26,6 @@ class Curve:
         """
         return self.at((np.arange(cells) + 0.5) / cells)
 
-    def lipschitz(self) -> float:
-        """The largest speed; infinite if the curve jumps."""
-        way = np.linalg.norm(np.diff(self.places, axis=0), axis=1)
-        time = np.diff(self.times)
-        if way[time == 0].any():
-            return float("inf")
-        return float((way[time > 0] / time[time > 0]).max())
 
 
 def optimal_curve(points: np.ndarray, walk: Walk, speed: float) -> Curve:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well can a generator with one latent number imitate a finite sample? The optimum, and what training reaches.
+"""How well a generator with one latent number can imitate a finite sample, and how near training comes to it.
 
 After Stephanovitch, Tanielian, Cadre, Klutchnikoff and Biau, Optimal 1-Wasserstein distance for WGANs, arXiv
 2201.02824. A K-Lipschitz map of [0, 1] rests at every point of the sample and travels between them at speed K, along a
@@ -17,7 +17,7 @@ from transport.latent1d.cases import Case, Trained, optimal_w1, solve, train, wa
 from transport.latent1d.curves import bound, optimal_curve
 from transport.latent1d.line_generators import FIELDS, LOSSES, Training
 
-MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0)        # Of K*: where curves are trained.
+MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0)        # Curves are trained at these multiples of K*.
 EXAMPLES = ("star", "eight")
 
 
@@ -124,7 +124,7 @@ def _sweep(config: Config, case: Case) -> list[Trained]:
     return [best(multiple) for multiple in MULTIPLES]
 
 
-def _rates(config: Config) -> tuple[list, list, list]:
+def _rates(config: Config) -> tuple[list[growth.Rate], list[growth.Rate], list[growth.ToTheLaw]]:
     rng = np.random.default_rng([config.seed, 1])
     sizes = [n for n in (8, 16, 32, 64, 128) if n <= config.largest]
     rates = [growth.measure(n, d, config.draws, config.gap, rng) for d in (1, 2, 3) for n in sizes]

@@ -139,7 +139,7 @@ def draw_rates(axes: np.ndarray, result: Any) -> None:
             axes[2].plot(n, laws[0].sample * (n / n[0]) ** (-1 / dims), color=color, lw=0.8)
         if dims == 1:
             n = np.array([rate.points for rate in rows])
-            axes[0].plot(n, line_cost(n), color=color, lw=0.8)
+            axes[0].plot(n, [line_cost(rate.points) for rate in rows], color=color, lw=0.8)
         else:
             n = np.array([rows[0].points, (trees or rows)[-1].points])
             axes[0].plot(n, rows[-1].cost * (n / rows[-1].points) ** (1 - 2 / dims), color=color, lw=0.8)

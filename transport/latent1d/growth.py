@@ -17,14 +17,15 @@ class Rate:
     dims: int
     points: int
     draws: int
-    cost: float                     # c*, or what is known of it: the cost of a walk, ...
-    cost_error: float               # ... its standard error,
-    lower: float                    # ... and a lower bound.
-    threshold: float                # K* of these walks: the median, as a mean would follow a few near points.
+    cost: float                     # c*, or the cost of the best walk that is known.
+    cost_error: float               # Standard error of `cost`.
+    lower: float                    # Lower bound of c*.
+    threshold: float                # Median of K* over these walks; a mean would follow a few near points.
 
 
 def measure(count: int, dims: int, draws: int, gap: float, rng: np.random.Generator, tree: bool = False) -> Rate:
-    """One `Rate`. With `tree`, walks around the spanning tree: for many points, up to twice the best cost."""
+    """Measure a `Rate`. With `tree`, the walks go around the spanning tree, which suits many points and may cost up to
+    twice as much as the best walk."""
     samples = [point_sets.uniform(count, dims, rng) for _ in range(draws)]
     walks = [tree_walk(points) if tree else shortest_walk(points, gap) for points in samples]
     cost = np.array([walk.cost for walk in walks])
@@ -52,12 +53,12 @@ class ToTheLaw:
     dims: int
     points: int
     sample: float
-    curve: float                    # With K = K* of the sample's best walk.
+    curve: float                    # The curve with K = K* of the sample's best walk.
 
 
 def measure_to_law(count: int, dims: int, draws: int, gap: float, rng: np.random.Generator,
                    resolution: int = 1024) -> ToTheLaw:
-    """One `ToTheLaw`. The law is represented by `resolution` points of a Sobol' sequence, a power of two."""
+    """Measure a `ToTheLaw`. The law is represented by `resolution` points of a Sobol' sequence, a power of two."""
     law = qmc.Sobol(dims, rng=rng).random(resolution)
     values = []
     for _ in range(draws):

@@ -23,11 +23,11 @@ class Training:
 
     speed: float                    # Its Lipschitz constant K.
     field: str = "table"            # Its velocity: free numbers, or a network of the time.
-    loss: str = "transport"         # What is minimised: W1 by exact transport, or what a critic says.
+    loss: str = "transport"         # The number that is minimised: W1 by exact transport, or the value of a critic.
     steps: int = 1500
     slow: float = 0.6               # Share of the steps in which the speed allowed grows from 0 to K.
     cells: int = 256                # The curve is linear on each.
-    lr: float = 0.05                # Of the generator, falling to 0 as a cosine.
+    lr: float = 0.05                # The generator's rate, which falls to 0 as a cosine.
     critic_lr: float = 1e-3
     critic_steps: int = 3           # Per step of the generator.
     lamb: float = 10.0              # Weight Lam of the critic's penalty.
@@ -37,11 +37,13 @@ class Training:
 class LineGenerator(torch.nn.Module):
     """A curve as a start and a velocity of length at most K on every cell: K-Lipschitz whatever its parameters are."""
 
+    features: torch.Tensor      # [cells, 32]: sines and cosines of the time, for the network.
+
     def __init__(self, training: Training, start: np.ndarray, generator: torch.Generator):
         super().__init__()
         cells, dims = training.cells, len(start)
         self.speed, self.cells = training.speed, cells
-        self.share = 1.0        # Of the speed: training starts slowly.
+        self.share = 1.0        # The share of the speed that is allowed so far: training starts slowly.
         self.start = torch.nn.Parameter(torch.as_tensor(start, dtype=torch.float32))
         phases = 2 * math.pi * torch.arange(1, 17) * (torch.arange(cells)[:, None] + 0.5) / cells
         self.register_buffer("features", torch.cat([phases.sin(), phases.cos()], dim=1))
@@ -55,9 +57,10 @@ class LineGenerator(torch.nn.Module):
     def velocities(self) -> torch.Tensor:
         """[cells, d], each of length at most 1: in units of K."""
         if hasattr(self, "table"):
-            return self.table / self.table.norm(dim=1, keepdim=True).clamp_min(1)
-        raw = self.net(self.features)[:, :self.dims]
-        length = raw.norm(dim=1, keepdim=True).clamp_min(1e-6)
+            capped: torch.Tensor = self.table / self.table.norm(dim=1, keepdim=True).clamp_min(1)
+            return capped
+        raw: torch.Tensor = self.net(self.features)[:, :self.dims]
+        length: torch.Tensor = raw.norm(dim=1, keepdim=True).clamp_min(1e-6)
         return raw * (length.tanh() / length)
 
     def knots(self) -> torch.Tensor:
@@ -78,14 +81,14 @@ class LineGenerator(torch.nn.Module):
 
     @torch.no_grad()
     def follow(self, curve: Curve) -> None:
-        """Start from a curve. Only where the velocity is a table."""
+        """Start from a curve. This is for tables of velocities only."""
         places = torch.as_tensor(curve.at(np.linspace(0, 1, self.cells + 1)), dtype=torch.float32)
         self.start.copy_(places[0])
         self.table.copy_(places.diff(dim=0) * (self.cells / self.speed))
 
     @torch.no_grad()
     def curve(self) -> Curve:
-        """What was learned, in double precision: rounding must not make it faster than K."""
+        """The curve as it is now, in double precision, because rounding must not make it faster than K."""
         exact = copy.deepcopy(self).cpu().double()
         return Curve(times=np.linspace(0, 1, self.cells + 1), places=exact.knots().numpy())
 
@@ -108,7 +111,7 @@ def train(points: np.ndarray, training: Training, generator: torch.Generator, de
     Raises:
         UserError: K <= 0, an unknown field or loss, or a start for a network.
     """
-    semidiscrete.positive(training.speed)
+    semidiscrete.check_speed(training.speed)
     for value, known in ((training.field, FIELDS), (training.loss, LOSSES)):
         if value not in known:
             raise UserError(f"{value}: choose from {', '.join(known)}")
@@ -145,11 +148,12 @@ class _Transport:
         row, column = plan.nonzero()
         ends = torch.as_tensor(self.points[column], dtype=places.dtype, device=places.device)
         weights = torch.as_tensor(plan[row, column], dtype=places.dtype, device=places.device)
-        return (weights * (places[torch.as_tensor(row, device=places.device)] - ends).norm(dim=1)).sum()
+        lengths: torch.Tensor = (places[torch.as_tensor(row, device=places.device)] - ends).norm(dim=1)
+        return (weights * lengths).sum()
 
 
 class _Critic:
-    """What a WGAN's generator sees: a critic with the one-sided gradient penalty, trained along.
+    """The loss of a WGAN's generator: a critic with the one-sided gradient penalty, which is trained along.
 
     Its unit of length is the mean distance to the nearest point: a small network could not tell nearer ones apart.
     """
@@ -175,4 +179,5 @@ class _Critic:
             self.adam.zero_grad(set_to_none=True)
             loss.backward()
             self.adam.step()
-        return -self.net(places).mean()
+        value: torch.Tensor = self.net(places).mean()
+        return -value

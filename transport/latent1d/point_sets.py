@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finite samples for the study of one-dimensional latents: known ones, random ones, and those of a file."""
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def checked(points: np.ndarray, name: str) -> np.ndarray:
 
     Args:
         points: Numbers [n, d] or [n].
-        name: What to call it in a message: an option or a file.
+        name: The option or the file that messages name.
 
     Raises:
         UserError: fewer than two points, points that coincide, numbers that are none, or another shape.
@@ -50,8 +51,8 @@ def load(path: str) -> np.ndarray:
     Raises:
         UserError: the file cannot be read, or see `checked`.
     """
-    readers = {".npy": lambda: np.load(path, allow_pickle=False),
-               ".csv": lambda: np.loadtxt(path, delimiter=",", ndmin=2)}
+    readers: dict[str, Callable[[], np.ndarray]] = {".npy": lambda: np.load(path, allow_pickle=False),
+                                                    ".csv": lambda: np.loadtxt(path, delimiter=",", ndmin=2)}
     reader = readers.get(Path(path).suffix.lower())
     if reader is None:
         raise UserError(f"--points={path}: give a .npy or a .csv file")

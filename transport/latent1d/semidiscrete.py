@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the image of a uniform latent is from a finite sample, in W1 with the Euclidean distance: exactly."""
+"""The exact distance of the image of a uniform latent from a finite sample: W1 with the Euclidean distance."""
 import dataclasses
 
 import numpy as np
@@ -8,7 +8,6 @@ import scipy.sparse as sp
 from scipy.spatial.distance import cdist
 
 from dnnlib import UserError
-from transport.common import ot_exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +16,6 @@ class Transport:
 
     value: float                # W1.
     plan: np.ndarray            # [M, n], sums to 1.
-    potentials: np.ndarray      # v [n]: place j belongs to the point with the least distance - v.
 
 
 def distances(places: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -28,7 +26,8 @@ def distances(places: np.ndarray, points: np.ndarray) -> np.ndarray:
     """
     if places.shape[1] != points.shape[1]:
         raise UserError(f"places of {places.shape[1]} dimensions and points of {points.shape[1]}: give them the same")
-    return cdist(places, points)
+    found: np.ndarray = cdist(places, points)
+    return found
 
 
 def transport(places: np.ndarray, points: np.ndarray) -> Transport:
@@ -43,33 +42,9 @@ def transport(places: np.ndarray, points: np.ndarray) -> Transport:
     plan, log = ot.emd(*weights, cost, numItermax=10 ** 7, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"POT: {log['warning']}")
-    return Transport(value=float(log["cost"]), plan=plan, potentials=log["v"] - log["v"].mean())
+    return Transport(value=float(log["cost"]), plan=plan)
 
 
-def w1_assignment(places: np.ndarray, points: np.ndarray) -> float:
-    """The same by assignment, every point copied M / n times.
-
-    Raises:
-        UserError: M is not a multiple of n.
-    """
-    copies, rest = divmod(len(places), len(points))
-    if rest:
-        raise UserError(f"{len(places)} places for {len(points)} points: an assignment takes a multiple")
-    return ot_exact.w1(places, np.repeat(points, copies, axis=0))
-
-
-def semi_dual(places: np.ndarray, points: np.ndarray, potentials: np.ndarray) -> tuple[float, np.ndarray]:
-    """Kantorovich's dual, with one potential per point: mean_j min_i (|places_j - points_i| - v_i) + mean_i v_i.
-
-    Concave in v; never more than W1, and equal to it at the best v.
-
-    Returns:
-        (value, supergradient [n]): the gradient is 1 / n less the mass of the point's Laguerre cell.
-    """
-    excess = distances(places, points) - potentials
-    owner = excess.argmin(axis=1)
-    mass = np.bincount(owner, minlength=len(points)) / len(places)
-    return float(excess.min(axis=1).mean() + potentials.mean()), 1 / len(points) - mass
 
 #----------------------------------------------------------------------------
 # Below the threshold.
@@ -93,7 +68,7 @@ def line_optimum(points: np.ndarray, speed: float, cells: int = 1200) -> tuple[f
     """
     if points.ndim != 2 or points.shape[1] != 1:
         raise UserError(f"points of shape {list(points.shape)}: the linear programme takes points on the line, [n, 1]")
-    positive(speed)
+    check_speed(speed)
     copies = -(-cells // len(points))
     quantile = np.repeat(np.sort(points[:, 0]), copies)
     m = len(quantile)
@@ -108,14 +83,9 @@ def line_optimum(points: np.ndarray, speed: float, cells: int = 1200) -> tuple[f
     return float(result.fun), result.x[:m]
 
 
-def two_points(distance: float, speed: float) -> float:
-    """The least W1 for two points: l^2 / (4 K) from K = l on, l / 2 - K / 4 below."""
-    positive(speed)
-    return distance ** 2 / (4 * speed) if speed >= distance else distance / 2 - speed / 4
-
 
 def geometric_median(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """Where K -> 0 leads: the place [d] with the least mean distance to points [n, d], and that distance."""
+    """The place [d] with the least mean distance to points [n, d], to which K -> 0 leads, and that distance."""
     def mean_distance(place: np.ndarray) -> tuple[float, np.ndarray]:
         way = place - points
         length = np.linalg.norm(way, axis=1, keepdims=True)
@@ -129,12 +99,7 @@ def geometric_median(points: np.ndarray) -> tuple[np.ndarray, float]:
     return best, mean_distance(best)[0]
 
 
-def positive(speed: float) -> float:
-    """A Lipschitz constant above 0.
-
-    Raises:
-        UserError: it is not.
-    """
+def check_speed(speed: float) -> None:
+    """Raises UserError unless the Lipschitz constant is above 0."""
     if not speed > 0:
         raise UserError(f"a Lipschitz constant of {speed:g}: must be above 0")
-    return speed

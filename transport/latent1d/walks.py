@@ -18,7 +18,7 @@ from transport.latent1d import walk_programme
 from transport.latent1d.point_sets import checked
 
 MAX_EXACT = 15          # The dynamic programme keeps n 2^n numbers.
-MAX_DYNAMIC = 11        # Up to here it is also the faster of the two exact ways.
+MAX_DYNAMIC = 11        # Up to so many points it is also the faster of the two exact ways.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,12 @@ class Walk:
 
 def squared_distances(points: np.ndarray) -> np.ndarray:
     """[n, n] from points [n, d]."""
-    return squareform(pdist(points, "sqeuclidean"))
+    squares: np.ndarray = squareform(pdist(points, "sqeuclidean"))
+    return squares
 
 
 def closure(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What it costs to get from i to j by any number of steps.
+    """The least cost of getting from i to j by any number of steps.
 
     Args:
         cost: One step, [n, n], positive off the diagonal.
@@ -45,7 +46,8 @@ def closure(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (cost, before), both [n, n]: before[i, j] is the stop before j on a cheapest way from i.
     """
-    return scipy.sparse.csgraph.floyd_warshall(cost, directed=False, return_predecessors=True)
+    least, before = scipy.sparse.csgraph.floyd_warshall(cost, directed=False, return_predecessors=True)
+    return least, before
 
 
 def held_karp(cost: np.ndarray) -> list[int]:
@@ -98,7 +100,8 @@ def tree_bound(points: np.ndarray) -> float:
 
 def steps(points: np.ndarray, stops: Sequence[int]) -> np.ndarray:
     """Lengths [m - 1] of the steps between m stops."""
-    return np.linalg.norm(np.diff(points[list(stops)], axis=0), axis=1)
+    lengths: np.ndarray = np.linalg.norm(np.diff(points[list(stops)], axis=0), axis=1)
+    return lengths
 
 
 def threshold(points: np.ndarray, stops: Sequence[int]) -> float:
@@ -160,7 +163,7 @@ def tree_walk(points: np.ndarray) -> Walk:
     while point != first:
         last.add(point)
         point = int(parent[point])
-    branches = [[] for _ in points]
+    branches: list[list[int]] = [[] for _ in points]
     for child in sorted(set(range(len(points))) - {first}, key=lambda i: (i not in last, i)):
         branches[parent[child]].append(child)           # Taken from the end: the longest way is kept for last.
     trail, stops, seen = [first], [first], 1
@@ -175,6 +178,7 @@ def tree_walk(points: np.ndarray) -> Walk:
 
 
 def shortest_permutation(points: np.ndarray) -> Walk:
-    """The same with every point visited once: an upper bound, n <= 15. `lower` is the spanning tree's."""
+    """The shortest walk that visits every point once, n <= 15; its cost is an upper bound of c*. `lower` is that of the
+    spanning tree."""
     points = checked(points, "points")
     return walk(points, held_karp(squared_distances(points)), lower=tree_bound(points))

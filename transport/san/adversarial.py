@@ -31,21 +31,24 @@ class Discriminator(torch.nn.Module):
     def __init__(self, body: torch.nn.Module, width: int, san: bool, num_classes: int = 0):
         super().__init__()
         self.body, self.num_classes = body, num_classes
+        self.last: SanEmbedding | PlainEmbedding | SanLinear | PlainLinear
         if num_classes:
-            self.last: torch.nn.Module = (SanEmbedding if san else PlainEmbedding)(num_classes, width)
+            self.last = (SanEmbedding if san else PlainEmbedding)(num_classes, width)
         else:
             self.last = (SanLinear if san else PlainLinear)(width, 1)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """f: [N]; c int64 [N], without effect if there are no classes."""
         h = self.body(x)
-        return (self.last(c) * h).sum(dim=1) if self.num_classes else self.last(h).squeeze(1)
+        y: torch.Tensor = self.last(c) * h if self.num_classes else self.last(h)
+        return y.sum(dim=1) if self.num_classes else y.squeeze(1)
 
     def san(self, x: torch.Tensor, c: torch.Tensor) -> SanOutput:
         """Both outputs of a discriminator step, [N] each."""
         h = self.body(x)
         if not self.num_classes:
-            return SanOutput(*(y.squeeze(1) for y in self.last.san(h)))
+            fun, along = self.last.san(h)
+            return SanOutput(fun.squeeze(1), along.squeeze(1))
         row = self.last.san(c)
         return SanOutput((row.fun * h).sum(dim=1), (row.dir * h.detach()).sum(dim=1))
 
@@ -56,18 +59,18 @@ class Discriminator(torch.nn.Module):
 #----------------------------------------------------------------------------
 
 def adam(network: torch.nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """Adam in one kernel: with networks this small most of the time would go into its small operations."""
+    """Adam as one kernel; with networks this small, most of the time would go into its many small operations."""
     return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
 
 
 def train_discriminator(loss: str, D: Discriminator, optimizer: torch.optim.Optimizer, real: torch.Tensor,
                         fake: torch.Tensor, c: torch.Tensor,
                         penalty: Callable[[critics.Critic], torch.Tensor] | None = None) -> None:
-    """One step of D. Both sides have the classes c [N]; `penalty` gets x -> f and returns what is added to the loss."""
+    """Train D for one step. Both sides have the classes c [N]; `penalty` gets x -> f and returns a term of the loss."""
     classes = (c, c) if D.num_classes else ()
     value = discriminator_loss(loss, D.san(real, c), D.san(fake, c), *classes)
     if penalty is not None:
-        value = value + penalty(lambda x: D.san(x, c).fun)      # Like the loss on `fun`, it leaves the direction alone.
+        value = value + penalty(lambda x: D.san(x, c).fun)      # Like the loss, the penalty leaves the direction alone.
     optimizer.zero_grad(set_to_none=True)
     value.backward()
     optimizer.step()
@@ -76,7 +79,7 @@ def train_discriminator(loss: str, D: Discriminator, optimizer: torch.optim.Opti
 
 def train_generator(loss: str, D: Discriminator, optimizer: torch.optim.Optimizer, fake: torch.Tensor,
                     c: torch.Tensor) -> None:
-    """One step of the generator that made `fake`, whose graph is used up."""
+    """Train the generator that made `fake` for one step, which uses up the graph of `fake`."""
     D.requires_grad_(False)
     optimizer.zero_grad(set_to_none=True)
     generator_loss(loss, D(fake, c)).backward()

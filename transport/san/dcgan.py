@@ -10,12 +10,14 @@ import torch
 
 from metrics.frechet import frechet_distance
 from metrics.precision_recall import precision_recall
+from torch_utils.images import to_uint8_nearest
 from training.discriminators.san import GAN_LOSSES
 from transport.common import plotting
+from transport.common.sklearn_images import load_digits
 from transport.common.study import check, option, seeded, study_command
 from transport.san.adversarial import Discriminator, adam, train_discriminator, train_generator
 
-SIZE, MAX_VALUE, NUM_CLASSES = 8, 16.0, 10      # Of the digits: side, largest grey value, classes.
+NUM_CLASSES = 10
 Z_DIM, FEATURES = 32, 64
 MODELS = ("gan", "san")
 COVERED = 0.02                                  # A class counts if more than 2 % of all samples look like it.
@@ -43,7 +45,7 @@ class Score(NamedTuple):
     fid: float
     precision: float
     recall: float
-    classes: int            # Of ten, that more than 2 % of the samples look like.
+    classes: int            # How many of the ten more than 2 % of the samples look like.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Result:
 
     config: Config
     scores: dict[str, list[Score]]
-    accuracy: float                     # Of the classifier, on the half that it did not train on.
+    accuracy: float                     # The classifier's, on the half that it did not train on.
     real: Score                         # One half of the digits against the other.
     samples: dict[str, np.ndarray]      # uint8 [N, 8, 8].
 
@@ -70,13 +72,6 @@ class Result:
         return line
 
 #----------------------------------------------------------------------------
-
-def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """All 1,797 digits: (float32 [N, 1, 8, 8] in [-1, 1], int64 [N])."""
-    from sklearn.datasets import load_digits
-    images, labels = load_digits(return_X_y=True)
-    images = torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, SIZE, SIZE)
-    return images / (MAX_VALUE / 2) - 1, torch.as_tensor(labels, dtype=torch.int64)
 
 
 def generator() -> torch.nn.Sequential:
@@ -126,11 +121,12 @@ class Judge(torch.nn.Module):
         self.last = torch.nn.Linear(FEATURES, NUM_CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.features(x))
+        logits: torch.Tensor = self.last(self.features(x))
+        return logits
 
 
 def train_judge(images: torch.Tensor, labels: torch.Tensor, steps: int) -> tuple[Judge, float]:
-    """A classifier of every second digit, and its accuracy on the others. It is the same for every seed and model."""
+    """Train a classifier on every second digit; returns it and its accuracy on the others. All runs share it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = Judge().to(images.device)
@@ -162,7 +158,8 @@ def score(judge: Judge, real: torch.Tensor, fake: torch.Tensor) -> Score:
 def sample(G: torch.nn.Module, count: int, seed: int, device: torch.device) -> torch.Tensor:
     """[count, 1, 8, 8], with BatchNorm's running statistics."""
     z = torch.randn([count, Z_DIM], generator=seeded(seed, "samples")).to(device)
-    return G.eval()(z)
+    images: torch.Tensor = G.eval()(z)
+    return images
 
 
 def run(config: Config) -> Result:
@@ -181,7 +178,7 @@ def run(config: Config) -> Result:
             fake = sample(train(config, images, model, seed), len(images), seed, images.device)
             scores[model].append(score(judge, images, fake))
             if seed == 0:
-                samples[model] = ((fake[:50, 0].cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+                samples[model] = to_uint8_nearest(fake[:50, 0]).cpu().numpy()
     return Result(config, scores, accuracy, score(judge, images[0::2], images[1::2]), samples)
 
 

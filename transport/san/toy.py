@@ -51,22 +51,28 @@ class Config:
 
 #----------------------------------------------------------------------------
 
-class Measurement(NamedTuple):
-    """A discriminator and a generator after some iterations. Conditional: means over classes."""
+class Conditions(NamedTuple):
+    """What one row w of the last layer reads on features h of real and of generated samples."""
 
-    iteration: int
-    inner_product: float        # Of w/|w| and the optimal direction.
-    weighted: float             # The same with the weights r(f) of the loss: SAN's objective.
+    inner_product: float        # <w/|w|, optimal direction>.
+    weighted: float             # The same with the weights r(f) of the loss, which is SAN's objective.
     floor: float                # What an optimal w would read (plain weights).
     gap: float                  # |E_0 h - E_theta h|.
     separability: float         # S along w.
-    modes: int                  # Covered, of eight.
-    near: float                 # Share of samples within 0.15 of a mode; conditional: of their own.
+
+
+class Measurement(NamedTuple):
+    """A discriminator and a generator after some iterations."""
+
+    iteration: int
+    conditions: Conditions      # With classes, means over them.
+    modes: int                  # How many of the eight are covered.
+    near: float                 # Share of samples within 0.15 of a mode; with classes, of their own mode.
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training."""
+    """The record of one training."""
 
     loss: str
     model: str
@@ -77,12 +83,12 @@ class Run:
     def settled(self, field: str) -> float:
         """Mean over the measurements after the first part of training."""
         first = SETTLED * self.history[-1].iteration
-        return statistics.fmean(getattr(m, field) for m in self.history if m.iteration >= first)
+        return statistics.fmean(getattr(m.conditions, field) for m in self.history if m.iteration >= first)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """All runs, and what the figures show."""
+    """All runs: the numbers, and the samples that the figures show."""
 
     config: Config
     runs: list[Run]
@@ -98,7 +104,8 @@ class Result:
 
 
 def _summary(runs: list[Run]) -> dict[str, Any]:
-    """Per seed, and medians over seeds; inner products and S are means over iterations, the rest is of the end."""
+    """Numbers per seed, and medians over seeds; inner products and S are means over iterations, the rest is from the
+    end of training."""
     ips = [run.settled("inner_product") for run in runs]
     return {"ip": [round(ip, 3) for ip in ips], "ip_median": round(statistics.median(ips), 3),
             "ip_weighted_median": round(statistics.median(run.settled("weighted") for run in runs), 3),
@@ -150,10 +157,11 @@ class Training:
         z = torch.randn([len(c), Z_DIM], generator=generator).to(self.device)
         if self.config.conditional:
             z = torch.cat([z, torch.nn.functional.one_hot(c, MODES).to(z)], dim=1)
-        return self.G(z)
+        points: torch.Tensor = self.G(z)
+        return points
 
     def iterate(self) -> None:
-        """Some steps of D, one of G."""
+        """Train D for some steps, then G for one."""
         for _ in range(self.config.d_steps):
             c = self.classes(self.config.batch, self.draws)
             x = self.real(c, self.draws)
@@ -169,30 +177,30 @@ class Training:
 
     @torch.no_grad()
     def measure(self, iteration: int) -> tuple[Measurement, np.ndarray]:
-        """On fresh samples; and some generated ones, [N, 2]."""
+        """Measure on fresh samples; returns some generated ones, [N, 2], too."""
         c = self.classes(self.config.samples, self.test_draws)
         x, y = self.real(c, self.test_draws), self.fake(c, self.test_draws)
         groups = [c == k for k in range(MODES)] if self.config.conditional else [torch.ones_like(c, dtype=torch.bool)]
         rows = [self._measure_row(w, x[group], y[group], c[group])
                 for w, group in zip(self.D.rows(), groups, strict=True)]
-        means = [statistics.fmean(values) for values in zip(*rows, strict=True)]
+        conditions = Conditions(*(statistics.fmean(values) for values in zip(*rows, strict=True)))
         distance = torch.cdist(y, self.centres)
         modes = int(((distance < NEAR).double().mean(dim=0) > COVERED).sum())
         own = distance.gather(1, c[:, None]).squeeze(1) if self.config.conditional else distance.min(dim=1).values
         near = float((own < NEAR).double().mean())
-        return Measurement(iteration, *means, modes, near), y[:2000].cpu().numpy()
+        return Measurement(iteration, conditions, modes, near), y[:2000].cpu().numpy()
 
-    def _measure_row(self, w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor) -> tuple[float, ...]:
+    def _measure_row(self, w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor) -> Conditions:
         weight, (h, g) = GAN_LOSSES[self.loss].weight, (self.D.body(points) for points in (x, y))
         plain = weighted = san_conditions.direction_optimality(w, h, g)
-        if weight is not torch.ones_like:       # Else plain and weighted are the same.
+        if weight is not torch.ones_like:       # With weights of one, plain and weighted are the same.
             weighted = san_conditions.direction_optimality(w, h, g, weight(self.D(x, c)), weight(self.D(y, c)))
         along = san_conditions.slice_along(w, h, g)
-        return plain.inner_product, weighted.inner_product, plain.floor, plain.gap, along.separability
+        return Conditions(plain.inner_product, weighted.inner_product, plain.floor, plain.gap, along.separability)
 
 
 def train(config: Config, loss: str, model: str, seed: int) -> Run:
-    """One run from the start."""
+    """Train one model from the start."""
     training, history = Training(config, loss, model, seed), []
     for iteration in range(1, config.iterations + 1):
         training.iterate()
@@ -203,7 +211,7 @@ def train(config: Config, loss: str, model: str, seed: int) -> Run:
 
 
 def run(config: Config) -> Result:
-    """Every loss, model and seed asked for.
+    """Train every loss, model and seed that was asked for.
 
     Raises:
         UserError: a setting out of its range.
@@ -244,7 +252,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 def _draw_inner_products(axis: Any, model: str, runs: list[Run]) -> None:
     for number, one in enumerate(runs):
-        axis.plot([m.iteration for m in one.history], [m.inner_product for m in one.history],
+        axis.plot([m.iteration for m in one.history], [m.conditions.inner_product for m in one.history],
                   color=COLOURS[model], alpha=0.8, linewidth=1.2, label=None if number else model.upper())
     axis.set_ylim(-0.2, 1.05)
     axis.set_xlabel("iteration", fontsize=8)

@@ -17,10 +17,10 @@ import torch
 from dnnlib import UserError
 from transport.common.critics import Critic, between, gradient, penalty
 from transport.common.study import seeded
-from transport.ttc.sources import Source
+from transport.ttc.laws import Law
 
 RECENT = 100            # Batches of an estimate: the last of the training (version 1), or fresh ones (version 2).
-MOVE_BATCH = 250        # Samples moved at once. A constant: rounding in a network depends on the batch.
+MOVE_BATCH = 250        # Samples moved at once; no setting, because rounding in a network depends on the batch.
 BETAS = (0.5, 0.999)
 
 #----------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def parse_schedule(text: str) -> tuple[int, ...]:
 # The sequence.
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class FinishedCritic:
     """A finished critic, frozen, with its steps: `etas[k]` is 0 where `estimates[k]` was not positive."""
 
     critic: torch.nn.Module
@@ -90,11 +90,11 @@ class Stage:
     etas: tuple[float, ...]
 
 
-def push(stages: Sequence[Stage], x: torch.Tensor) -> torch.Tensor:
-    """Samples [N, ...] after all steps of the stages."""
-    for stage in stages:
-        for eta in stage.etas:
-            x = _move_all(stage.critic, x, eta)
+def push(sequence: Sequence[FinishedCritic], x: torch.Tensor) -> torch.Tensor:
+    """Samples [N, ...] after all steps of the sequence."""
+    for finished in sequence:
+        for eta in finished.etas:
+            x = _move_all(finished.critic, x, eta)
     return x
 
 
@@ -102,17 +102,17 @@ def _move_all(critic: Critic, x: torch.Tensor, eta: float) -> torch.Tensor:
     return x if eta == 0 else torch.cat([move(critic, part, eta) for part in x.split(MOVE_BATCH)])
 
 
-class MovedSource:
+class MovedLaw:
     """Samples of a source after the steps taken so far."""
 
-    def __init__(self, source: Source, pool: int, seed: int, device: torch.device):
+    def __init__(self, source: Law, pool: int, seed: int, device: torch.device):
         """Args:
-            source: Before the first step.
-            pool: 0: every batch is fresh and goes through all steps, as in the papers: the cost grows with the square
-                of the number of critics. Else so many samples are kept, move once per step, and batches are drawn
-                from them: as if the source were this finite set.
-            seed: Of the pool.
-            device: Where samples live.
+            source: The law before the first step.
+            pool: With 0 every batch is fresh and goes through all steps, as in the papers, so that the cost grows with
+                the square of the number of critics. Else so many samples are kept and move once per step, and batches
+                are drawn from them, as if the source were this finite set.
+            seed: Decides the samples of the pool.
+            device: The device of the samples.
         """
         self.source, self.device = source, device
         self.steps: list[tuple[Critic, float]] = []
@@ -139,10 +139,10 @@ class MovedSource:
 #----------------------------------------------------------------------------
 # Training.
 
-Report = Callable[[int, Stage], None]       # (number of the critic, the critic), when it is there.
+Report = Callable[[int, FinishedCritic], None]       # (number of the critic, the critic), when it is there.
 
 
-def train_critic(critic: torch.nn.Module, source: MovedSource, target: Source, training: Training,
+def train_critic(critic: torch.nn.Module, source: MovedLaw, target: Law, training: Training,
                  generator: torch.Generator) -> float:
     """Maximise the objective with a new Adam; returns its mean over the last batches, penalty included."""
     optimizer = torch.optim.Adam(critic.parameters(), lr=training.lr, betas=BETAS)
@@ -156,22 +156,22 @@ def train_critic(critic: torch.nn.Module, source: MovedSource, target: Source, t
     return torch.stack(values).mean().item()
 
 
-def fresh_estimate(critic: torch.nn.Module, source: MovedSource, target: Source, training: Training,
+def fresh_estimate(critic: torch.nn.Module, source: MovedLaw, target: Law, training: Training,
                    generator: torch.Generator) -> float:
     """The objective's mean over new batches, with the samples as they are now."""
     values = [_objective_of_batch(critic, source, target, training, generator).detach() for _ in range(RECENT)]
     return torch.stack(values).mean().item()
 
 
-def _objective_of_batch(critic: torch.nn.Module, source: MovedSource, target: Source, training: Training,
+def _objective_of_batch(critic: torch.nn.Module, source: MovedLaw, target: Law, training: Training,
                         generator: torch.Generator) -> torch.Tensor:
     y = target.draw(training.batch, generator).to(source.device)
     x = source.draw(training.batch, generator)
     return objective(critic, x, y, training.lam, generator)
 
 
-def next_stage(number: int, critic: torch.nn.Module, steps: int, source: MovedSource, target: Source,
-               training: Training) -> Stage:
+def next_critic(number: int, critic: torch.nn.Module, steps: int, source: MovedLaw, target: Law,
+               training: Training) -> FinishedCritic:
     """Train `critic` in place, freeze a copy, and move the source by its steps.
 
     All random numbers depend on the seed and the critic's number alone: whoever continues a sequence gets the same
@@ -193,22 +193,23 @@ def next_stage(number: int, critic: torch.nn.Module, steps: int, source: MovedSo
         source.add(frozen, eta)
         estimates.append(estimate)
         etas.append(eta)
-    return Stage(frozen, tuple(estimates), tuple(etas))
+    return FinishedCritic(frozen, tuple(estimates), tuple(etas))
 
 
-def fit(source: Source, target: Source, critic: torch.nn.Module, schedule: Sequence[int], training: Training,
-        device: torch.device | str = "cpu", done: Sequence[Stage] = (), report: Report = lambda n, stage: None,
-        ) -> list[Stage]:
+def fit(source: Law, target: Law, critic: torch.nn.Module, schedule: Sequence[int], training: Training,
+        device: torch.device | str = "cpu", done: Sequence[FinishedCritic] = (),
+        report: Report = lambda number, finished: None,
+        ) -> list[FinishedCritic]:
     """Train a sequence of critics.
 
     Args:
-        source: Where samples are.
-        target: Where they shall go.
-        critic: With the weights that the first critic starts from. Used up.
+        source: The law of the samples.
+        target: The law that they shall have.
+        critic: It has the weights that the first critic starts from, and is trained in place.
         schedule: Steps of each critic.
-        training: How.
+        training: How critics are trained.
         device: Where to compute.
-        done: Critics that are there already, in order: the sequence continues after them.
+        done: Critics that are there already, in order; the sequence continues after them.
         report: Called after every new critic, for instance to store it.
 
     Raises:
@@ -216,13 +217,13 @@ def fit(source: Source, target: Source, critic: torch.nn.Module, schedule: Seque
     """
     training.check(schedule)
     critic = critic.to(device)
-    moved = MovedSource(source, training.pool, training.seed, torch.device(device))
-    stages = list(done)
-    for stage in stages:
-        critic.load_state_dict(stage.critic.state_dict())
-        for eta in stage.etas:
-            moved.add(stage.critic, eta)
-    for number in range(len(stages), len(schedule)):
-        stages.append(next_stage(number, critic, schedule[number], moved, target, training))
-        report(number, stages[-1])
-    return stages
+    moved = MovedLaw(source, training.pool, training.seed, torch.device(device))
+    sequence = list(done)
+    for finished in sequence:
+        critic.load_state_dict(finished.critic.state_dict())
+        for eta in finished.etas:
+            moved.add(finished.critic, eta)
+    for number in range(len(sequence), len(schedule)):
+        sequence.append(next_critic(number, critic, schedule[number], moved, target, training))
+        report(number, sequence[-1])
+    return sequence

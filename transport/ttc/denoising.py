@@ -4,7 +4,7 @@ import torch
 
 from transport.common.critics import Critic, gradient
 
-STEPS, STEP_SIZE = 200, 0.05        # Of gradient descent, as in the papers on Trust the Critics.
+STEPS, STEP_SIZE = 200, 0.05        # Gradient descent as in the papers on Trust the Critics.
 
 
 def psnr(x: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:

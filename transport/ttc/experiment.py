@@ -3,7 +3,7 @@
 
 Milne, Bilocq and Nachman: "Trust the Critics: Generatorless and Multipurpose WGANs with Initial Convergence Guarantees"
 (arXiv 2111.15099) and its successor (arXiv 2211.00820). The parts: critic_sequence.py has the method, critic_store.py
-keeps critics, sources.py has the data, and moves.py and misalignment.py carry out the tasks.
+keeps critics, laws.py has the data, and moves.py and misalignment.py carry out the tasks.
 """
 from pathlib import Path
 

@@ -36,7 +36,8 @@ class ConvCritic(torch.nn.Module):
         self.layers = torch.nn.Sequential(*layers, torch.nn.Linear(features, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x).squeeze(1)
+        y: torch.Tensor = self.layers(x)
+        return y.squeeze(1)
 
 
 def _features(convolutions: Sequence[tuple[int, int, int, int]], shape: Shape) -> int:
@@ -56,7 +57,8 @@ class NormTaker(torch.nn.Module):
         self.b = torch.nn.Parameter(torch.zeros([]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.a * x.flatten(1).norm(dim=1) + self.b
+        norm: torch.Tensor = x.flatten(1).norm(dim=1)
+        return self.a * norm + self.b
 
 
 def _infogan(shape: Shape, w: int) -> torch.nn.Module:
@@ -96,7 +98,7 @@ def make_critic(name: str, shape: Shape, width: int = PAPER_WIDTH, seed: int = 0
 
     Args:
         name: One of `CRITICS`.
-        shape: Of a sample: [C, H, W] for images, [d] for points.
+        shape: The shape of a sample: [C, H, W] for images, [d] for points.
         width: Channels of the first layers; 64 in the papers.
 
     Raises:
@@ -145,7 +147,8 @@ class InfoGANGenerator(torch.nn.Module):
             torch.nn.ReLU(), torch.nn.ConvTranspose2d(width, channels, 4, 2, 1, bias=False), torch.nn.Tanh())
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.convolutions(self.linear(z).unflatten(1, self.small))
+        images: torch.Tensor = self.convolutions(self.linear(z).unflatten(1, self.small))
+        return images
 
 
 def make_generator(shape: Shape, width: int = PAPER_WIDTH, latent: int = 64, seed: int = 0) -> InfoGANGenerator:

@@ -24,13 +24,13 @@ from transport.common.critics import Critic, gradient
 from transport.common.study import seeded
 from transport.ttc.critic_sequence import BETAS, objective
 from transport.ttc.image_critics import make_critic, make_generator
+from transport.ttc.laws import Law, open_data
 from transport.ttc.moves import distance, distinct
-from transport.ttc.settings import Config
-from transport.ttc.sources import Source, open_data
+from transport.ttc.settings import Settled
 
 CRITIC_ITERATIONS = 5       # Per update of the generator.
 MEASURED, BINS = 256, 40    # Images whose directions are compared; bins of their histogram.
-MOMENTS = (0.01, 0.3, 1.0)  # Of the training, when they are: the papers' 10, 25,000 and 40,000 updates are such parts.
+MOMENTS = (0.01, 0.3, 1.0)  # Shares of the training after which they are: the papers' 10, 25,000 and 40,000 updates.
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,7 +52,8 @@ def images_of(net: torch.nn.Module, state: tuple[Tensors, Tensors], z: torch.Ten
     """G(z) with other parameters and buffers, in eval mode: with statistics of the batch, an image would depend on
     the others, and would not have a direction of its own."""
     with evaluating(net):
-        return torch.func.functional_call(net, state, (z,))
+        images: torch.Tensor = torch.func.functional_call(net, state, (z,))
+        return images
 
 
 def sgd_direction(net: torch.nn.Module, critic: Critic, z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
@@ -67,8 +68,9 @@ def sgd_direction(net: torch.nn.Module, critic: Critic, z1: torch.Tensor, z2: to
         return images_of(net, (dict(zip(parameters, values, strict=True)), buffers), z)
 
     uphill = torch.autograd.grad(critic(images(*point, z=z2)).mean(), point)
-    # By two passes backwards: forward-mode differentiation loads parts of PyTorch that warn of their own age.
-    return torch.autograd.functional.jvp(images, point, uphill)[1]
+    # This makes two passes backwards, because forward-mode differentiation loads modules that warn of their age.
+    change: torch.Tensor = torch.autograd.functional.jvp(images, point, uphill)[1]
+    return change
 
 
 def way_of_update(net: torch.nn.Module, update: Callable[[], None], z: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ def way_of_update(net: torch.nn.Module, update: Callable[[], None], z: torch.Ten
 class WGAN:
     """Generator and critic of the InfoGAN layouts, trained with the one-sided penalty."""
 
-    def __init__(self, config: Config, target: Source):
+    def __init__(self, config: Settled, target: Law):
         self.config, self.target, self.device = config, target, torch.device(config.device)
         self.G = make_generator(target.shape, config.width, seed=config.seed).to(self.device)
         self.critic = make_critic(config.critic, target.shape, config.width, config.seed).to(self.device)
@@ -98,7 +100,7 @@ class WGAN:
         return torch.randn([num, self.G.latent], generator=generator).to(self.device)
 
     def train_critic(self) -> None:
-        """Some iterations."""
+        """Do the iterations that come before an update of the generator."""
         for _ in range(CRITIC_ITERATIONS):
             y = self.target.draw(self.config.batch, self.generator).to(self.device)
             with torch.no_grad():
@@ -106,7 +108,7 @@ class WGAN:
             self._step(self.critic, -objective(self.critic, x, y, self.config.lam, self.generator))
 
     def train_generator(self) -> None:
-        """One update."""
+        """Update the generator once."""
         z = self.latents(self.config.batch, self.generator)
         self._step(self.G, self.critic(self.G(z)).mean())
 
@@ -116,7 +118,7 @@ class WGAN:
         self.optimizers[net].step()
 
     def measure(self, update: int) -> "Alignment":
-        """The cosines, and the generator's next update with it."""
+        """Measure the cosines, for which the generator is updated once."""
         generator = seeded(self.config.seed, f"measure/{update}")
         z1, z2 = self.latents(MEASURED, generator), self.latents(self.config.batch, generator)
         with torch.no_grad():
@@ -138,7 +140,7 @@ class Alignment:
     update: int             # Updates of the generator before.
     sgd: np.ndarray         # [MEASURED].
     adam: np.ndarray
-    w1: float               # Of generated and real images, exact, MEASURED each.
+    w1: float               # Exact W1 of MEASURED generated and as many real images.
     images: np.ndarray      # Some generated ones.
 
 
@@ -146,7 +148,7 @@ class Alignment:
 class Misalignment:
     """Cosines at some moments of a WGAN's training."""
 
-    config: Config
+    config: Settled
     moments: list[Alignment]
     seconds: float
 
@@ -172,7 +174,7 @@ class Misalignment:
         return [plotting.save(figure, folder / "misalignment.png")]
 
 
-def run_misalignment(config: Config) -> Misalignment:
+def run_misalignment(config: Settled) -> Misalignment:
     """Train a WGAN with a settled configuration and measure at the beginning, on the way and at the end.
 
     Raises:

@@ -14,21 +14,22 @@ from torch_utils.images import to_uint8_metric
 from transport.common import ot_exact, plotting
 from transport.common.critics import w1_at_most
 from transport.common.study import seeded
-from transport.ttc.critic_sequence import Stage, Training, fit, move, parse_schedule, push
-from transport.ttc.critic_store import claim, load_stages, save_stage
+from transport.ttc.critic_sequence import FinishedCritic, Training, fit, move, parse_schedule, push
+from transport.ttc.critic_store import claim, load_critics, save_critic
 from transport.ttc.denoising import psnr, regularise
 from transport.ttc.image_critics import make_critic
-from transport.ttc.settings import Config
-from transport.ttc.sources import Degraded, Source, Table, open_data, open_source
+from transport.ttc.laws import Degraded, Law, Table, open_data, open_source
+from transport.ttc.settings import Settled
 
 W1_POINTS = 500                 # For the exact W1 between samples.
 SHOWN, SHEET_ROWS = 10, 8       # Samples and steps in the sheet.
 REGULARISED = 200               # Images for adversarial regularisation: it takes 200 gradients of each.
 PROBE = 32                      # Samples that stand for the data when a run continues.
-FREE = ("task", "size", "schedule", "images", "num", "detector", "device", "outdir")   # What critics don't depend on.
+# Critics do not depend on these settings.
+FREE = ("task", "size", "schedule", "images", "num", "detector", "device", "outdir")
 
 #----------------------------------------------------------------------------
-# What a step did.
+# The effect of a step.
 
 class Frechet:
     """Frechet distance of images to the target's, in the features of a detector."""
@@ -47,7 +48,7 @@ class Frechet:
         return moments.mean(), moments.covariance()
 
     def __call__(self, images: torch.Tensor) -> float:
-        """Of images [N, C, H, W] in about [-1, 1], rounded to 8 bits first."""
+        """The distance of images [N, C, H, W] in about [-1, 1], which are rounded to 8 bits first."""
         from metrics.frechet import frechet_distance
         return frechet_distance(*self._moments(images), *self.target)
 
@@ -58,7 +59,7 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> float:
     return ot_exact.w1(*(z[:num].flatten(1).double().cpu().numpy() for z in (x, y)))
 
 
-def distinct(source: Source, num: int, generator: torch.Generator) -> torch.Tensor:
+def distinct(source: Law, num: int, generator: torch.Generator) -> torch.Tensor:
     """`num` samples, of a finite set without repetition and not more than it has."""
     if isinstance(source, Table):
         return source.samples[torch.randperm(len(source.samples), generator=generator)[:num]]
@@ -69,7 +70,7 @@ def distinct(source: Source, num: int, generator: torch.Generator) -> torch.Tens
 class Bench:
     """Samples to test with, none of which critics are trained on."""
 
-    start: torch.Tensor                 # Of the source, [N, ...].
+    start: torch.Tensor                 # Samples of the source, [N, ...].
     target: torch.Tensor                # [M, ...].
     clean: torch.Tensor | None          # What `start` was before it was degraded.
     frechet: Frechet | None
@@ -85,7 +86,7 @@ class Bench:
         return values
 
 
-def make_bench(source: Source, target: Source, config: Config, device: torch.device) -> Bench:
+def make_bench(source: Law, target: Law, config: Settled, device: torch.device) -> Bench:
     """Test samples of the halves 'test' of source and target."""
     generator, clean = seeded(config.seed, "test"), None
     y = distinct(target, config.num, generator).to(device)
@@ -103,13 +104,13 @@ def make_bench(source: Source, target: Source, config: Config, device: torch.dev
 class Moves:
     """What a sequence of critics did."""
 
-    config: Config
+    config: Settled
     rows: list[dict[str, float]]        # Per step, from 0: measures; from 1 also critic, estimate, debiased, eta.
     floor: dict[str, float]             # The measures between samples of the target itself.
     regularised: dict[str, float]       # PSNR of adversarial regularisation with the first critic; else empty.
     path: list[np.ndarray]              # Some samples after each step [SHOWN or more, ...], float.
     goal: np.ndarray                    # Some of the target's; of degraded samples, what they were before.
-    seconds: float                      # Of this run; critics that were there took theirs before.
+    seconds: float                      # Time that this run took; critics that were there are not in it.
 
     def headline(self) -> dict[str, Any]:
         """The numbers to remember."""
@@ -130,7 +131,7 @@ class Moves:
         return [_draw_path(self, folder / "samples.png"), _draw_measures(self, folder / "measures.png")]
 
 
-def run_moves(config: Config) -> Moves:
+def run_moves(config: Settled) -> Moves:
     """Train (or continue) the critics of a settled configuration and follow test samples through all steps.
 
     Raises:
@@ -141,59 +142,60 @@ def run_moves(config: Config) -> Moves:
     training = Training(config.version, config.theta, config.iterations, config.batch, config.lam, config.lr,
                         config.pool, config.seed)
     training.check(schedule)
+    assert config.source is not None, "only misalignment has no source"
     sources, targets = {}, {}
     for half in ("train", "test"):
         targets[half] = open_data(config.data, config.resolution, half)
         sources[half] = open_source(config.source, targets[half], half, config.sigma, config.images, config.seed,
                                     config.resolution)
-    stages = _train(config, schedule, training, sources["train"], targets["train"], device)
+    sequence = _train(config, schedule, training, sources["train"], targets["train"], device)
     bench = make_bench(sources["test"], targets["test"], config, device)
-    rows, path = _follow(stages, bench, training.lam)
+    rows, path = _follow(sequence, bench, training.lam)
     floor = _floor(targets, bench, config, device)
     regularised = {}
     if isinstance(sources["train"], Degraded):
-        regularised = _regularised(sources["train"], bench, stages[0], config)
+        regularised = _regularised(sources["train"], bench, sequence[0], config)
     goal = bench.target if bench.clean is None else bench.clean
     return Moves(config, rows, floor, regularised, path, goal[:W1_POINTS].cpu().numpy(), time.monotonic() - started)
 
 
-def _floor(targets: dict[str, Source], bench: Bench, config: Config, device: torch.device) -> dict[str, float]:
+def _floor(targets: dict[str, Law], bench: Bench, config: Settled, device: torch.device) -> dict[str, float]:
     """Measures between two samples of the target: what is left of them at the goal.
 
-    Of a finite set the second is the half that critics see. The halves of a photograph show different things, so there
-    both are of the half 'test'.
+    The second sample of a finite set is the half that critics see. The halves of a photograph show different things, so
+    of photographs both samples are drawn from the half 'test'.
     """
     law = targets["train"] if isinstance(targets["train"], Table) else targets["test"]
     other = distinct(law, config.num, seeded(config.seed, "floor")).to(device)
     return {"w1": distance(other, bench.target)} | ({} if bench.frechet is None else {"frechet": bench.frechet(other)})
 
 
-def _train(config: Config, schedule: tuple[int, ...], training: Training, source: Source, target: Source,
-           device: torch.device) -> list[Stage]:
+def _train(config: Settled, schedule: tuple[int, ...], training: Training, source: Law, target: Law,
+           device: torch.device) -> list[FinishedCritic]:
     """All critics: those in the folder, then new ones, stored as they come."""
     def make() -> torch.nn.Module:
         return make_critic(config.critic, target.shape, config.width, config.seed)
 
-    def report(number: int, stage: Stage) -> None:
+    def report(number: int, finished: FinishedCritic) -> None:
         if config.outdir is not None:
-            save_stage(Path(config.outdir), number, stage)
-        for estimate, eta in zip(stage.estimates, stage.etas, strict=True):
+            save_critic(Path(config.outdir), number, finished)
+        for estimate, eta in zip(finished.estimates, finished.etas, strict=True):
             text = f"step of {eta:.4g}" if eta > 0 else "no step: samples would climb"
             click.echo(f"critic {number + 1}/{len(schedule)}: W1 estimate {estimate:.4g} "
                        f"(de-biased {w1_at_most(estimate, training.lam):.4g}), {text}", err=True)
 
-    done: list[Stage] = []
+    done: list[FinishedCritic] = []
     if config.outdir is not None:
         folder = Path(config.outdir)
         claim(folder, _dependencies(config, source, target))
-        done = [Stage(stage.critic.to(device), stage.estimates, stage.etas)
-                for stage in load_stages(folder, schedule, make)]
+        done = [FinishedCritic(finished.critic.to(device), finished.estimates, finished.etas)
+                for finished in load_critics(folder, schedule, make)]
         if done:
             click.echo(f"{folder}: continues after critic {len(done)} of {len(schedule)}", err=True)
     return fit(source, target, make(), schedule, training, device, done, report)
 
 
-def _dependencies(config: Config, source: Source, target: Source) -> dict[str, Any]:
+def _dependencies(config: Settled, source: Law, target: Law) -> dict[str, Any]:
     """What critics depend on: settings, and the content of the data by some samples."""
     content = hashlib.sha256()
     for law in (source, target):
@@ -202,23 +204,25 @@ def _dependencies(config: Config, source: Source, target: Source) -> dict[str, A
     return {**settings, "content": content.hexdigest()}
 
 
-def _follow(stages: list[Stage], bench: Bench, lam: float) -> tuple[list[dict[str, float]], list[np.ndarray]]:
+def _follow(sequence: list[FinishedCritic], bench: Bench,
+            lam: float) -> tuple[list[dict[str, float]], list[np.ndarray]]:
     """(measures per step, some samples per step) of the test samples on their way."""
     x = bench.start
     rows, path = [{"step": 0, **bench.row(x)}], [x[:W1_POINTS].cpu().numpy()]
-    for number, stage in enumerate(stages):
-        for estimate, eta in zip(stage.estimates, stage.etas, strict=True):
-            x = push([Stage(stage.critic, (estimate,), (eta,))], x)
+    for number, finished in enumerate(sequence):
+        for estimate, eta in zip(finished.estimates, finished.etas, strict=True):
+            x = push([FinishedCritic(finished.critic, (estimate,), (eta,))], x)
             rows.append({"step": len(rows), "critic": number + 1, "estimate": estimate,
                          "debiased": w1_at_most(estimate, lam), "eta": eta, **bench.row(x)})
             path.append(x[:W1_POINTS].cpu().numpy())
     return rows, path
 
 
-def _regularised(source: Degraded, bench: Bench, first: Stage, config: Config) -> dict[str, float]:
+def _regularised(source: Degraded, bench: Bench, first: FinishedCritic, config: Settled) -> dict[str, float]:
     """PSNR of adversarial regularisation with the first critic, and of one step of the noise's mean length."""
     clean, dirty = source.pair(config.num, seeded(config.seed, "noise"))
     length = (dirty - clean).flatten(1).norm(dim=1).mean().item()
+    assert bench.clean is not None, "degraded samples have a clean original"
     start, clean = bench.start[:REGULARISED], bench.clean[:REGULARISED]
     restored = torch.cat([regularise(first.critic, part, 2 * length) for part in start.split(50)])
     one_step = move(first.critic, start, length)

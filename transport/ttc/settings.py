@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the study of Trust the Critics: what may be chosen, and what each task takes where nothing is."""
+"""Settings of the study of Trust the Critics: the options, and what each task takes where they are left open."""
 import dataclasses
 from typing import Any, Self
 
@@ -39,7 +39,7 @@ class Config:
     sigma: float | None = option(None, "Standard deviation of the noise of --source=noisy; images are in [-1, 1]",
                                  min=0)
     resolution: int | None = option(None, "Pixels of digits and crops", min=4)
-    pool: int | None = option(None, "Source samples kept and moved once per step; 0: fresh ones for every batch",
+    pool: int | None = option(None, "Law samples kept and moved once per step; 0: fresh ones for every batch",
                               min=0)
     images: int = option(1000, "Images to make with the generator of --source, to train with and to test with", min=2)
     num: int = option(500, "Samples to test with", min=2, max=MAX_POINTS)
@@ -52,10 +52,28 @@ class Config:
         """These settings, made smaller: under two minutes on two cores."""
         return dataclasses.replace(self, size="quick")
 
+
+@dataclasses.dataclass(frozen=True)
+class Settled(Config):
+    """A `Config` in which no option is left open. `settled` makes one and gives every field that stands here."""
+
+    data: str = ""
+    critic: str = ""
+    width: int = 0
+    schedule: str = ""
+    iterations: int = 0
+    batch: int = 0
+    theta: float = 0.0
+    lam: float = 0.0
+    lr: float = 0.0
+    sigma: float = 0.0
+    resolution: int = 0
+    pool: int = 0
+
 #----------------------------------------------------------------------------
 
-# Of the critics of the papers the deep ones come to life only after thousands of iterations, so the small
-# sizes take a shallow one for all tasks.
+# The deep ones among the papers' critics come to life only after thousands of iterations, so the small sizes take a
+# shallow one for all tasks.
 _COMMON: dict[str, Any] = {"lam": 1000.0, "lr": 1e-3, "sigma": 0.2, "resolution": 16, "pool": 2000, "batch": 50,
                            "width": 16, "theta": 0.9, "schedule": "8x1"}
 _TASK: dict[str, dict[str, Any]] = {
@@ -104,7 +122,7 @@ def defaults(task: str, size: str, version: int) -> dict[str, Any]:
     return {**values, **(_QUICK if size == "quick" else _SMALL)[task]}
 
 
-def settled(config: Config) -> Config:
+def settled(config: Config) -> Settled:
     """The settings with every open option filled in.
 
     Raises:
@@ -112,12 +130,10 @@ def settled(config: Config) -> Config:
     """
     check(config)
     values = defaults(config.task, config.size, config.version)
-    config = dataclasses.replace(config, device=select_device(config.device))
-    config = dataclasses.replace(config, **{name: value for name, value in values.items()
-                                            if getattr(config, name) is None})
+    values |= {name: value for name, value in vars(config).items() if value is not None}
     if config.task == "refinement":
         for name, what in (("source", "the generator to refine, a .pkl or the folder of a run"),
                            ("data", "the data set it was trained on")):
-            if getattr(config, name) is None:
+            if name not in values:
                 raise UserError(f"--task=refinement needs --{name}: name {what}")
-    return config
+    return Settled(**{**values, "device": select_device(config.device)})

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies
 
 from tests.data_prep.samples import encoded, pixels, write_folder
+from training.data.images import open_image
 from training.data.png import decode_plain_png, encode_plain_png
-from training.data.stores import open_image
 from training.dataset import ImageDataset
 
 images = strategies.integers(1, 40).flatmap(lambda size: hypothesis.extra.numpy.arrays(

@@ -16,7 +16,8 @@ from hypothesis import strategies
 from dnnlib import UserError
 from tests.data_prep.samples import encoded, files, metadata, pixels, write_zip
 from training.data import zip_index
-from training.data.stores import ZipStore, open_image
+from training.data.images import open_image
+from training.data.stores import ZipStore
 from training.data.zip_directory import read_directory
 from training.data.zip_index import Names, index_files, load_index, make_index, open_index, prepare_index
 from training.dataset import ImageDataset
@@ -211,7 +212,7 @@ def test_names_twice_and_methods(tmp_path):
     with pytest.raises(UserError, match=r"holds a/x\.png twice"):
         make_index(path)
     write_zip(path, files(2), None, zipfile.ZIP_LZMA)
-    with pytest.raises(UserError, match=r"img00000000\.png is neither stored nor deflated \(method 14\)"):
+    with pytest.raises(UserError, match=r"img00000000\.png is neither stored nor deflated \(method 14\): unpack"):
         make_index(path)
     data = bytearray(write_zip(path, files(2)).read_bytes())
     data[data.rindex(b"PK\x01\x02") + 8] |= 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.closeness import rel_error
-from training.discriminators.blocks import DownBlock, GroupedBatchNorm2d, SpectralConv2d
+from training.discriminators.blocks import DownBlock, GhostBatchNorm2d, SpectralConv2d
 from training.discriminators.heads import MultiScaleD, channels_at, down_blocks, nominal_size
 from training.discriminators.projector import FeatureFusion, Reassembly, seeded
 
@@ -57,8 +57,8 @@ def test_spectral_norm_tends_to_one():
 
 def test_running_statistics_of_groups_move_once_per_step():
     """Towards the mean over all groups; without any they stay."""
-    norm, x = GroupedBatchNorm2d(3), torch.randn(6, 3, 4, 4) * 2 + 1
-    norm.group = 2
+    norm, x = GhostBatchNorm2d(3), torch.randn(6, 3, 4, 4) * 2 + 1
+    norm.ghost_batch = 2
     norm.move_running()
     assert torch.equal(norm.running_mean, torch.zeros(3))
     assert int(norm.num_batches_tracked) == 0

@@ -145,7 +145,7 @@ def test_fresh_layer_is_the_drawn_map(case):
 def test_names_of_parameters():
     assert {n for n, _ in SanConv2d(2, 3, 4).named_parameters()} == {"weight", "scale", "bias"}
     assert {n for n, _ in SanConv2d(2, 3, 4, bias=False).named_parameters()} == {"weight", "scale"}
-    assert SanLinear(7, 3).bias.shape == (7,)      # Added to the input.
+    assert SanLinear(7, 3).bias.shape == (7,)      # It is added to the input.
 
 
 def test_zero_row_stays_finite():

@@ -32,7 +32,7 @@ def tensor(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_raw_weight_by_hand():                  # A-T1.
+def test_raw_weight_by_hand():
     w, h = tensor(3, 4)[None].requires_grad_(), tensor(1, 2)[None].requires_grad_()
     out = split_linear(h, w)
     assert (out.fun.item(), out.dir.item()) == (approx(11), approx(11))
@@ -45,7 +45,7 @@ def test_raw_weight_by_hand():                  # A-T1.
     assert_close((fun_w + dir_w)[0], h[0].detach(), rtol=1e-7, atol=1e-7)
 
 
-def test_direction_and_scale_by_hand():         # A-T2.
+def test_direction_and_scale_by_hand():
     layer = SanLinear(2, 1, bias=False).double()
     with torch.no_grad():
         layer.weight.copy_(tensor(0.6, 0.8)[None])
@@ -63,7 +63,7 @@ def test_direction_and_scale_by_hand():         # A-T2.
     assert along[1:] == (None, None)
 
 
-def test_steps_on_the_direction_lengthen_a_raw_weight():        # A-T10.
+def test_steps_on_the_direction_lengthen_a_raw_weight():
     draws, rate = seeded(0, "steps"), 0.1
     w = torch.randn(1, 6, generator=draws, dtype=torch.float64)
     for _ in range(5):
@@ -81,7 +81,7 @@ def test_steps_on_the_direction_lengthen_a_raw_weight():        # A-T10.
 @pytest.mark.parametrize(("name", "expected"), [
     ("wasserstein", (1, 1, 1)), ("hinge", (1, 1, 1)), ("saturating", (0.119203, 0.5, 0.880797)),
     ("non-saturating", (0.880797, 0.5, 0.119203)), ("least-squares", (5.808011, 1.920144, 0.168498))])
-def test_weight_is_minus_the_derivative(name, expected):        # A-T5.
+def test_weight_is_minus_the_derivative(name, expected):
     loss, z = GAN_LOSSES[name], tensor(-2, 0, 2).requires_grad_()
     (slope,) = torch.autograd.grad(loss.generator(z).sum(), z)
     assert_close(loss.weight(z.detach()), -slope, rtol=1e-7, atol=1e-7)
@@ -119,7 +119,7 @@ def test_who_learns_from_what(name):
     r_real, r_fake = r_real / r_real.sum(), r_fake / r_fake.sum()
     step = (r_real * body(x) - r_fake * body(y)).detach().sum(dim=0) * last.scale.detach()
     w = last.weight.detach()[0]
-    assert_close(-along[0], step - (step @ w) * w, atol=1e-5, rtol=1e-4)  # What is tangential of r-means.
+    assert_close(-along[0], step - (step @ w) * w, atol=1e-5, rtol=1e-4)  # Tangential part of r-means.
     base = GAN_LOSSES[name].real(last(body(x))).mean() + GAN_LOSSES[name].fake(last(body(y))).mean()
     leaves = [*body.parameters(), last.scale, last.bias]
     for got, plain in zip(torch.autograd.grad(discriminator_loss(name, real, fake), leaves),
@@ -139,7 +139,7 @@ def turned(name: str, h: torch.Tensor, g: torch.Tensor, f: torch.Tensor, k: torc
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
-def test_a_vector_added_to_all_features_does_not_turn_the_direction(name):      # A-T6.
+def test_a_vector_added_to_all_features_does_not_turn_the_direction(name):
     draws = seeded(0, "shift")
     h, g, f, k = (torch.randn(shape, generator=draws, dtype=torch.float64) for shape in ([50, 3], [60, 3], [50], [60]))
     shift = tensor(0, 20, 0)
@@ -188,14 +188,14 @@ def population_optimum(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["hinge", "logistic", "least squares"])
-def test_a_plain_last_layer_finds_fisher_s_direction(name):     # A-T3.
+def test_a_plain_last_layer_finds_fisher_s_direction(name):
     w = population_optimum(name)
     w = w / np.linalg.norm(w)
     np.testing.assert_allclose(w, [0.99995, 0.0099995], atol=1e-5)
     assert w @ DELTA / math.sqrt(2) == pytest.approx(0.714142, abs=1e-5)
 
 
-def test_a_san_layer_finds_the_difference_of_means():           # A-T3.
+def test_a_san_layer_finds_the_difference_of_means():
     draws = seeded(0, "fisher")
     torch.manual_seed(0)
     noise = torch.randn(500, 2, generator=draws) @ torch.as_tensor(SIGMA).float().sqrt()
@@ -203,14 +203,14 @@ def test_a_san_layer_finds_the_difference_of_means():           # A-T3.
     half = torch.as_tensor(DELTA).float() / 2
     layer = SanLinear(2, 1, bias=False)
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[0.99995, 0.0099995]]))        # From where the GAN would stay.
+        layer.weight.copy_(torch.tensor([[0.99995, 0.0099995]]))        # A GAN would stay there.
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
     for _ in range(300):
         loss = discriminator_loss("hinge", layer.san(noise + half), layer.san(noise - half))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        layer.scale.data.fill_(1)                   # The features stand still: so does the scale.
+        layer.scale.data.fill_(1)                   # The features stand still, and so does the scale.
         project_directions(layer)
     assert (layer.direction()[0] @ half / half.norm()).item() == pytest.approx(1, abs=1e-3)
 

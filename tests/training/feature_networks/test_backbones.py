@@ -82,7 +82,7 @@ def test_transformer_maps_are_block_outputs():
 def test_preprocessing():
     lite, deit = load_backbone("tf_efficientnet_lite0:random"), load_backbone("deit_tiny_distilled_patch16_224:random")
     x = torch.rand(1, 3, 256, 256) * 2 - 1
-    assert_close(lite.preprocess(x), x, atol=1e-6, rtol=1e-5)         # Mean and std 0.5; larger images stay.
+    assert_close(lite.preprocess(x), x, atol=1e-6, rtol=1e-5)      # Mean and std are 0.5; larger images stay.
     assert deit.preprocess(x).shape[2] == 224
     expected = ((x[:, 0] + 1) / 2 - 0.485) / 0.229
     expected = torch.nn.functional.interpolate(expected[None], size=224, mode="bilinear", align_corners=False)[0]

@@ -199,7 +199,7 @@ def test_files_for_other_classes(tmp_path):
         class_names = list(reversed(names))
     with pytest.raises(UserError, match="made for other classes: n0 instead of n6, .*n5 instead of n1 and 1 more"):
         class_embedding(str(path), 7, Data)
-    Data.class_names = [str(i) for i in range(7)]       # No names: nothing to compare.
+    Data.class_names = [str(i) for i in range(7)]       # Without names there is nothing to compare.
     assert torch.equal(class_embedding(str(path), 7, Data), table)
     Data.class_names = names
     assert torch.equal(class_embedding(str(path), 7, Data), table)

@@ -43,11 +43,20 @@ def test_local_network(local):
     assert classifier.source == local
 
 
+def test_classes_in_another_order(local):
+    """Column k is of class k of the data, whatever the order in which the classifier was trained."""
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    ours, theirs = load_classifier(local, 3, ["c", "a", "b"]), load_classifier(local)
+    assert torch.equal(ours(x), theirs(x)[:, [2, 0, 1]])
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
 def test_other_classes_are_refused(local):
     with pytest.raises(UserError, match="knows 3 classes, but the data has 10"):
         load_classifier(local, c_dim=10)
-    with pytest.raises(UserError, match="other classes"):
-        load_classifier(local, c_dim=3, class_names=["a", "c", "b"])
+    with pytest.raises(UserError, match="--data: has the classes a, b, d, but --classifier=.* has a, b, c, and none "
+                                        "called d: train it on this data set"):
+        load_classifier(local, c_dim=3, class_names=["a", "b", "d"])
     with pytest.raises(UserError, match="unknown backbone"):
         load_classifier("resnet81")
     assert load_classifier("local:random", c_dim=10).sha256 is None

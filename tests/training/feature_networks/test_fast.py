@@ -14,7 +14,7 @@ from training.discriminators.projected import ProjectedDiscriminator
 from training.feature_networks import fast
 from training.feature_networks.backbones import Backbone, warm_up_batch_norm
 from training.feature_networks.classifier import Classifier, load_classifier
-from training.feature_networks.fast import fold_batch_norm, make_fast
+from training.feature_networks.fast import fold_batch_norm, optimize_frozen
 from training.feature_networks.registry import load_backbone
 from training.feature_networks.within import run_within
 
@@ -54,7 +54,7 @@ def test_folded_batch_norm_is_the_same_function(name):
 def test_other_networks_keep_their_batch_norm():
     b = load_backbone("resnet18:random")
     before = set(b.net.state_dict())
-    make_fast(b, "fp32")
+    optimize_frozen(b, "fp32")
     assert set(b.net.state_dict()) == before
 
 
@@ -62,7 +62,7 @@ def test_transformer_in_fp32_is_untouched():
     b = load_backbone(TRANSFORMER)
     x = torch.randn(1, 3, 224, 224)
     expected = b.maps(x)
-    make_fast(b, "fp32")
+    optimize_frozen(b, "fp32")
     assert all(torch.equal(a, c) for a, c in zip(b.maps(x), expected, strict=True))
 
 
@@ -71,7 +71,7 @@ def test_reduced_precision():
     x = torch.randn(2, 3, 224, 224)
     results = []
     for precision in ("fp32", "bf16"):
-        make_fast(b, precision)
+        optimize_frozen(b, precision)
         y = x.clone().requires_grad_(True)
         maps = b.maps(y)
         assert all(m.dtype == torch.float32 for m in maps)
@@ -85,8 +85,8 @@ def test_reduced_precision():
 def test_convolutional_networks_stay_in_float32():
     b = efficientnet()
     full = copy.deepcopy(b)
-    make_fast(b, "bf16")
-    make_fast(full, "fp32")
+    optimize_frozen(b, "bf16")
+    optimize_frozen(full, "fp32")
     x = torch.randn(1, 3, 64, 64)
     assert all(torch.equal(a, c) for a, c in zip(b.maps(x), full.maps(x), strict=True))
 
@@ -105,10 +105,10 @@ def test_discriminator(precision):
         return [*(t.detach() for t in logits), *torch.autograd.grad(sum(t.sum() for t in logits), y)]
 
     before = outputs()
-    D.make_fast_(precision)
+    D.optimize_frozen_(precision)
     after = outputs()
     assert all(l2_error(a, b) < (1e-5 if precision == "fp32" else 5e-2) for a, b in zip(after, before, strict=True))
-    D.make_fast_(precision)
+    D.optimize_frozen_(precision)
     assert all(torch.equal(a, b) for a, b in zip(outputs(), after, strict=True))
     assert {name: tensor.dtype for name, tensor in D.own_state_dict().items()} == {n: t.dtype for n, t in state.items()}
     assert all(torch.equal(tensor, state[name]) for name, tensor in D.own_state_dict().items())
@@ -135,8 +135,8 @@ def watch_switch(module: torch.nn.Module, seen: list[tuple[str, str]]) -> None:
 def with_classifier() -> tuple[ProjectedDiscriminator, Classifier]:
     config = DiscriminatorConfig(("local:random", "test_efficientnet:random"), 16, 3, proj_channels=8, max_channels=32)
     D = ProjectedDiscriminator(config).requires_grad_(False).eval()
-    D.make_fast_("tf32")
-    return D, load_classifier("local:random").make_fast_("tf32")
+    D.optimize_frozen_("tf32")
+    return D, load_classifier("local:random").optimize_frozen_("tf32")
 
 
 def gradient_of_images(D: ProjectedDiscriminator, classifier: Classifier, gain: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ def test_tf32_holds_in_frozen_networks_only_forward_and_backward():
     expected = gradient_of_images(D, classifier, gain)
     frozen, trained = [], []
     for module in (*D.feature_networks.values(), classifier):
-        module.surroundings = misc.tf32                         # As on a GPU.
+        module.surroundings = misc.tf32                         # This is how it is on a GPU.
         for part in module.children():
             watch_switch(part, frozen)
     watch_switch(D.discriminators, trained)
@@ -213,7 +213,7 @@ def test_tf32_on_a_gpu():
     x = torch.rand(2, 3, 16, 16).cuda() * 2 - 1
     found = {}
     for precision in ("fp32", "tf32"):
-        D.make_fast_(precision)
+        D.optimize_frozen_(precision)
         with misc.full_precision():
             y = x.clone().requires_grad_(True)
             for key, maps in D.features(y).items():

@@ -35,10 +35,10 @@ from training.run.batch_size import (
 CPU = torch.device("cpu")
 
 
-def settings(generator, batch: int = 8, batch_gpu: int = 8, split_group: int = 0, **loss) -> TrainConfig:
+def settings(generator, batch: int = 8, batch_gpu: int = 8, ghost_batch: int = 0, **loss) -> TrainConfig:
     return TrainConfig(DataConfig("data.zip", generator.img_resolution, generator.c_dim), generator,
                        DiscriminatorConfig(("local:random",), generator.img_resolution, generator.c_dim,
-                                           proj_channels=4, max_channels=64, split_group=split_group),
+                                           proj_channels=4, max_channels=64, ghost_batch=ghost_batch),
                        LossConfig(**loss), OptimConfig.official(batch), batch, batch_gpu, 1, 1, 1)
 
 
@@ -171,11 +171,11 @@ def trial_on(gpu: Gpu, config: TrainConfig, monkeypatch=None) -> Trial:
 
 
 def test_multiples_of_the_group(tiny):
-    assert usable_sizes(settings(tiny, 96, split_group=8), 1) == [8, 16, 24, 32, 48, 96]
-    assert usable_sizes(settings(tiny, 96, split_group=3, diversity_weight=1.0), 2) == [6, 12, 24, 48]
-    assert default_batch_gpu(settings(tiny, 96, split_group=8), 4) == 24
-    with pytest.raises(UserError, match=r"is a multiple of --split-group=8: take another --batch"):
-        find_batch_gpu(settings(tiny, 12, split_group=8), CPU)
+    assert usable_sizes(settings(tiny, 96, ghost_batch=8), 1) == [8, 16, 24, 32, 48, 96]
+    assert usable_sizes(settings(tiny, 96, ghost_batch=3, diversity_weight=1.0), 2) == [6, 12, 24, 48]
+    assert default_batch_gpu(settings(tiny, 96, ghost_batch=8), 4) == 24
+    with pytest.raises(UserError, match=r"is a multiple of --ghost-batch=8: take another --batch"):
+        find_batch_gpu(settings(tiny, 12, ghost_batch=8), CPU)
 
 
 @pytest.mark.parametrize(("rates", "found"), [
@@ -339,10 +339,10 @@ def test_auto_takes_what_the_run_had(data16, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "find_batch_gpu", lambda *args: 2)
     result = CliRunner().invoke(main, [*args, "--kimg=0.008"], catch_exceptions=False)
     assert "--batch-gpu=auto: 2\n" in result.output
-    assert "here it has 2 image(s), in the published runs 8: --split-group=8 keeps that" in result.output
+    assert "here it has 2 image(s), in the published runs 8: --ghost-batch=8 keeps that" in result.output
     monkeypatch.setattr(plan, "find_batch_gpu", lambda *args: 4)
     result = CliRunner().invoke(main, [*args, "--kimg=0.016"], catch_exceptions=False)
     assert "--batch-gpu=auto: 2, as before\n" in result.output
-    result = CliRunner().invoke(main, [*args, "--kimg=0.016", "--split-group=4"], catch_exceptions=False)
+    result = CliRunner().invoke(main, [*args, "--kimg=0.016", "--ghost-batch=4"], catch_exceptions=False)
     assert "--batch-gpu=auto: 4\n" in result.output     # Another run.
     assert "NOTE: D's heads" not in result.output

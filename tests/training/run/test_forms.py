@@ -100,7 +100,7 @@ def test_samples_of_path_lengths():
     G = generator(config)
     for batch_gpu, group, shrink, want in ((8, 0, 2, 4), (1, 0, 2, 1), (8, 4, 2, 4), (8, 2, 4, 4)):
         config = small_config(batch_gpu=batch_gpu, loss=LossConfig(pl_batch_shrink=shrink))
-        config = dataclasses.replace(config, discriminator=dataclasses.replace(config.discriminator, split_group=group))
+        config = dataclasses.replace(config, discriminator=dataclasses.replace(config.discriminator, ghost_batch=group))
         # As training.loss chooses them.
         count = max((group or batch_gpu) // shrink, 1)
         assert len([k for k in range(batch_gpu) if k % (group or batch_gpu) < count]) == want

@@ -1,6 +1,7 @@
 """--init-from and --resume: what of another network a new run begins with."""
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,7 +16,15 @@ from training.config import DataConfig, DiscriminatorConfig, LossConfig, OptimCo
 from training.discriminators.projected import ProjectedDiscriminator
 from training.generator.layer_schedule import stem_config, superres_config
 from training.networks_stylegan3 import Generator
-from training.run.init_from import check_generator, loaded_share, match_classes, start_from, transfer
+from training.run.init_from import (
+    check_generator,
+    loaded_share,
+    match_classes,
+    start_from,
+    transfer,
+)
+from training.run.networks import Stem
+from training.run.plan import follow_stem
 from training.trainer import Progress, Trainer
 
 NAMES = ["cat", "dog", "owl"]
@@ -117,6 +126,9 @@ def test_which_classes_are_equal():
     assert match_classes(["0", "1", "2"], ["0", "1"], 3, 2).here == []      # Numbers are no names.
     assert match_classes(["a", "b"], None, 2, 2).there == [0, 1]            # Official files have no names.
     assert match_classes(["a", "b"], ["b", "a"], 2, 2).there == [1, 0]
+    assert match_classes(["3", "7"], None, 2, 10).there == [3, 7]           # Numbers are the same numbers elsewhere.
+    assert match_classes(["0", "1", "2"], ["0", "2", "1"], 3, 3).there == [0, 2, 1]
+    assert match_classes(["cafe\u0301"], ["x", "caf\u00e9"], 1, 2).there == [1]
 
 
 @pytest.mark.parametrize(("here", "there"), [(0, 3), (3, 0)])
@@ -250,3 +262,41 @@ def test_options_exclude_each_other(data16, tmp_path):
                                        "--resume=b"])
     assert result.exit_code == 2
     assert "--init-from and --resume exclude each other" in result.output
+
+#----------------------------------------------------------------------------
+# Stages, which keep the classes of their stem.
+
+class Data:
+    """What `follow_stem` and `follow_classes` need of a data set with an image of each class."""
+
+    path = "data.zip"
+
+    def __init__(self, names):
+        self.class_names, self.c_dim, self.label_counts = names, len(names), np.ones(len(names))
+
+    def renumber(self, indices, names):
+        self.indices, self.class_names = list(indices), names
+
+
+def stem_of(c_dim, *names) -> Stem:
+    return Stem(generator(c_dim), names)
+
+
+@pytest.mark.parametrize(("stem", "here", "said"), [
+    (stem_of(3), ["a", "b"], "3 classes, --data has 2: moving a stage to other classes is not supported"),
+    (stem_of(3), ["a", "b"], "--init-from takes what fits"),
+    (stem_of(2, "a", "b"), ["a", "d"], "none called d: use the data set that it was trained on"),
+    (stem_of(2), [], "use --cond=1 and data with labels"), (stem_of(0), ["a", "b"], "use --cond=0, as for the stem"),
+])
+def test_a_stage_keeps_the_classes_of_its_stem(stem, here, said):
+    with pytest.raises(UserError, match=said):
+        follow_stem(Data(here), stem)
+
+
+def test_a_stage_numbers_classes_as_its_stem_does():
+    for stem, here, indices in ((stem_of(2), ["a", "b"], [0, 1]), (stem_of(2, "b", "a"), ["a", "b"], [1, 0]),
+                                (stem_of(2, "caf\u00e9", "x"), ["cafe\u0301", "x"], [0, 1])):
+        data = Data(here)
+        follow_stem(data, stem)
+        assert data.indices == indices
+    follow_stem(Data([]), stem_of(0))

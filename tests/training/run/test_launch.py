@@ -13,10 +13,10 @@ import torch
 from dnnlib import UserError
 from tests.closeness import assert_close
 from tests.training.test_loop import SMALL
-from torch_utils import launch, watch
+from torch_utils import launch, peer_monitor
 from torch_utils.launch import Launch, first_host, read_launch
 from train import main
-from training.discriminators.blocks import DownBlock, begin_step, end_step, set_split_group
+from training.discriminators.blocks import DownBlock, begin_step, end_step, set_ghost_batch
 from training.run import preflight
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,7 +71,7 @@ def test_exit_code_that_torchrun_would_swallow(monkeypatch, tmp_path):
 #----------------------------------------------------------------------------
 
 class Store(dict):
-    """The part of a store that the watch uses."""
+    """The part of a store that monitors use."""
 
     def check(self, names):
         return all(name in self for name in names)
@@ -93,13 +93,13 @@ class Store(dict):
 
 def test_first_failure_is_the_one_that_is_told():
     store, said = Store(), []
-    watches = [watch.Watch(store, rank, 3, f"host{rank}", end=said.append) for rank in range(3)]
-    assert watches[2].report(ValueError("first"))
-    assert not watches[1].report(ValueError("second"))
+    monitors = [peer_monitor.PeerMonitor(store, rank, 3, f"host{rank}", end=said.append) for rank in range(3)]
+    assert monitors[2].report(ValueError("first"))
+    assert not monitors[1].report(ValueError("second"))
     assert json.loads(store["failure"])["rank"] == 2
-    watches[2]._look()
+    monitors[2]._look()
     assert said == []                                   # It ends by itself, with its own traceback.
-    watches[0]._look()
+    monitors[0]._look()
     assert "rank 0 on host0 ends, because rank 2 on host2 failed" in said[0]
     assert "ValueError: first" in said[0]
 
@@ -107,8 +107,8 @@ def test_first_failure_is_the_one_that_is_told():
 def test_silent_neighbour_is_reported():
     """Looks are counted: a job that was stopped as a whole goes on."""
     store, said = Store({"here/1": "host1"}), []
-    w = watch.Watch(store, 0, 2, "host0", end=said.append)
-    looks = int(2 * watch.SILENT_SECONDS / watch.BEAT_SECONDS)
+    w = peer_monitor.PeerMonitor(store, 0, 2, "host0", end=said.append)
+    looks = int(2 * peer_monitor.SILENT_SECONDS / peer_monitor.BEAT_SECONDS)
     w._look()                                           # Not begun yet.
     for beat in ("1", "2"):
         store["beat/1"] = beat
@@ -125,18 +125,19 @@ def test_silent_neighbour_is_reported():
 def test_a_broken_connection_blames_the_silent_one(monkeypatch):
     """Of three processes the last one is gone, and the second one finds its connection broken."""
     store = Store({f"here/{r}": f"host{r}" for r in range(3)} | {f"beat/{r}": "5" for r in range(3)})
-    w = watch.Watch(store, 1, 3, "host1")
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: store.update({"beat/0": "6"}))
+    w = peer_monitor.PeerMonitor(store, 1, 3, "host1")
+    monkeypatch.setattr(peer_monitor.time, "sleep", lambda seconds: store.update({"beat/0": "6"}))
     assert w.blame_the_silent() == "rank 2 on host2"
     assert json.loads(store["failure"])["rank"] == 2
     del store["failure"]
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: store.update({"beat/0": "7", "beat/2": "6"}))
+    monkeypatch.setattr(peer_monitor.time, "sleep", lambda seconds: store.update({"beat/0": "7", "beat/2": "6"}))
     assert w.blame_the_silent() is None                 # All live: its own fault.
 
 
 def test_one_process_tells_a_mistake_and_the_others_are_quiet(monkeypatch, tmp_path):
     store, said = Store(), []
-    watches = [watch.Watch(store, rank, 2, f"host{rank}", end=lambda *how: said.append(how)) for rank in range(2)]
+    watches = [peer_monitor.PeerMonitor(store, rank, 2, f"host{rank}", end=lambda *how: said.append(how))
+               for rank in range(2)]
     assert watches[1].report(UserError("no such file"))
     watches[0]._look()
     assert "UserError: no such file" in said[0][0]      # Nobody waits for a code.
@@ -148,7 +149,7 @@ def test_one_process_tells_a_mistake_and_the_others_are_quiet(monkeypatch, tmp_p
 
 
 def test_a_stopped_process_is_killed_by_its_sentinel():
-    program = ("import os, signal, sys; sys.path.insert(0, '.'); from torch_utils.watch import Sentinel; "
+    program = ("import os, signal, sys; sys.path.insert(0, '.'); from torch_utils.peer_monitor import Sentinel; "
                "s = Sentinel('rank 1 on here', 0.4); s.beat(); os.kill(os.getpid(), signal.SIGSTOP)")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
@@ -192,8 +193,8 @@ def test_full_disk_is_refused_before_training(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--split-group=3"], "--split-group=3 must be at least 2 and divide the micro-batch of 8"),
-    (["--split-group=1"], "--split-group=1"),
+    (["--ghost-batch=3"], "--ghost-batch=3 must be at least 2 and divide the micro-batch of 8"),
+    (["--split-group=1"], "--ghost-batch=1"),           # Its former name.
     (["--max-restarts=2"], "--max-restarts=2 has an effect only with --gpus"),
 ])
 def test_options_are_checked(data16, tmp_path, options, message):
@@ -207,7 +208,7 @@ def test_options_are_checked(data16, tmp_path, options, message):
 def blocks(group: int) -> torch.nn.Module:
     torch.manual_seed(0)
     net = torch.nn.Sequential(DownBlock(3, 5), DownBlock(5, 4)).double()
-    set_split_group(net, group)
+    set_ghost_batch(net, group)
     return net
 
 

@@ -101,8 +101,7 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path):
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(0)
     os.waitpid(pid, os.WUNTRACED)
-    mine._stop.set()
-    os.close(mine._fd)                  # As when the owner is killed.
+    mine.forget()                       # Without release, as when the owner is killed.
     assert owner_of(tmp_path) is None
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

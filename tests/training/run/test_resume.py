@@ -24,6 +24,7 @@ from training.config import (
     OptimConfig,
     SavingConfig,
     TrainConfig,
+    from_dict,
     to_dict,
 )
 from training.data.randomness import CounterRNG
@@ -40,7 +41,7 @@ from training.run.folder import (
     find_run,
     run_start,
 )
-from training.run.resume import _fill, _slots, _strip
+from training.run.resume import share
 from training.run.snapshots import STATE_FORMAT
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,7 +60,8 @@ def settings(**changed) -> TrainConfig:
     return TrainConfig(**(values | changed))
 
 
-INFO = {"code": "abc", "torch": "2.15", "world_size": 8, "device": "cuda", "data_fingerprint": "f" * 64}
+INFO = {"code": "abc", "torch": "2.15", "world_size": 8, "device": "cuda", "data_fingerprint": "f" * 64,
+        "class_names": ["a", "b"]}
 
 
 def make_run(outdir: Path, number: int, config: TrainConfig, desc: str = DESC, state: str | None = STATE_FILE) -> Path:
@@ -115,6 +117,7 @@ def test_what_changes_the_result_is_listed_and_needs_a_word(tmp_path):
     ({"discriminator": DiscriminatorConfig(san=False)}, {}, "discriminator.san: true -> false"),
     ({"generator": GeneratorConfig(16, InputSpec(8, 4, 4.0, 1.0), ())}, {}, "generator.input.channels: 4 -> 8"),
     ({"data": DataConfig("blobs16.zip", 16, 4, mirror=True)}, {}, "data.mirror: false -> true"),
+    ({}, {"class_names": ["b", "a"]}, 'class_names: ["a", "b"] -> ["b", "a"]'),
     ({"data": DataConfig("/b/blobs16", 16, 4)}, {"data_fingerprint": None}, 'data_path: "blobs16.zip" -> "/b/blobs16"'),
 ])
 def test_other_networks_seeds_and_data_never_continue(tmp_path, changed, info, line):
@@ -153,6 +156,16 @@ def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_pat
     assert not find_run(tmp_path, DESC, settings(loss=LossConfig(diversity_weight=8.0)), Given(INFO)).resumed
 
 
+def test_settings_under_their_former_names(tmp_path):
+    folder = make_run(tmp_path, 0, settings(discriminator=DiscriminatorConfig(ghost_batch=2)))
+    options = json.loads((folder / OPTIONS_FILE).read_text())
+    options["discriminator"]["split_group"] = options["discriminator"].pop("ghost_batch")
+    (folder / OPTIONS_FILE).write_text(json.dumps(options))
+    assert find_run(tmp_path, DESC, settings(discriminator=DiscriminatorConfig(ghost_batch=2)), Given(INFO)).resumed
+    assert not find_run(tmp_path, DESC, settings(), Given(INFO)).resumed
+    assert from_dict(DiscriminatorConfig, {"split_group": 8}).ghost_batch == 8
+
+
 def test_what_the_options_file_records(tmp_path):
     folder = make_run(tmp_path, 0, settings())
     (folder / ".training-state.pt.abc.tmp").touch()         # A killed process left it.
@@ -170,11 +183,7 @@ def test_what_the_options_file_records(tmp_path):
 
 def test_a_state_is_sent_as_a_skeleton_and_tensors():
     content = {"a": torch.ones(2), "b": [torch.zeros([], dtype=torch.int64), (1, None, "x")], "c": {"d": torch.eye(2)}}
-    tensors: list[torch.Tensor] = []
-    skeleton = _strip(content, tensors)
-    slots = sorted(_slots(skeleton), key=lambda slot: slot.index)
-    assert [(slot.shape, slot.dtype) for slot in slots] == [(tuple(t.shape), t.dtype) for t in tensors]
-    assert_equal_states(_fill(skeleton, tensors), content)
+    assert_equal_states(share(content), content)
 
 #----------------------------------------------------------------------------
 # Runs of one process.

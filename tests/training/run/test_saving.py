@@ -16,37 +16,53 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError, cli
+from metrics.protocols import METRICS
 from torch_utils import checkpoint
-from training.config import SavingConfig
+from torch_utils.nested import copy_to_cpu, tensor_bytes
+from training.config import DiscriminatorConfig, SavingConfig, to_dict
+from training.generator.layer_schedule import stem_config
+from training.networks_stylegan3 import Generator
 from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
 from training.run.resume import load_state
-from training.run.saving import Saver, Score, Writer, copy_to_cpu, pick_score, read_score, superfluous, update_best
+from training.run.saving import (
+    NonFiniteState,
+    Saver,
+    Score,
+    Writer,
+    pick_score,
+    read_score,
+    superfluous,
+    update_best,
+)
 from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
 from training.trainer import Progress
 
 ROOT = Path(__file__).resolve().parents[3]
+SMALL_G = Generator(stem_config(8, 3, 64, 4, z_dim=8, w_dim=8))
 
 #----------------------------------------------------------------------------
 
 class SmallTrainer:
-    """A trainer of one tensor, which holds the number of images."""
+    """A trainer of which one tensor moves: it holds the number of images."""
 
     def __init__(self, cur_nimg: int = 0, **counters):
         self.progress = Progress(cur_nimg, **counters)
         self.weight = torch.full([1000], float(cur_nimg))
 
     def state_dict(self):
-        return {"G": {"w": self.weight}, "G_ema": {"w": self.weight}, "D": {},
-                "counters": dataclasses.asdict(self.progress), "pl_mean": torch.zeros([]), "generator_config": {},
-                "discriminator_config": {}, "backbones": {}}
+        optimizer = {"state": {}, "param_groups": [{"params": []}]}
+        return {"G": SMALL_G.state_dict(), "G_ema": SMALL_G.state_dict(), "D": {"w": self.weight},
+                "counters": dataclasses.asdict(self.progress), "pl_mean": torch.zeros([]),
+                "generator_config": to_dict(SMALL_G.config), "discriminator_config": to_dict(DiscriminatorConfig()),
+                "optimizers": {"G": optimizer, "D": optimizer}, "backbones": {}}
 
 
 @pytest.fixture
 def saver(tmp_path, monkeypatch):
     """Makes savers of one folder."""
     monkeypatch.setattr(saving, "network_snapshot", lambda state, config, names, score: {
-        "format": NETWORK_FORMAT, "G_ema": state["G_ema"], "progress": state["counters"], "score": score})
+        "format": NETWORK_FORMAT, "D": state["D"], "progress": state["counters"], "score": score})
 
     def make(**settings) -> Saver:
         config = types.SimpleNamespace(saving=SavingConfig(**settings))
@@ -70,7 +86,7 @@ def snapshots(folder: Path) -> list[int]:
 
 def best(folder: Path) -> tuple[float, int]:
     content = checkpoint.load(folder / BEST_FILE, NETWORK_FORMAT)
-    assert content["G_ema"]["w"][0] == content["progress"]["cur_nimg"]
+    assert content["D"]["w"][0] == content["progress"]["cur_nimg"]
     return content["score"]["value"], content["progress"]["cur_nimg"]
 
 #----------------------------------------------------------------------------
@@ -106,7 +122,7 @@ def test_a_copy_does_not_change_with_training():
     assert copied["a"].tolist() == [1, 1, 1]
     assert copied["b"][0].tolist() == [0, 0]
     assert copied["b"][1] == (1, "x", None)
-    assert saving.tensor_bytes(state) == 20
+    assert tensor_bytes(state) == 20
 
 
 def test_training_may_go_on_while_a_state_is_written(saver, tmp_path, monkeypatch):
@@ -120,19 +136,19 @@ def test_training_may_go_on_while_a_state_is_written(saver, tmp_path, monkeypatc
     go.set()
     s.close()
     content = checkpoint.load(tmp_path / STATE_FILE, STATE_FORMAT)
-    assert (content["counters"]["cur_nimg"], content["G"]["w"][0]) == (8, 8)
+    assert (content["counters"]["cur_nimg"], content["D"]["w"][0]) == (8, 8)
 
 
 @pytest.mark.parametrize("settings", [{"background": False}, {}])
 def test_without_memory_for_a_copy_files_are_written_at_once(saver, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(saving, "available_memory", lambda: 7000)       # The state has 8,004 bytes.
+    monkeypatch.setattr(saving, "free_memory", lambda: 7000)       # The state has 8,004 bytes.
     s, said = saver(**settings), []
     s.say = said.append
     s.save_state(SmallTrainer(8))
     assert (tmp_path / STATE_FILE).is_file()                # Without waiting for a thread.
     s.save_state(SmallTrainer(16))
     assert len(said) == (0 if settings else 1)              # Said once.
-    assert saving.available_memory() == 7000
+    assert saving.free_memory() == 7000
 
 
 def test_states_are_due_by_the_clock(saver, monkeypatch):
@@ -158,7 +174,19 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["cut", "byte", "gone"])
+def spoiled(path: Path, how: str) -> None:
+    """A whole file with content that cannot be continued."""
+    content = checkpoint.load(path, STATE_FORMAT)
+    if how == "no optimisers":
+        del content["optimizers"]
+    elif how == "not finite":
+        content["D"]["w"][3] = float("nan")
+    elif how == "other settings":
+        content["generator_config"]["w_dim"] = 9
+    checkpoint.save(path, content)
+
+
+@pytest.mark.parametrize("how", ["cut", "byte", "gone", "no optimisers", "not finite", "other settings"])
 def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
     s = saver()
     for nimg in (8, 16):
@@ -171,14 +199,31 @@ def test_a_damaged_state_gives_way_to_the_one_before(saver, tmp_path, how):
         newest.unlink()
     elif how == "cut":
         newest.write_bytes(newest.read_bytes()[:-500])
-    else:
+    elif how == "byte":
         damage(newest)
+    else:
+        spoiled(newest, how)
     assert load_state(tmp_path, said.append)["counters"]["cur_nimg"] == 8
     assert PREVIOUS_STATE_FILE in said[0]
     (tmp_path / PREVIOUS_STATE_FILE).write_bytes(b"")
     with pytest.raises(UserError, match=PREVIOUS_STATE_FILE):
         load_state(tmp_path, said.append)
     assert load_state(tmp_path / "elsewhere", said.append) is None
+
+
+def test_what_is_not_finite_is_not_written(saver, tmp_path):
+    s, state = saver(), SmallTrainer(8)
+    s.save_state(state)
+    state = SmallTrainer(16)
+    state.weight[5] = float("inf")
+    s.say = (said := []).append
+    s.save_state(state)
+    assert "D.w is not finite" in said[0]
+    with pytest.raises(NonFiniteState, match=r"D\.w is not finite"):
+        s.capture(state)
+    s.close()
+    assert load_state(tmp_path, said.append)["counters"]["cur_nimg"] == 8
+    assert not (tmp_path / PREVIOUS_STATE_FILE).exists()
 
 
 @pytest.mark.parametrize("room", [0, 100, 2000])
@@ -236,6 +281,7 @@ SLOW_SAVE = """
 import sys, time, torch
 from pathlib import Path
 from torch_utils import checkpoint
+from torch_utils.nested import copy_to_cpu, tensor_bytes
 
 class Slow(checkpoint._ErrorKeeper):
     def write(self, data):
@@ -268,26 +314,28 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
                 os.kill(process.pid, signal.SIGKILL)
                 break
     assert [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]        # In the middle, really.
-    assert checkpoint.load(path, "f", verify=True)["n"] == 1
-    assert checkpoint.load(previous, "f", verify=True)["n"] == 0
+    assert checkpoint.load(path, "f")["n"] == 1
+    assert checkpoint.load(previous, "f")["n"] == 0
 
 #----------------------------------------------------------------------------
 # The best model.
 
 def test_scores():
     assert Score("fid", 2.0).is_better_than(Score("fid", 3.0))
-    assert Score("accuracy", 3.0).is_better_than(Score("accuracy", 2.0))
+    assert Score("accuracy", 3.0, False).is_better_than(Score("accuracy", 2.0))
     assert not Score("fid", float("nan")).is_better_than(None)
     assert Score("kid", 9.0).is_better_than(Score("fid", 3.0))      # Another metric decides now.
     assert Score("fid", 2.0).replaces(Score("fid", 2.0))
-    results = [{"metric": "fid", "results": {"fid": 2.0}}, {"metric": "pr", "results": {"pr_precision": 0.5}}]
+    results = [{"metric": "fid", "results": {"fid": 2.0}, "lower_is_better": True},
+               {"metric": "pr", "results": {"pr_precision": 0.5}, "lower_is_better": False}]
     assert pick_score(results, None) == Score("fid", 2.0)
-    assert pick_score(results, "pr") == Score("pr", 0.5)
-    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}})
-    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0)
+    assert pick_score(results, "pr") == Score("pr", 0.5, False)
+    results.append({"metric": "is50k@num=64", "results": {"is50k_mean@num=64": 9.0}, "lower_is_better": False})
+    assert pick_score(results, "is50k") == Score("is50k@num=64", 9.0, False)
     for name, lower in (("fd_dinov2_50k", True), ("adm_sfid50k", True), ("ppl2_wend", True), ("rfid_random", True),
                         ("eqr50k", False), ("adm_is50k", False), ("adm_pr50k", False)):
-        assert Score(name, 1.0).is_better_than(Score(name, 2.0)) == lower
+        assert METRICS[name].kind.lower_is_better == lower
+        assert Score(name, 1.0, lower).is_better_than(Score(name, 2.0, lower)) == lower
 
 
 def test_best_and_patience_count(saver, tmp_path):

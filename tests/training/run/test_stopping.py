@@ -263,7 +263,7 @@ def evaluator(values: list[float], monkeypatch, seen: list | None = None) -> Non
     def evaluate(G_ema):
         if seen is not None:
             seen.append(1)
-        return [{"metric": "fid", "results": {"fid": next(rest)}}]
+        return [{"metric": "fid", "lower_is_better": True, "results": {"fid": next(rest)}}]
     monkeypatch.setattr(train, "make_evaluator", lambda *args: evaluate)
 
 
@@ -296,7 +296,7 @@ def test_killed_while_metrics_are_computed(data16, tmp_path, monkeypatch):
     def die(G_ema):
         if (counters(only_run(tmp_path))["cur_nimg"]) == 8:
             raise Killed
-        return [{"metric": "fid", "results": {"fid": 5.0}}]
+        return [{"metric": "fid", "lower_is_better": True, "results": {"fid": 5.0}}]
 
     options = ("--metrics=fid", "--tick=0.008", "--kimg=0.008", "--save-in-background=0")
     with monkeypatch.context() as patch:

@@ -47,8 +47,8 @@ def test_loss_is_what_is_missing():
     loss = diversity_loss(images, target=0.5)
     assert torch.equal(loss, torch.tensor([0.25, 0]))
     loss.sum().backward()
-    assert images.grad[1].lt(0).all()       # Pushed apart.
-    assert not images.grad[2:].any()        # Far enough apart: left alone.
+    assert images.grad[1].lt(0).all()       # These two are pushed apart.
+    assert not images.grad[2:].any()        # These are far enough apart.
 
 
 @pytest.mark.parametrize(("rank", "world", "batch_gpu"), [(0, 1, 8), (1, 2, 4), (1, 2, 2)])

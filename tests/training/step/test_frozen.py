@@ -6,8 +6,8 @@ import torch
 
 from training.config import DiscriminatorConfig, LossConfig, OptimConfig
 from training.discriminators.projected import ProjectedDiscriminator
-from training.generator.layer_schedule import stem_config
-from training.generator.superres import grow, stage_table
+from training.generator.layer_schedule import stem_config, superres_config
+from training.generator.superres import load_stem_into, stage_table
 from training.loss import StyleSanLoss
 from training.networks_stylegan3 import Generator
 from training.step.ema import update_ema
@@ -30,7 +30,9 @@ def stem():
 @pytest.fixture
 def stage(stem):
     torch.manual_seed(1)
-    return grow(stem.config, stem.state_dict(), 2, 4).train().requires_grad_(False)
+    G = Generator(superres_config(stem.config, 2, 4))
+    load_stem_into(G, stem.config, stem.state_dict())
+    return G.train().requires_grad_(False)
 
 
 def old_update(G_ema, G, cur_nimg: int, batch: int, config: OptimConfig) -> None:
@@ -74,7 +76,7 @@ def test_frozen_parts_stay_and_the_rest_trains(stem, stage):
     for (name, a), b in zip(G_ema.state_dict().items(), by_old_rule.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
-    # No Adam, no gradients, no messages.
+    # Frozen parts are in no Adam, have no gradients and are in no messages.
     kept = {id(p) for name, p in stage.named_parameters() if name.startswith(frozen)}
     for phase in phases:
         grouped = [p for group in phase.optimizer.param_groups for p in group["params"]]

@@ -39,7 +39,7 @@ def networks(group: int = 0) -> tuple[Generator, ProjectedDiscriminator]:
     torch.manual_seed(0)
     G = Generator(stem_config(16, 4, 128, 8, 2, c_dim=3, w_dim=16, embed_dim=8)).train().requires_grad_(False)
     config = DiscriminatorConfig(("deit_tiny_distilled_patch16_224:random", "test_efficientnet:random"), 16, 3,
-                                 proj_channels=8, max_channels=32, split_group=group)
+                                 proj_channels=8, max_channels=32, ghost_batch=group)
     D = ProjectedDiscriminator(config).train().requires_grad_(False)
     D.project_()
     return G, D
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_official_structure():
     two make BatchNorm enlarge rounding errors."""
     G, D = (net.double() for net in networks())
     official = official_step()(G, D, OptimConfig.official(8))
-    D.make_fast_()
+    D.optimize_frozen_()
     loss = StyleSanLoss(G, D, LossConfig(blur_init_sigma=0), torch.device("cpu"))
     for name, ours, theirs in (("generator", loss.generator_main, official.generator_phase),
                                ("discriminator", loss.discriminator_main, official.discriminator_phase)):
@@ -117,14 +117,14 @@ def test_optimiser_of_an_older_state_goes_on():
     assert_close(p, new.param_groups[0]["params"][0], rtol=1e-6, atol=1e-8)
 
 #----------------------------------------------------------------------------
-# No waiting. What would have to read a number from the device cannot be done on the "meta" device, which has no data.
+# Nothing waits: what has to read a number from the device cannot be done on the "meta" device, which has no data.
 
 def iteration(G: Generator, D: ProjectedDiscriminator, batch: MicroBatch) -> None:
     """All phases and the average, with everything that the loop does in an iteration."""
     loss = StyleSanLoss(G, D, LossConfig(pl_start_kimg=0), batch.z.device, report=Collector().report)
     guard = GradientGuard(2, Collector().report)
     for phase in make_phases(G, D, loss, OptimConfig.official(2)):
-        loss.set_progress(0)        # Full blur.
+        loss.set_progress(0)        # Images are blurred fully.
         run_phase(phase, [batch], 2, guard)
     update_ema(G, G, 0, 2, OptimConfig.official(2))
 
@@ -132,7 +132,7 @@ def iteration(G: Generator, D: ProjectedDiscriminator, batch: MicroBatch) -> Non
 def on_meta(monkeypatch, group: int) -> tuple[Generator, ProjectedDiscriminator]:
     """Networks on a device without data, whose heads normalise over `group` images."""
     G, D = networks(group)
-    D.make_fast_()
+    D.optimize_frozen_()
     filters = {name: f for name, f in G.named_buffers() if name.endswith("_filter")}     # Known before.
     G.to("meta")
     D.to("meta")
@@ -150,7 +150,7 @@ def test_a_step_reads_nothing_from_the_device(group, monkeypatch):
     G, D = on_meta(monkeypatch, group)
     iteration(G, D, random_batch("meta"))
     with pytest.raises((RuntimeError, NotImplementedError)):
-        FlatGradients(D.trainable_parameters()).flat.sum().item()      # That is how it would show.
+        FlatGradients(D.trainable_parameters()).flat.sum().item()      # A wait would show like this.
 
 
 def test_the_watch_for_host_numbers_sees_them():
@@ -182,9 +182,9 @@ def test_a_step_does_not_wait_for_the_gpu():
     G, D = networks()
     G.cuda()
     D.cuda()
-    D.make_fast_()
+    D.optimize_frozen_()
     batch = random_batch("cuda")
-    iteration(G, D, batch)      # Reads filters, picks algorithms.
+    iteration(G, D, batch)      # It reads filters and picks algorithms.
     batch_mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

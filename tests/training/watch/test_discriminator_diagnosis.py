@@ -71,7 +71,7 @@ def test_an_aligned_head_reads_what_the_floor_says():
 
 @pytest.mark.numeric
 def test_a_discriminator_of_fisher_misses_the_direction():
-    """A-T3: hinge and others end at Sigma^-1 delta, at 0.714142 from delta for delta = (1, 1), Sigma = diag(1, 100)."""
+    """Hinge and others end at Sigma^-1 delta, at 0.714142 from delta for delta = (1, 1), Sigma = diag(1, 100)."""
     samples = gaussians(20_000, [1.0, 1.0], [1.0, 10.0], seed=1)
     found = measured(samples, [1.0, 0.01])
     assert found["inner_product"] == pytest.approx(0.714142, abs=0.1)
@@ -88,7 +88,7 @@ def test_equal_laws_stand_out_of_nothing():
 
 @pytest.mark.numeric
 def test_separability_finds_laws_that_cross():
-    """A-T4: N(0, 1) against N(0, 4): equal means, W1 = sqrt(2/pi), so S is near 0; shifted far apart S is 1."""
+    """N(0, 1) against N(0, 4) has equal means and W1 = sqrt(2/pi), so S is near 0; shifted far apart S is 1."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn([20_000, 1], generator=generator)
     crossing, apart = ([x, y] for x, y in ((z, 2 * z.flip(0)), (z + 20, 2 * z.flip(0))))
@@ -100,7 +100,7 @@ def test_separability_finds_laws_that_cross():
 
 @pytest.mark.numeric
 def test_max_asw_sees_what_no_mean_shows():
-    """A-T9: means differ by 1 along e1, but N(0, 100) against N(0, 1) along e2 has W1 = 9 sqrt(2/pi) = 7.180961."""
+    """Means differ by 1 along e1, but N(0, 100) against N(0, 1) along e2 has W1 = 9 sqrt(2/pi) = 7.180961."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn([2, 8000], generator=generator)
     real = torch.stack([torch.ones(8000), 10 * noise[0]], dim=1)
@@ -135,7 +135,7 @@ def test_smallest_stretch():
     assert smallest_stretch(dx, dx[:, :1]) == 0         # h forgets b.
 
 #----------------------------------------------------------------------------
-# Of networks.
+# On networks.
 
 @pytest.fixture(scope="module")
 def blobs(tmp_path_factory):
@@ -183,7 +183,7 @@ def test_features_are_those_of_the_training_step():
         now = patches(D, img)
         other = patches(D, img[:4])
     assert not torch.allclose(now[0][:4], other[0], atol=1e-3)
-    _, grouped = networks(3, split_group=4)                 # Whose training step moves singular vectors apart.
+    _, grouped = networks(3, ghost_batch=4)                 # Its training step moves singular vectors by itself.
     grouped.load_own_state_dict({name: before[name] for name in grouped.own_state_dict()})
     grouped.discriminators.train()
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_diagnosis_of_networks(blobs, c_dim, diffaug):
     for net, values in zip((G, D), before, strict=True):
         for name, value in net.state_dict().items():
             assert torch.equal(value, values[name]), name
-    assert (found.num, found.classes) == ((72, 3) if c_dim else (96, 1))    # 100 images: three classes of 32.
+    assert (found.num, found.classes) == ((72, 3) if c_dim else (96, 1))    # Of 100 images, three classes of 32.
     assert [head.name for head in found.heads] == list(heads_of(D))
     for head in found.heads:
         assert all(np.isfinite(list(head.numbers().values())))

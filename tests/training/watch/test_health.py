@@ -22,25 +22,38 @@ NAN = float("nan")
 #----------------------------------------------------------------------------
 # Diversity.
 
-class Copier(torch.nn.Module):
+class Fake(torch.nn.Module):
+    """A generator whose ws are z and c, which `synthesis` makes an image of."""
+
+    def __init__(self, c_dim):
+        super().__init__()
+        self.c_dim, self.where = c_dim, torch.nn.Parameter(torch.zeros(()))
+
+    def mapping(self, z, c, truncation_psi):
+        return z, c
+
+
+class Copier(Fake):
     """Shows real images of the class that is asked for, chosen by z."""
 
     def __init__(self, dataset):
-        super().__init__()
+        super().__init__(dataset.c_dim)
         images = [torch.from_numpy(dataset[i][0]).float() / 127.5 - 1 for i in range(len(dataset))]
         self.images = [[images[i] for i in np.flatnonzero(dataset.labels == c)] for c in range(max(dataset.c_dim, 1))]
 
-    def forward(self, z, c):
+    def synthesis(self, ws):
+        z, c = ws
         classes = c.argmax(dim=1) if c.shape[1] else torch.zeros(len(z), dtype=torch.int64)
         chosen = [self.images[k][int(abs(float(v)) * 1e4) % len(self.images[k])]
                   for k, v in zip(classes.tolist(), z[:, 0], strict=True)]
         return torch.stack(chosen)
 
 
-class Constant(torch.nn.Module):
+class Constant(Fake):
     """One picture per class."""
 
-    def forward(self, z, c):
+    def synthesis(self, ws):
+        _, c = ws
         return c.argmax(dim=1).float()[:, None, None, None].expand(-1, 3, 16, 16) / 10
 
 
@@ -48,17 +61,17 @@ class Constant(torch.nn.Module):
 @pytest.mark.numeric
 def test_diversity_of_real_images_is_one_and_of_one_image_zero(tmp_path, labels):
     dataset = ImageDataset(write_dataset(tmp_path / "d.zip", 16, num_images=400), use_labels=labels)
-    probe = DiversityProbe(dataset, dataset.c_dim, 4, 0, torch.device("cpu"), batch=8)
+    probe = DiversityProbe(dataset, dataset.c_dim, 4, 0, batch=8)
     assert probe.measure(Copier(dataset)) == pytest.approx(1, abs=0.25)
     if labels:                                  # Classes may differ as they like: variety is within a class.
-        assert probe.measure(Constant()) == 0
-    other = DiversityProbe(dataset, dataset.c_dim, 4, 0, torch.device("cpu"), batch=5)
+        assert probe.measure(Constant(dataset.c_dim)) == 0
+    other = DiversityProbe(dataset, dataset.c_dim, 4, 0, batch=5)
     assert other.measure(Copier(dataset)) == approx(probe.measure(Copier(dataset)), rel=1e-6)
 
 
 def test_diversity_without_two_real_images_of_a_class_is_unknown(tmp_path):
     dataset = ImageDataset(write_dataset(tmp_path / "d.zip", 16, num_images=4, num_classes=4), use_labels=True)
-    assert DiversityProbe(dataset, 4, 4, 0, torch.device("cpu"), 8).measure(Constant()) is None
+    assert DiversityProbe(dataset, 4, 4, 0, 8).measure(Constant(4)) is None
 
 #----------------------------------------------------------------------------
 # Verdicts.
@@ -81,7 +94,7 @@ def verdicts(measures: list[Measures], first_step: int = CollapseWatch.WARMUP_ST
 ])
 def test_one_verdict_per_illness_after_three_ticks(bad, name):
     assert verdicts([bad] * 3 + [bad] * 2 + [GOOD]) == [[], [], [(name, True)], [], [], [(name, False)]]
-    assert not any(verdicts([bad, bad, GOOD] * 3))              # Not in a row.
+    assert not any(verdicts([bad, bad, GOOD] * 3))              # They are not in a row.
     short = verdicts([bad] * 13, steps=10)                      # Ticks of few iterations: three of them are too short.
     assert [i for i, said in enumerate(short) if said] == [10]
 

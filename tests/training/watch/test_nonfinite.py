@@ -2,6 +2,7 @@
 """Where gradients stop being finite: the search for it, and a whole run with an injected fault."""
 import json
 
+import pytest
 import torch
 
 import training.trainer
@@ -65,8 +66,10 @@ def test_is_finite_looks_into_everything():
 #----------------------------------------------------------------------------
 # Whole runs.
 
-def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkeypatch):
-    """From the third iteration on a layer of G makes NaN."""
+@pytest.mark.parametrize("notices", ["weights", "gradients"])
+def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkeypatch, notices):
+    """From the third iteration on a layer of G makes NaN. The end of a tick notices the weight, which would be saved
+    there; within a tick the gradients show it."""
     monkeypatch.setattr(GradientGuard, "LIMIT", 3)
     make_phases, seen = training.trainer.make_phases, []
 
@@ -84,14 +87,16 @@ def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkey
         return phases
 
     monkeypatch.setattr(training.trainer, "make_phases", poisoned_phases)
-    result = run(tmp_path, data16, "--kimg=0.8", "--tick=0.016", "--snap=1")
+    tick = {"weights": "0.016", "gradients": "0.4"}[notices]
+    result = run(tmp_path, data16, "--kimg=0.8", f"--tick={tick}", "--snap=1")
     assert result.exit_code == EXIT_NONFINITE == 4
-    assert len(seen) <= 3 + 2 * 3                               # Noticed within two limits, and one more look.
+    assert len(seen) <= 3 + 2 * 3                               # It is noticed within two limits and one more look.
     folder = only_run(tmp_path)
     (path,) = folder.glob("nonfinite-*.json")
     dump = json.loads(path.read_text())
     assert dump["phase"] == "Gmain"
-    assert dump["steps_in_a_row"] >= 3
+    assert dump["not_finite_in_the_state"] == (None if notices == "gradients" else "G.synthesis.L1_20_16.weight")
+    assert dump["steps_in_a_row"] >= {"weights": 1, "gradients": 3}[notices]
     assert dump["first_bad_layer"] == "G.synthesis.L1_20_16"
     assert dump["first_bad_gradient"].startswith("G.mapping.")  # What runs first gets its gradient through the layer.
     assert dump["first_bad_gradient_of_the_last_step"] is not None
@@ -101,11 +106,13 @@ def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkey
         assert text in result.output
     assert path.name in (folder / "report.html").read_text()
     # Bad networks were not saved, although ticks with --snap=1 came by.
-    assert {p.name for p in folder.glob("network-snapshot-*.pkl")} == {snapshot_name(0), snapshot_name(16)}
-    assert dump["last_good_snapshot"] == snapshot_name(16)
-    snapshot = open_snapshot(folder / dump["last_good_snapshot"])
-    assert is_finite([snapshot["G"], snapshot["G_ema"], snapshot["D"]])
-    assert snapshot["progress"]["cur_nimg"] == 16
+    saved = {"weights": [0, 16], "gradients": [0]}[notices]
+    assert {p.name for p in folder.glob("network-snapshot-*.pkl")} == set(map(snapshot_name, saved))
+    assert dump["last_good_snapshot"] == snapshot_name(saved[-1])
+    for name in (dump["last_good_snapshot"], "best_model.pkl"):
+        snapshot = open_snapshot(folder / name)
+        assert is_finite([snapshot["G"], snapshot["G_ema"], snapshot["D"]])
+        assert snapshot["progress"]["cur_nimg"] == saved[-1]
 
 
 def test_last_good_snapshot_is_readable_and_finite(data16, tmp_path):

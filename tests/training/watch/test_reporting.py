@@ -1,6 +1,8 @@
 """The same numbers everywhere: status line, stats.jsonl, TensorBoard, W&B; sign rates per scale."""
+import io
 import json
 import sys
+import time
 import types
 
 import numpy as np
@@ -146,6 +148,93 @@ def test_wandb_that_fails_is_given_up(tmp_path, wandb, capsys):
     report.close()
     assert capsys.readouterr().out.count("WeightsAndBiases gets no more numbers") == 1
     assert len(read_lines(tmp_path / "stats.jsonl")) == 2
+
+
+def refuse(error):
+    def action(*args, **more):
+        raise error
+    return action
+
+
+@pytest.mark.parametrize("error", [RuntimeError("api_key not configured\n(no-tty)"), TypeError("x"), SystemExit(1)])
+def test_wandb_that_does_not_start_costs_one_note(tmp_path, wandb, capsys, error):
+    wandb.init = refuse(error)
+    report = Reporter(tmp_path, config(wandb="xl"))
+    report.continue_at(2000)
+    report.tick(STATS, 4000, 10_000, PROGRESS)
+    report.close()
+    out = capsys.readouterr().out
+    assert out.count("NOTE: WeightsAndBiases gets no numbers") == out.count("gets no") == 1
+    assert "no-tty" not in out
+    assert len(read_lines(tmp_path / "stats.jsonl")) == 1
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'tensorboard'"), RuntimeError("version"),
+                                   TypeError("Descriptors cannot be created directly.\nIf this call came from ...")])
+def test_tensorboard_that_cannot_be_imported_costs_one_note(tmp_path, capsys, monkeypatch, error):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("torch.utils.tensorboard"))
+    report = Reporter(tmp_path, config())
+    report.tick(STATS, 4000, 10_000, PROGRESS)
+    report.close()
+    out = capsys.readouterr().out
+    assert out.count("NOTE: TensorBoard gets no numbers") == out.count("gets no") == 1
+    assert ("pip install tensorboard" in out) == isinstance(error, ImportError)
+    assert len(read_lines(tmp_path / "stats.jsonl")) == 1
+
+
+def test_a_damaged_id_of_wandb_is_made_anew(tmp_path, wandb):
+    for content in ("{", "[1]", "{}"):
+        (tmp_path / "wandb-run.json").write_text(content)
+        Reporter(tmp_path, config(wandb="xl"))
+    ids = [run.settings["id"] for run in wandb.runs]
+    assert len(set(ids)) == 3
+    assert json.loads((tmp_path / "wandb-run.json").read_text())["id"] == ids[-1]
+
+
+def test_steps_of_tensorboard_run_forwards_after_a_restart(tmp_path, monkeypatch):
+    """What a killed run drew after its last state is void: the next start draws it again."""
+    starts = ((1.0, None, (4000, 8000, 12_000)), (2.0, 6000, (10_000, 14_000)), (3.0, 14_000, (18_000,)))
+    for value, start, nimgs in starts:
+        monkeypatch.setattr(time, "time", lambda value=value: 1e9 + value)      # Event files are read in this order.
+        report = Reporter(tmp_path, config())
+        if start is not None:
+            report.continue_at(start)
+        for nimg in nimgs:
+            report.tick({"Loss/G/loss": Stat(8, value, 0.1)}, nimg, 20_000, PROGRESS)
+        report.close()
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("Loss/G/loss")
+    assert [(event.step, event.value) for event in found] == [(4000, 1), (10_000, 2), (14_000, 2), (18_000, 3)]
+
+
+def test_a_line_that_a_crash_cut_off_swallows_no_other(tmp_path):
+    for name in ("stats.jsonl", "log.txt"):
+        (tmp_path / name).write_bytes(b'{"cur_nimg": 2000, "Loss')
+    report = Reporter(tmp_path, config())
+    report.tick(STATS, 4000, 10_000, PROGRESS)
+    with open(tmp_path / "stats.jsonl", "ab") as f:
+        f.write(b'{"cur_nimg": \xff\xfe\n17\n[]\n{"x": 1}\n\n')
+    report.tick(STATS, 8000, 10_000, PROGRESS)
+    report.close()
+    assert [line["cur_nimg"] for line in read_lines(tmp_path / "stats.jsonl")] == [4000, 8000]
+    first, second = (tmp_path / "log.txt").read_text().splitlines()[:2]
+    assert first.endswith('"Loss')
+    assert second.startswith("tick 3")
+
+
+def test_a_closed_terminal_stops_no_run(tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    report = Reporter(tmp_path, config())
+    report.say("one")
+    report.say("caf\u00e9 \udcff")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "one\ncaf\u00e9 \\udcff\n"
 
 
 def test_wandb_that_is_not_installed_is_named_before_anything_is_written(tmp_path, data16, monkeypatch):

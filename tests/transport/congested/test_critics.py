@@ -35,7 +35,7 @@ class Radial(torch.nn.Module):
         return self.u[index].lerp(self.u[index + 1], place - index)
 
 
-def test_measure_on_a_sphere():                                                                             # C-T9
+def test_measure_on_a_sphere():
     radius, lamb, dims = 2.0, 10.0, 7
 
     def draw(count, generator):
@@ -56,14 +56,14 @@ def test_measure_on_a_sphere():                                                 
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_measure_and_flow_of_an_exact_critic(sign):                                         # C-T7, C-T12, C-T13, C-T14
+def test_measure_and_flow_of_an_exact_critic(sign):
     critic = Radial(RADIAL, 1, sign)
     draw = RADIAL_PAIR if sign == 1 else lambda count, generator: RADIAL_PAIR(count, generator)[::-1]
     reached = critic_training.measure(critic, draw, Recipe(1), seeded(0, "m"), count=20_000, rounds=20)
     assert reached.objective == pytest.approx(RADIAL.value(1), abs=3 * reached.error)
     assert reached.penalty == pytest.approx(RADIAL.excess(1), abs=0.02)
     assert reached.error < 0.01
-    assert reached.norms.min() >= 1 - 1e-4              # Where the flow is, the slope is above 1: all over.
+    assert reached.norms.min() >= 1 - 1e-4              # The flow is everywhere, so the slope is above 1 everywhere.
     assert reached.norms.mean() > 1.3
     density, edges = reached.histogram()
     assert density.sum() * (edges[1] - edges[0]) == approx(1)
@@ -74,14 +74,14 @@ def test_measure_and_flow_of_an_exact_critic(sign):                             
     r = np.hypot(*np.meshgrid(found.centres, found.centres, indexing="ij"))
     radial = (found.flow[..., 0] * found.centres[:, None] + found.flow[..., 1] * found.centres[None]) / r
     band = (r > 1) & (r < 3)
-    flux = radial[band] * 2 * np.pi * r[band]           # Through the circle: F_x - F_y of the radius.
+    flux = radial[band] * 2 * np.pi * r[band]           # The flux through a circle is F_x - F_y of the radius.
     expected = -sign * RADIAL.at(r[band])[0]
     assert flux.mean() == pytest.approx(expected.mean(), rel=0.01)
-    assert np.abs(flux - expected).mean() < 0.1 * np.abs(expected).mean()           # The histogram's noise.
+    assert np.abs(flux - expected).mean() < 0.1 * np.abs(expected).mean()     # A histogram has noise.
     assert found.shortfall < 0.1
 
 
-def test_momentum():                                                                                        # C-T13
+def test_momentum():
     gradient = np.array([[3.0, 4], [0.3, 0.4], [0, 0], [0, -2]])
     flow = momentum.momentum(gradient, np.array([0.5, 0.5, 0.5, 0]), 10)
     assert flow == approx(np.array([[-24, -32], [0, 0], [0, 0], [0, 0]]))    # -2 * 10 * .5 * 4 * [.6, .8]
@@ -91,7 +91,7 @@ def test_pairs():
     generator = seeded(0, "p")
     x, y = pairs.resample(torch.arange(3.0)[:, None], torch.arange(3.0)[:, None])(2000, generator)
     counts = np.histogram2d(x[:, 0].numpy(), y[:, 0].numpy(), bins=3)[0]
-    assert counts.min() > 150           # Every pair, not i with i.
+    assert counts.min() > 150           # All pairs come, not only i with i.
     x, y = pairs.blobs()(5000, generator)
     assert x.std(dim=0).tolist() == pytest.approx([0.4, 0.4], abs=0.02)
     assert y[:, 0].abs().mean().item() == pytest.approx(1.5, abs=0.03)
@@ -132,10 +132,10 @@ def trained(draw, seed, **settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sides", critic_training.SIDES)
-def test_trained_on_the_line(sides):                                                            # C-T2, C-T12, C-T13
+def test_trained_on_the_line(sides):
     critic, reached = trained(LINE_PAIR, 0, sides=sides)
     slope = lambda r: critics.gradient(critic, torch.from_numpy(r).float()[:, None])[:, 0].numpy().astype(np.float64)
-    assert 0.995 * LINE.value(1) <= LINE.value_of(slope, 1) <= LINE.value(1)     # Without noise: at most P.
+    assert 0.995 * LINE.value(1) <= LINE.value_of(slope, 1) <= LINE.value(1)     # This has no noise.
     assert reached.objective == pytest.approx(3.0517, abs=3 * reached.error + 0.01)
     assert (reached.gap, reached.penalty) == pytest.approx((4.1034, 1.0517), abs=0.05)
     r = np.linspace(-0.5, 2.5, 13)
@@ -145,14 +145,14 @@ def test_trained_on_the_line(sides):                                            
 
 
 @pytest.mark.slow
-def test_trained_in_the_plane():                                                                            # C-T7
+def test_trained_in_the_plane():
     _, reached = trained(RADIAL_PAIR, 0)
     assert 0.97 * RADIAL.value(1) <= reached.objective <= RADIAL.value(1) + 3 * reached.error
     assert reached.norms.mean() > 1
 
 
 @pytest.mark.slow
-def test_trained_on_three_points():                                                                         # C-T10
+def test_trained_on_three_points():
     x, y = torch.tensor(experiment.FEW_X), torch.tensor(experiment.FEW_Y)
     allowed = finite_sample.solve(x.numpy(), y.numpy(), 1).dual
     _, reached = trained(pairs.resample(x, y), 0, steps=600, rate=1e-2, batch=256)

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from dnnlib import UserError
 from tests.closeness import assert_close
+from tests.transport.latent1d.speeds import lipschitz
 from transport.common.study import seeded
 from transport.latent1d import experiment, line_generators
 from transport.latent1d.cases import solve, train
@@ -25,21 +26,21 @@ def test_never_faster_than_allowed(field):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(30)
-    assert 3 < model.curve().lipschitz() <= 3.5 * (1 + 1e-9)
+    assert 3 < lipschitz(model.curve()) <= 3.5 * (1 + 1e-9)
     places = model.middles().detach().double().numpy()
     assert_close(places, model.curve().grid(32), atol=1e-4, rtol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "tight"), [("triangle", 1.15), ("star", 1.4)])
-def test_trained_on_exact_transport(name, tight):               # D-T11
+def test_trained_on_exact_transport(name, tight):
     case = solve(KNOWN[name])
     training = Training(speed=1.5 * case.walk.threshold, steps=300, cells=96)
     random = train(case, training, seed=0, number=0)
     assert 0.98 <= random.ratio < tight
-    assert random.curve.lipschitz() <= training.speed * (1 + 1e-9)
+    assert lipschitz(random.curve) <= training.speed * (1 + 1e-9)
 
 
-def test_training_finds_nothing_below_the_optimum():            # D-T11: the attack on the bound in the plane.
+def test_training_finds_nothing_below_the_optimum():            # Not even in the plane.
     case = solve(KNOWN["eight"])
     training = Training(speed=case.walk.threshold, steps=100, cells=160, slow=0, lr=0.0125)
     start = optimal_curve(case.points, case.walk, training.speed)
@@ -48,7 +49,7 @@ def test_training_finds_nothing_below_the_optimum():            # D-T11: the att
 
 
 @pytest.mark.parametrize("field", line_generators.FIELDS)
-def test_trained_against_a_critic(field):                       # A WGAN: on its way, never below the bound.
+def test_trained_against_a_critic(field):                       # A WGAN comes nearer and never goes below the bound.
     case = solve(KNOWN["triangle"])
     training = Training(speed=2 * case.walk.threshold, field=field, loss="critic", steps=150, cells=48)
     short, long = (train(case, dataclasses.replace(training, steps=steps), seed=0, number=0) for steps in (1, 150))

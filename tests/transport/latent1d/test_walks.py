@@ -16,7 +16,7 @@ def reverse_or_same(stops, expected):
     return list(stops) in (expected, expected[::-1])
 
 
-# D-T4, D-T5, D-T6, D-T7: configuration, c*, K* of the walk, best permutation.
+# Configuration, c*, K* of the walk, cost of the best permutation.
 @pytest.mark.parametrize(("name", "cost", "threshold", "once"), [
     ("star", 4, 8, 5),
     ("triangle", 2, 3, 2),
@@ -35,7 +35,7 @@ def test_known(name, cost, threshold, once):
 
 def test_walks_themselves():
     star = walks.shortest_walk(KNOWN["star"]).stops
-    assert star[1] == star[3] == 0                              # Leaf, centre, leaf, centre, leaf.
+    assert star[1] == star[3] == 0                              # The walk goes leaf, centre, leaf, centre, leaf.
     assert sorted(star[::2]) == [1, 2, 3]
     assert reverse_or_same(walks.shortest_walk(KNOWN["bent"]).stops, [3, 2, 1, 2, 0])
     assert reverse_or_same(walks.shortest_walk(KNOWN["eight"]).stops, [3, 2, 6, 0, 6, 5, 1, 7, 4])
@@ -43,13 +43,13 @@ def test_walks_themselves():
 
 
 def test_on_the_line_the_sorted_order_is_best():
-    points = np.array([[4.0], [0], [2], [1]])                   # D-T3
+    points = np.array([[4.0], [0], [2], [1]])
     walk = walks.shortest_walk(points)
     assert (walk.cost, walk.threshold) == (6, 6)
     assert reverse_or_same(walk.stops, [1, 3, 2, 0])
 
 
-def test_scaling():                                             # D-T8
+def test_scaling():
     points = KNOWN["eight"]
     one, other = walks.shortest_walk(points), walks.shortest_walk(3.7 * points + 11)
     assert other.cost == approx(one.cost * 3.7 ** 2, rel=1e-9)
@@ -99,21 +99,21 @@ def test_tree_walk_ends_at_the_far_end():
     assert walks.tree_walk(KNOWN["line"]).cost == 5             # A tree that is a path is walked once.
 
 
-def test_random_points_on_the_line():                           # D-T9
+def test_random_points_on_the_line():
     rate = growth.measure(6, 1, draws=200, gap=0, rng=np.random.default_rng(0))
     assert growth.line_cost(6) == pytest.approx(0.17857, abs=1e-5)
     assert abs(rate.cost - 0.17857) < 3 * rate.cost_error < 0.03
 
 
 @pytest.mark.parametrize(("dims", "costs"), [(2, (0.478, 0.625, 0.651)), (3, (0.905, 1.092, 1.413))])
-def test_random_points_in_the_cube(dims, costs):                # D.6: 40 other draws; both means have an error.
+def test_random_points_in_the_cube(dims, costs):     # `costs` are of 40 other draws; both means have an error.
     rng = np.random.default_rng(1)
     for n, expected in zip((4, 6, 8), costs, strict=True):
         rate = growth.measure(n, dims, draws=40, gap=0, rng=rng)
         assert abs(rate.cost - expected) < 3 * np.sqrt(2) * rate.cost_error
 
 
-def test_rates():                                               # D.5: c* ~ n^(1 - 2/d), K* ~ n^(1 - 1/d).
+def test_rates():                                               # c* ~ n^(1 - 2/d), K* ~ n^(1 - 1/d).
     rng = np.random.default_rng(2)
     sizes = [6, 12, 24]
     rows = [growth.measure(n, 2, draws=10, gap=0.05, rng=rng) for n in sizes]

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from tests.closeness import approx
 from training.discriminators.san import SanLinear
+from transport.common.sklearn_images import load_digits
 from transport.common.study import seeded
 from transport.san import dcgan
 
@@ -18,7 +19,7 @@ DOCS = Path(__file__).resolve().parents[3] / "docs/transport.md"
 
 
 def test_scores():
-    images, labels = dcgan.load_digits()
+    images, labels = load_digits()
     assert (images.min().item(), images.max().item()) == (-1, 1)
     judge, accuracy = dcgan.train_judge(images, labels, steps=60)
     assert accuracy > 0.5
@@ -51,12 +52,12 @@ def test_documented_conversion_trains():
         D, G = names["D"], dcgan.generator()
         assert type(D.last) is layer
         optimizers = [torch.optim.Adam(net.parameters(), 1e-3) for net in (D, G)]
-        images, draws = dcgan.load_digits()[0][:16], seeded(0, "docs")
+        images, draws = load_digits()[0][:16], seeded(0, "docs")
         before = [[p.clone() for p in net.parameters()] for net in (D, G)]
         for _ in range(2):
             names["train_step"](D, G, *optimizers, images, torch.randn(16, dcgan.Z_DIM, generator=draws))
         for net, start in zip((D, G), before, strict=True):
-            # Not the biases: the last one of a hinge discriminator is pulled up and down alike.
+            # Biases do not count: the last one of a hinge discriminator is pulled up and down alike.
             assert all((p != q).any() for p, q in zip(net.parameters(), start, strict=True) if p.ndim > 1)
         if layer is SanLinear:
             assert D.last.weight.norm().item() == approx(1)

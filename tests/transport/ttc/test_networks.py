@@ -7,7 +7,7 @@ from torch_utils.misc import count_parameters
 from transport.ttc.image_critics import CRITICS, InfoGANGenerator, make_critic, make_generator
 
 
-@pytest.mark.parametrize(("name", "shape", "parameters"), [     # B-T9
+@pytest.mark.parametrize(("name", "shape", "parameters"), [
     ("infogan", (1, 32, 32), 8_522_945),
     ("infogan", (3, 32, 32), 8_524_993),
     ("dcgan", (1, 32, 32), 373_761),
@@ -23,7 +23,7 @@ def test_critics_have_the_published_sizes(name, shape, parameters):
     assert count_parameters(critic) == parameters
 
 
-def test_generator_has_the_published_size():                    # B-T9
+def test_generator_has_the_published_size():
     with torch.device("meta"):
         assert [count_parameters(InfoGANGenerator((c, 32, 32))) for c in (1, 3)] == [8_604_800, 8_606_848]
     images = make_generator((3, 8, 12), width=4)(torch.randn(5, 64, generator=torch.Generator().manual_seed(0)))

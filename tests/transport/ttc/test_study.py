@@ -1,4 +1,4 @@
-"""The study of Trust the Critics: exact continuation (B-T11), the misalignment code (B-T8), tasks and mistakes."""
+"""The study of Trust the Critics: exact continuation, the measurement of misalignment, tasks and mistakes."""
 import dataclasses
 import json
 import math
@@ -23,11 +23,11 @@ from training.run.snapshots import NETWORK_FORMAT, VERSION
 from transport.common.study import seeded
 from transport.ttc import misalignment, moves
 from transport.ttc.critic_sequence import move, push
-from transport.ttc.critic_store import load_stages, save_stage, stage_path
+from transport.ttc.critic_store import critic_path, load_critics, save_critic
 from transport.ttc.experiment import Config, draw, main, run, settled
 from transport.ttc.image_critics import make_critic, make_generator
+from transport.ttc.laws import open_data
 from transport.ttc.settings import TASKS, defaults
-from transport.ttc.sources import open_data
 
 POINTS = ("--device=cpu", "--source=points:circle", "--data=points:eight", "--critic=mlp", "--width=8", "--batch=8",
           "--iterations=20", "--num=40")
@@ -49,7 +49,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "critics").iterdir())}
 
 #----------------------------------------------------------------------------
-# B-T11.
+# Continuing.
 
 @pytest.mark.parametrize(("schedules", "changes"), [
     (("3x1", "5x1"), {}), (("2x2", "2x2,1x1"), {"version": 2, "pool": 30})])
@@ -66,14 +66,14 @@ def test_continues_bit_for_bit(tmp_path, schedules, changes):
 def test_interrupted_while_writing_and_while_training(tmp_path, monkeypatch):
     calls = []
 
-    def write_half(folder, number, stage):
+    def write_half(folder, number, finished):
         calls.append(number)
         if len(calls) == 2:
             (folder / "critics" / ".critic-0001.safetensors.x.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
-        save_stage(folder, number, stage)
+        save_critic(folder, number, finished)
 
-    monkeypatch.setattr(moves, "save_stage", write_half)
+    monkeypatch.setattr(moves, "save_critic", write_half)
     with pytest.raises(KeyboardInterrupt):
         criticise(tmp_path / "a", "3x1")
     assert sorted(contents(tmp_path / "a")) == [".critic-0001.safetensors.x.tmp", "critic-0000.safetensors"]
@@ -90,7 +90,7 @@ def test_killed_between_critics(tmp_path):
     process = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     try:
-        while not stage_path(tmp_path / "a", 0).is_file():
+        while not critic_path(tmp_path / "a", 0).is_file():
             assert process.poll() is None
             time.sleep(0.01)
     finally:
@@ -108,8 +108,8 @@ def test_stored_critics_move_samples_as_trained_ones(tmp_path):
     config = settled(Config(device="cpu", source="noise", data="digits", critic="infogan", width=2, batch=4,
                             iterations=5, num=12, pool=0, schedule="2x1", resolution=8, outdir=str(tmp_path)))
     result = moves.run_moves(config)
-    stages = load_stages(tmp_path, [1, 1], lambda: make_critic("infogan", (1, 8, 8), 2))
-    assert torch.equal(push(stages, torch.from_numpy(result.path[0])), torch.from_numpy(result.path[-1]))
+    sequence = load_critics(tmp_path, [1, 1], lambda: make_critic("infogan", (1, 8, 8), 2))
+    assert torch.equal(push(sequence, torch.from_numpy(result.path[0])), torch.from_numpy(result.path[-1]))
     again = moves.run_moves(config)
     assert again.rows == result.rows
 
@@ -123,23 +123,23 @@ def test_folder_of_other_settings_or_data(tmp_path):
             criticise(tmp_path, "1x1", **changes)
     criticise(tmp_path, "2x1", num=30)      # More critics, and other tests, are no other settings.
     with pytest.raises(UserError, match="--schedule: critic 1 of .* took 1 steps, not 2"):
-        load_stages(tmp_path, [2], lambda: make_critic("mlp", (2,), 8))
+        load_critics(tmp_path, [2], lambda: make_critic("mlp", (2,), 8))
 
 
 def test_damaged_critic(tmp_path):
     criticise(tmp_path, "2x1")
-    path = stage_path(tmp_path, 1)
+    path = critic_path(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=f"{path}: not a usable critic"):
         criticise(tmp_path, "2x1")
-    path.write_bytes(stage_path(tmp_path, 0).read_bytes())
+    path.write_bytes(critic_path(tmp_path, 0).read_bytes())
     with pytest.raises(UserError, match="it is critic 0"):
-        load_stages(tmp_path, [1, 1], lambda: make_critic("mlp", (2,), 8))
+        load_critics(tmp_path, [1, 1], lambda: make_critic("mlp", (2,), 8))
     with pytest.raises(UserError, match="not a usable critic .*delete it and the later ones"):
-        load_stages(tmp_path, [1, 1], lambda: make_critic("mlp", (2,), 4))
+        load_critics(tmp_path, [1, 1], lambda: make_critic("mlp", (2,), 4))
 
 #----------------------------------------------------------------------------
-# B-T8.
+# Misalignment.
 
 class Shift(torch.nn.Module):
     """A generator with nothing but a bias."""
@@ -168,7 +168,7 @@ def test_direction_of_sgd_is_where_a_small_step_leads():
     net = make_generator((1, 8, 8), width=4).double()
     critic = make_critic("infogan", (1, 8, 8), 4).double()
     z1, z2 = (torch.randn(3, 64, generator=seeded(0, name), dtype=torch.float64) for name in ("z1", "z2"))
-    net.train()(z2)         # So that running statistics are not their initial values.
+    net.train()(z2)         # This moves running statistics from their initial values.
     direction = misalignment.sgd_direction(net, critic, z1, z2)
     rate = 1e-6
 

@@ -10,21 +10,55 @@
 namespace stylesan {
 
 //----------------------------------------------------------------------------
+// Memory for rows while a block of planes is worked on: zeros, aligned for vectors. Each thread keeps what small images
+// need, because for these it takes as long to ask for memory as to compute.
+
+constexpr int64_t kKeptBytes = 1 << 18;
+
+class Scratch {
+   public:
+    Scratch() : begin_(used()) {}
+    ~Scratch() { used() = begin_; }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    template <class T> T* take(int64_t count) {
+        const int64_t bytes = (count * sizeof(T) + 127) / 128 * 128;
+        if (used() + bytes > kKeptBytes) return reinterpret_cast<T*>(more_.emplace_back(bytes).get());
+        static thread_local Buffer<char> kept(kKeptBytes);
+        char* at = kept.get() + used();
+        used() += bytes;
+        std::memset(at, 0, bytes);
+        return reinterpret_cast<T*>(at);
+    }
+
+   private:
+    static int64_t& used() {
+        static thread_local int64_t bytes = 0;
+        return bytes;
+    }
+
+    int64_t begin_;
+    std::vector<Buffer<char>> more_;
+};
+
+//----------------------------------------------------------------------------
 // Filters.
 
-constexpr int kGroup = 8;   // Outputs at a time: enough independent sums to keep the adders busy.
+constexpr int kGroup = 8;   // Outputs at a time, or 4 or 2: enough independent sums to keep the adders busy.
 
-// out[m * stride] = sum over rows r and taps j of taps[r * reach + j] * rows[r][m * step + j], for kCount numbers m.
+// out[m * stride] = sum over rows r and taps j of taps[r * reach + j] * rows[r][from + m * step + j], for kCount
+// numbers m.
 // kStep 0: the compiler does not know `step`. kOneTap: `reach` is 1.
 template <class T, int kStep, bool kOneTap, int kCount>
 inline __attribute__((always_inline)) void sum_taps(Vec<T>* out, int64_t stride, const Vec<T>* const* rows,
-                                                    int64_t num_rows, const T* taps, int64_t reach, int64_t step,
-                                                    int64_t m) {
+                                                    int64_t num_rows, int64_t from, const T* taps, int64_t reach,
+                                                    int64_t step, int64_t m) {
     step = kStep ? kStep : step;
     reach = kOneTap ? 1 : reach;
     Vec<T> sums[kCount] = {};
     for (int64_t r = 0; r < num_rows; r++) {
-        const Vec<T>* in = rows[r] + m * step;
+        const Vec<T>* in = rows[r] + from + m * step;
         for (int64_t j = 0; j < reach; j++, in++) {
             const T tap = taps[r * reach + j];
 #pragma GCC unroll 8
@@ -35,25 +69,25 @@ inline __attribute__((always_inline)) void sum_taps(Vec<T>* out, int64_t stride,
     for (int q = 0; q < kCount; q++) out[(m + q) * stride] = sums[q];
 }
 
-template <class T, int kStep, bool kOneTap>
-void fir_steps(Vec<T>* out, int64_t stride, const Vec<T>* const* rows, int64_t num_rows, const T* taps, int64_t reach,
-               int64_t step, int64_t count) {
-    if (count < kGroup) {
-        for (int64_t m = 0; m < count; m++)
-            sum_taps<T, kStep, kOneTap, 1>(out, stride, rows, num_rows, taps, reach, step, m);
-        return;
-    }
-    for (int64_t m = 0; m < count; m += kGroup)     // The last group does some again.
-        sum_taps<T, kStep, kOneTap, kGroup>(out, stride, rows, num_rows, taps, reach, step,
-                                            std::min(m, count - kGroup));
+// kCount outputs at a time; fewer where there are not so many.
+template <class T, int kStep, bool kOneTap, int kCount = kGroup>
+void fir_steps(Vec<T>* out, int64_t stride, const Vec<T>* const* rows, int64_t num_rows, int64_t from, const T* taps,
+               int64_t reach, int64_t step, int64_t count) {
+    if constexpr (kCount > 1)
+        if (count < kCount)
+            return fir_steps<T, kStep, kOneTap, kCount / 2>(out, stride, rows, num_rows, from, taps, reach, step,
+                                                            count);
+    for (int64_t m = 0; m < count; m += kCount)     // The last group does some again.
+        sum_taps<T, kStep, kOneTap, kCount>(out, stride, rows, num_rows, from, taps, reach, step,
+                                            std::min(m, count - kCount));
 }
 
 template <class T>
-void fir(Vec<T>* out, int64_t stride, const Vec<T>* const* rows, int64_t num_rows, const T* taps, int64_t reach,
-         int64_t step, int64_t count) {
+void fir(Vec<T>* out, int64_t stride, const Vec<T>* const* rows, int64_t num_rows, int64_t from, const T* taps,
+         int64_t reach, int64_t step, int64_t count) {
     auto* run = step == 1 ? (reach == 1 ? fir_steps<T, 1, true> : fir_steps<T, 1, false>)
         : step == 2 ? fir_steps<T, 2, false> : fir_steps<T, 0, false>;
-    run(out, stride, rows, num_rows, taps, reach, step, count);
+    run(out, stride, rows, num_rows, from, taps, reach, step, count);
 }
 
 // A filter with its taps sorted by phase.
@@ -76,17 +110,15 @@ template <class T> class Filter {
     // Along x: rows of inputs -> a row of outputs. One row, or y.reach() of them if not separable.
     void along_x(Vec<T>* out, const Vec<T>* const* rows, int64_t phase_y) const {
         const int64_t num_rows = separable ? 1 : y.reach(), per_phase = num_rows * x.reach();
-        std::vector<const Vec<T>*> shifted(num_rows);
         for (int64_t p = 0; p < std::min(x.up, x.out); p++) {
-            for (int64_t r = 0; r < num_rows; r++) shifted[r] = rows[r] + x.first(p);
             const T* taps = taps_x_.data() + ((separable ? 0 : phase_y * x.up) + x.phase(p)) * per_phase;
-            fir<T>(out + p, x.up, shifted.data(), num_rows, taps, x.reach(), x.down, (x.out - p + x.up - 1) / x.up);
+            fir<T>(out + p, x.up, rows, num_rows, x.first(p), taps, x.reach(), x.down, (x.out - p + x.up - 1) / x.up);
         }
     }
 
-    // Along y: y.reach() rows -> a row.
-    void along_y(Vec<T>* out, const Vec<T>* const* rows, int64_t phase_y, int64_t width) const {
-        fir<T>(out, 1, rows, y.reach(), taps_y_.data() + phase_y * y.reach(), 1, 1, width);
+    // Along y: `width` values of y.reach() rows, from one column on -> a row.
+    void along_y(Vec<T>* out, const Vec<T>* const* rows, int64_t phase_y, int64_t from, int64_t width) const {
+        fir<T>(out, 1, rows, y.reach(), from, taps_y_.data() + phase_y * y.reach(), 1, 1, width);
     }
 
     Axis x, y;
@@ -111,23 +143,23 @@ template <class T> class Filter {
 // The last rows of a stack, by number. Rows outside the stack are zeros, as are pixels outside [0, width) of a row.
 template <class T> class Rows {
    public:
-    Rows(int64_t height, int64_t low, int64_t high, int64_t capacity)
-        : height_(height), low_(low), length_(high - low), capacity_(capacity), values_(length_ * (capacity + 1)),
-          window_(capacity) {}
+    Rows(Scratch& scratch, int64_t height, int64_t low, int64_t high, int64_t capacity)
+        : height_(height), low_(low), length_(high - low), capacity_(capacity),
+          values_(scratch.take<Vec<T>>(length_ * (capacity + 1))), window_(scratch.take<const Vec<T>*>(capacity)) {}
 
-    Vec<T>* row(int64_t y) { return values_.get() + y % capacity_ * length_ - low_; }
+    Vec<T>* row(int64_t y) { return values_ + y % capacity_ * length_ - low_; }
 
     // `capacity` rows from `first` on.
     const Vec<T>* const* window(int64_t first) {
         for (int64_t i = 0; i < capacity_; i++)
-            window_[i] = first + i >= 0 && first + i < height_ ? row(first + i) : values_.get() + capacity_ * length_ - low_;
-        return window_.data();
+            window_[i] = first + i >= 0 && first + i < height_ ? row(first + i) : values_ + capacity_ * length_ - low_;
+        return window_;
     }
 
    private:
     int64_t height_, low_, length_, capacity_;
-    Buffer<Vec<T>> values_;
-    std::vector<const Vec<T>*> window_;
+    Vec<T>* values_;
+    const Vec<T>** window_;
 };
 
 // Input rows of a filter, loaded when they are needed, and the filtered rows. Rows are asked for in ascending order.
@@ -135,9 +167,9 @@ template <class S> class Resampled {
     using T = Compute<S>;
 
    public:
-    Resampled(const Filter<T>& filter, PlaneBlock<S>& source)
-        : f_(filter), source_(source), rows_(filter.y.in, filter.low(), filter.high(), filter.y.reach()),
-          row_(filter.high() - filter.low()) {}
+    Resampled(Scratch& scratch, const Filter<T>& filter, PlaneBlock<S>& source)
+        : f_(filter), source_(source), rows_(scratch, filter.y.in, filter.low(), filter.high(), filter.y.reach()),
+          row_(scratch.take<Vec<T>>(filter.high() - filter.low())) {}
 
     // Row t of the result: [f.x.out].
     void produce(int64_t t, Vec<T>* out) {
@@ -145,11 +177,8 @@ template <class S> class Resampled {
         for (next_ = std::max(next_, first); next_ < end; next_++) source_.load(next_, rows_.row(next_));
         const Vec<T>* const* rows = rows_.window(first);
         if (!f_.separable) return f_.along_x(out, rows, f_.y.phase(t));
-        std::vector<const Vec<T>*>& shifted = shifted_;
-        shifted.assign(rows, rows + f_.y.reach());
-        for (auto& row : shifted) row += f_.low();
-        f_.along_y(row_.get(), shifted.data(), f_.y.phase(t), f_.high() - f_.low());
-        const Vec<T>* row = row_.get() - f_.low();
+        f_.along_y(row_, rows, f_.y.phase(t), f_.low(), f_.high() - f_.low());
+        const Vec<T>* row = row_ - f_.low();
         f_.along_x(out, &row, 0);
     }
 
@@ -157,8 +186,7 @@ template <class S> class Resampled {
     const Filter<T>& f_;
     PlaneBlock<S>& source_;
     Rows<T> rows_;
-    Buffer<Vec<T>> row_;
-    std::vector<const Vec<T>*> shifted_;
+    Vec<T>* row_;
     int64_t next_ = 0;
 };
 
@@ -184,12 +212,13 @@ template <int lanes, class F> void for_each_band(int64_t planes, int64_t rows, F
 template <class S> void resample(const StylesanImages& x, const StylesanImages& y, const StylesanFilter& f) {
     const Filter<Compute<S>> filter(f);
     for_each_band<kLanes<Compute<S>>>(x.n * x.c, y.h, [&](int64_t block, int64_t begin, int64_t end) {
+        Scratch scratch;
         PlaneBlock<S> source(x, block, nullptr), target(y, block, nullptr);
-        Resampled<S> resampled(filter, source);
-        Buffer<Vec<Compute<S>>> row(y.w);
+        Resampled<S> resampled(scratch, filter, source);
+        auto* row = scratch.take<Vec<Compute<S>>>(y.w);
         for (int64_t o = begin; o < end; o++) {
-            resampled.produce(o, row.get());
-            target.store(o, row.get());
+            resampled.produce(o, row);
+            target.store(o, row);
         }
     });
 }
@@ -241,36 +270,37 @@ void filtered_lrelu(const StylesanImages& x, const void* bias, const StylesanIma
         : layer.mode == kActivateAndKeep ? activate_row<T, kActivateAndKeep> : activate_row<T, kReadCodes>;
     constexpr int lanes = kLanes<T>;
     for_each_band<lanes>(x.n * x.c, y.h, [&](int64_t block, int64_t begin, int64_t end) {
+        Scratch scratch;
         PlaneBlock<S> source(x, block, static_cast<const S*>(bias)), target(y, block, nullptr);
-        Resampled<S> upsampled(up, source);
+        Resampled<S> upsampled(scratch, up, source);
         // Rows are downsampled along x as soon as they are there, if they can be.
         const int64_t low = down.low(), high = down.high();
-        Buffer<V> row(high - low), result(y.w);
-        Rows<T> rows(height, down.separable ? 0 : low, down.separable ? down.x.out : high, down.y.reach());
+        V *row = scratch.take<V>(high - low), *result = scratch.take<V>(y.w);
+        Rows<T> rows(scratch, height, down.separable ? 0 : low, down.separable ? down.x.out : high, down.y.reach());
         int32_t* all = static_cast<int32_t*>(layer.codes.data);
         int32_t* codes = all ? all + block * height * words * lanes : nullptr;
         // Bands share rows. The first that needs a row writes its codes, the others into a place that nobody reads.
-        Buffer<int32_t> unread(words * lanes);
+        int32_t* unread = scratch.take<int32_t>(words * lanes);
         const int64_t mine = end == y.h ? height : down.y.first(end);
         int64_t t = 0;
         for (int64_t o = begin; o < end; o++) {
             const int64_t first = down.y.first(o), last = std::min(height, first + down.y.reach());
             for (t = std::max(t, first); t < last; t++) {
-                V* values = down.separable ? row.get() - low : rows.row(t);
+                V* values = down.separable ? row - low : rows.row(t);
                 upsampled.produce(t, values);
                 const bool write = layer.mode != kActivateAndKeep || t < mine;
-                activate(values, width, codes && write ? codes + t * words * lanes : unread.get(), T(layer.slope),
+                activate(values, width, codes && write ? codes + t * words * lanes : unread, T(layer.slope),
                          T(layer.clamp));
                 const V* const_values = values;
                 if (down.separable) down.along_x(rows.row(t), &const_values, 0);
             }
             const V* const* window = rows.window(first);
             if (down.separable) {
-                down.along_y(result.get(), window, down.y.phase(o), y.w);
+                down.along_y(result, window, down.y.phase(o), 0, y.w);
             } else {
-                down.along_x(result.get(), window, down.y.phase(o));
+                down.along_x(result, window, down.y.phase(o));
             }
-            target.store(o, result.get());
+            target.store(o, result);
         }
     });
 }

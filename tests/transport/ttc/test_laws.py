@@ -1,4 +1,4 @@
-"""Sources of Trust the Critics: shapes, halves that share nothing, noise levels of the specification."""
+"""The laws of Trust the Critics: shapes, halves that share nothing, and the level of their noise."""
 import math
 
 import pytest
@@ -9,7 +9,7 @@ from dnnlib import UserError
 from tests.closeness import approx, assert_close
 from transport.common.study import seeded
 from transport.ttc.denoising import psnr
-from transport.ttc.sources import Crops, Normal, Table, noisy, open_data, open_source
+from transport.ttc.laws import Crops, Normal, Table, noisy, open_data, open_source
 
 
 def drawn(source, num=40, seed=0):
@@ -63,7 +63,7 @@ def test_made_for_the_target():
     assert_close(drawn(flat), torch.full([40, 3, 8, 8], 0.25), rtol=1.3e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize(("sigma", "decibels", "length"), [     # B-T6
+@pytest.mark.parametrize(("sigma", "decibels", "length"), [
     (0.1, 26.0206, 22.170), (0.2, 20.0, 44.340), (0.3, 16.4782, 66.510), (0.4, 13.9794, 88.681)])
 @pytest.mark.numeric
 def test_noise(sigma, decibels, length):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where samples come from and where they shall go: noise, points, digits, photographs, data sets, generators.
+"""The laws that samples come from and shall go to: noise, points, digits, photographs, data sets, generators.
 
-Everything is float32 on the CPU, images [C, R, R] in [-1, 1], points [2]. What a source draws is a function of the
-generator alone. Sources of real data come in two halves that share no image: 'train' for critics, 'test' to judge.
+Everything is float32 on the CPU, images [C, R, R] in [-1, 1], points [2]. The samples of a law are a function of the
+random generator alone. Laws of real data come in two halves that share no image: 'train' for critics, 'test' to judge.
 """
 import dataclasses
 import math
@@ -10,23 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 
 from dnnlib import UserError
+from torch_utils.images import from_uint8
+from transport.common.sklearn_images import PHOTOS, load_digits, load_photo
 from transport.ttc.image_critics import InfoGANGenerator, Shape, make_generator
 
 HALVES = ("train", "test")
-MAX_IMAGES = 20_000             # Of a data set, kept in memory.
+MAX_IMAGES = 20_000             # So many images of a data set are kept in memory.
 BLUR_KERNEL, BLUR_SIGMA = 5, 2.0
 
 
-class Source(Protocol):
+class Law(Protocol):
     """A law of samples."""
 
-    shape: Shape
+    @property
+    def shape(self) -> Shape:
+        """The shape of one sample."""
+        ...
 
     def draw(self, num: int, generator: torch.Generator) -> torch.Tensor:
         """Independent samples [num, *shape]."""
@@ -77,11 +81,11 @@ class Crops:
             photo = self.photos[int(number * len(self.photos))]
             top, left = int(down * (photo.shape[1] - side + 1)), int(right * (photo.shape[2] - side + 1))
             crops.append(photo[:, top:top + side, left:left + side])
-        return torch.stack(crops).float() / 127.5 - 1
+        return from_uint8(torch.stack(crops))
 
 
 class Untrained:
-    """What an untrained generator makes, batch statistics included: smoother than noise, as far from any data."""
+    """Images of an untrained generator, batch statistics included: smoother than noise, and as far from any data."""
 
     def __init__(self, net: InfoGANGenerator, shape: Shape):
         self.net = net.train().requires_grad_(False)
@@ -91,13 +95,14 @@ class Untrained:
         """Samples, independent up to the statistics of the batch; two or more."""
         state = {name: value.clone() for name, value in self.net.state_dict().items()}
         z = torch.randn([num, self.net.latent], generator=generator)
-        return torch.func.functional_call(self.net, state, z)       # Running statistics go into the copies.
+        images: torch.Tensor = torch.func.functional_call(self.net, state, z)   # Running statistics go into the copies.
+        return images
 
 
 class Degraded:
-    """Samples of another source after noise or blur; `pair` also gives what they were before."""
+    """Samples of another law after noise or blur; `pair` also gives them as they were before."""
 
-    def __init__(self, clean: Source, degrade: Callable[[torch.Tensor, torch.Generator], torch.Tensor]):
+    def __init__(self, clean: Law, degrade: Callable[[torch.Tensor, torch.Generator], torch.Tensor]):
         self.clean, self.degrade, self.shape = clean, degrade, clean.shape
 
     def pair(self, num: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,17 +148,17 @@ POINTS = {"points:ring": _ring, "points:eight": _eight, "points:circle": _circle
 #----------------------------------------------------------------------------
 # By name.
 
-def noisy(clean: Source, sigma: float) -> Degraded:
+def noisy(clean: Law, sigma: float) -> Degraded:
     """Normal noise of standard deviation `sigma`, added after scaling to [-1, 1]; nothing is clipped."""
     return Degraded(clean, lambda x, generator: x + sigma * torch.randn(x.shape, generator=generator))
 
 
-def blurred(clean: Source) -> Degraded:
+def blurred(clean: Law) -> Degraded:
     """A Gaussian blur of standard deviation 2 pixels, kernel of 5."""
     return Degraded(clean, lambda x, generator: TF.gaussian_blur(x, [BLUR_KERNEL] * 2, [BLUR_SIGMA] * 2))
 
 
-def open_data(name: str, resolution: int, half: str) -> Source:
+def open_data(name: str, resolution: int, half: str) -> Law:
     """Real data, the half 'train' or 'test' of it, or points (which have no halves).
 
     Args:
@@ -187,16 +192,16 @@ def open_generator(path: str, half: str, num: int, seed: int) -> Table:
     from inference.sampling import GeneratorSource
     from legacy import load_network
 
-    source = GeneratorSource(load_network(path).G_ema, 2 * num, seed, "uniform")
+    made = GeneratorSource(load_network(path).G_ema, 2 * num, seed, "uniform")
     start = HALVES.index(half) * num
-    return Table(torch.cat([_scaled(images) for images, _ in source.batches_at(64, range(start, start + num))]))
+    return Table(torch.cat([from_uint8(images) for images, _ in made.batches_at(64, range(start, start + num))]))
 
 
-def open_source(name: str, target: Source, half: str, sigma: float, num: int, seed: int, resolution: int) -> Source:
-    """A source by name: made for the target ('noise', 'untrained', 'noisy', 'blurred'), a generator's, or data.
+def open_source(name: str, target: Law, half: str, sigma: float, num: int, seed: int, resolution: int) -> Law:
+    """The law of --source: made for the target ('noise', 'untrained', 'noisy', 'blurred'), a generator's, or data.
 
     Args:
-        target: Half `half` of where samples shall go: gives shapes, and the images to degrade.
+        target: Half `half` of the law where samples shall go: it gives shapes, and the images to degrade.
         sigma: Standard deviation of the noise of 'noisy'; data are in [-1, 1].
         num: Images to make with a generator, per half.
 
@@ -223,35 +228,22 @@ def open_source(name: str, target: Source, half: str, sigma: float, num: int, se
 
 #----------------------------------------------------------------------------
 
-def _scaled(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 127.5 - 1
-
-
-def _sklearn() -> object:
-    try:
-        import sklearn.datasets
-    except ImportError as err:
-        raise UserError("digits and photographs come with scikit-learn: pip install -e .[transport]") from err
-    return sklearn.datasets
 
 
 def _digits(resolution: int) -> torch.Tensor:
     """The 1,797 handwritten digits, [N, 1, R, R]; other sizes than 8 pixels by bilinear interpolation."""
-    images = torch.from_numpy(_sklearn().load_digits().images).float().unsqueeze(1) / 8 - 1
+    images, _ = load_digits()
     if resolution == images.shape[2]:
         return images
     return F.interpolate(images, size=(resolution, resolution), mode="bilinear", align_corners=False)
 
 
 def _photos(name: str, half: str) -> list[torch.Tensor]:
-    """The photographs that scikit-learn ships, the left or the right side: both of them are much the same on both."""
+    """The left or the right side of photographs; either photograph looks much the same on both sides."""
     wanted = name.partition(":")[2]
-    known = {"china": "china.jpg", "flower": "flower.jpg"}
-    if wanted not in ("", *known):
+    if wanted not in ("", *PHOTOS):
         raise UserError(f"{name}: no such photograph: choose from photos, photos:china, photos:flower")
-    files = [known[wanted]] if wanted else list(known.values())
-    photos = [torch.from_numpy(np.ascontiguousarray(_sklearn().load_sample_image(file).transpose(2, 0, 1)))
-              for file in files]
+    photos = [load_photo(photo) for photo in ([wanted] if wanted else PHOTOS)]
     return [photo.tensor_split(2, dim=2)[HALVES.index(half)] for photo in photos]
 
 
@@ -262,4 +254,4 @@ def _data_set(path: str) -> torch.Tensor:
     images = ImageDataset(path, max_size=MAX_IMAGES)
     table = torch.stack([torch.from_numpy(images[i][0]) for i in range(len(images))])
     images.close()
-    return _scaled(table)
+    return from_uint8(table)

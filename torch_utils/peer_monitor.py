@@ -27,7 +27,7 @@ BEAT_SECONDS = 2.0
 SILENT_SECONDS = 60.0
 DEAD_BEATS = 2.5            # Without a beat for so many, a process is suspected when a connection broke.
 LOST_BEATS = 5              # Failed calls in a row after which the store counts as gone.
-GOODBYE_SECONDS = 10.0      # How long the host of the store waits for others to read of its failure.
+GOODBYE_SECONDS = 10.0      # For so long the host of the store waits for others to read of its failure.
 FAILURE = "failure"
 EXIT_FAILED = 1
 
@@ -46,8 +46,9 @@ def end_process(message: str, code: int = EXIT_FAILED) -> None:
     os._exit(code)
 
 
-class Watch:
-    """The thread. `store` is a client of its own: a blocking call of the main thread must not stop it."""
+class PeerMonitor:
+    """The thread that looks after the other processes. `store` is a client of its own, because a blocking call of the
+    main thread must not stop it."""
 
     def __init__(self, store: Any, rank: int, world_size: int, host: str,
                  end: Callable[..., None] = end_process):
@@ -55,7 +56,7 @@ class Watch:
         self._end = end
         self._stop = threading.Event()
         self._deadline: tuple[float, Any] | None = None
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="peer monitor", daemon=True)
         self._beats, self._same, self._lost = 0, 0, 0
         self._seen: bytes | None = None             # The last beat of the process after this one,
         self._parent = os.getppid()
@@ -105,7 +106,7 @@ class Watch:
             return None             # No store any more.
 
     def wait_for_readers(self) -> None:
-        """Stay a little, so that others can read of the failure: for the process that hosts the store."""
+        """Stay a little, so that others can read of the failure. The process that hosts the store calls it."""
         end = time.monotonic() + GOODBYE_SECONDS
         others = [f"read/{rank}" for rank in range(self.world_size) if rank != self.rank]
         while time.monotonic() < end and others:
@@ -120,7 +121,7 @@ class Watch:
         try:
             return bool(json.loads(self.store.compare_set(FAILURE, "", message))["by"] == self.rank)
         except RuntimeError:
-            return True             # No store, nobody to tell.
+            return True             # Without a store there is nobody to tell.
 
     def _run(self) -> None:
         while not self._stop.wait(BEAT_SECONDS if self._deadline is None else BEAT_SECONDS / 4):
@@ -133,7 +134,7 @@ class Watch:
             try:
                 self._look()
                 self._lost = 0
-            except RuntimeError as err:     # What stores raise, whatever is wrong.
+            except RuntimeError as err:     # Stores raise this, whatever is wrong.
                 self._lost += 1
                 if self._lost >= LOST_BEATS and not self._stop.is_set():
                     self._end(f"rank {self.rank} on {self.host} ends: the store of the job cannot be reached "
@@ -155,7 +156,7 @@ class Watch:
         self._look_after_next()
 
     def _look_after_next(self) -> None:
-        """Everybody watches one: the store serves thousands of processes so.
+        """Look after the next process only. So each looks after one, and the store can serve thousands.
 
         Looks are counted, and not time: a job may be stopped as a whole and go on.
         """
