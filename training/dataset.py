@@ -116,8 +116,6 @@ class ImageDataset(torch.utils.data.Dataset):
         return UserError(f"{self._store.where(index)}: cannot be decoded ({err}): replace the file or make the data "
                          "set again with dataset_tool.py")
 
-    #------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self._chosen) * (2 if self.xflip else 1)
 
