@@ -342,7 +342,7 @@ def main(ctx: click.Context, /, **kwargs: Any) -> None:
         show(results, bool(opts.paths))
         return 0
 
-    distributed.run_in_group(misc.select_device(opts.device), score)
+    ctx.exit(distributed.leave_exit_code(distributed.run_in_group(misc.select_device(opts.device), score)))
 
 
 if __name__ == "__main__":

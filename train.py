@@ -32,24 +32,22 @@ DIAGNOSIS_IMAGES = 1024     # Per side, of --diagnose without a number.
 
 def train_stage(plan: "RunPlan", gpus: int, device: torch.device, stop: "StopRequests") -> int:
     """Train what is planned, until `stop` says so. Returns the exit code."""
-    from training.run.folder import create_run
-    from training.run.plan import print_layers, print_plan, with_local_data, with_micro_batch
-    from training.run.preflight import check_processes
+    from training.run.plan import owned, print_layers, print_plan, with_local_data, with_micro_batch
+    from training.run.preflight import check_processes, check_shared_memory
     from training.run.stages import mark_finished
     from training.training_loop import training_loop
     plan = with_micro_batch(plan, gpus, device)
     check_processes(plan.config, plan.dataset, plan.info)
+    check_shared_memory(plan.config)
     print_plan(plan, gpus)
     if plan.options.dry_run:
         print_layers(plan)
         return 0
     plan = with_local_data(plan)
-    if distributed.rank() == 0:
-        create_run(plan.choice, plan.config, plan.info)
-    distributed.barrier()
-    code = training_loop(plan, device, stop, make_evaluator(plan, device))
-    if code == 0 and distributed.rank() == 0:
-        mark_finished(plan.folder, plan.config.total_kimg)
+    with owned(plan) as plan:
+        code = training_loop(plan, device, stop, make_evaluator(plan, device))
+        if code == 0 and distributed.rank() == 0:
+            mark_finished(plan.folder, plan.config.total_kimg)
     return code
 
 
@@ -67,13 +65,13 @@ def make_evaluator(plan: "RunPlan", device: torch.device) -> "Evaluator | None":
 
 def plans(options: TrainOptions, gpus: int) -> Iterator["RunPlan"]:
     """What the command asks for: the stages of a recipe, in order, or one run."""
-    from legacy import open_snapshot
+    from legacy import find_snapshot, open_snapshot
     from training.run.plan import plan_run
     from training.run.stages import plan_recipe, plan_untrained
     if options.recipe is None:
-        yield plan_run(options, gpus, open_snapshot)
+        yield plan_run(options, gpus, open_snapshot, find_snapshot=find_snapshot)
     else:
-        yield from (plan_untrained if options.bench else plan_recipe)(options, gpus, open_snapshot)
+        yield from (plan_untrained if options.bench else plan_recipe)(options, gpus, open_snapshot, find_snapshot)
 
 
 def check(options: TrainOptions, gpus: int) -> None:

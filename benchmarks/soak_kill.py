@@ -5,9 +5,14 @@ A small run on the CPU writes a state after every iteration. SIGKILL hits all it
 starts, trains, copies, writes, renames. After each kill the state must load, with all checksums right, and must not be
 older than the one after the kill before. At the end every tensor of the state must be equal, bit by bit, to that of a
 run that nobody killed.
+
+Before that come three faults that could hang a run or mix two: the same command a second time while the first one
+trains, a loader process that is stopped, and shared memory that is full. Each must end in seconds with one line and
+exit code 2, and the run goes on from its state afterwards.
 """
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -15,6 +20,7 @@ import tempfile
 import time
 import traceback
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -28,6 +34,9 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from dnnlib import UserError, cli  # noqa: E402
 from dnnlib.util import atomic_write_text  # noqa: E402
+from torch_utils.launch import children_of, state_of  # noqa: E402
+from training.data import loading  # noqa: E402
+from training.run import preflight  # noqa: E402
 from training.run.folder import STATE_FILE, has_state  # noqa: E402
 from training.run.resume import load_state  # noqa: E402
 
@@ -48,8 +57,11 @@ def write_images(path: Path) -> None:
 class Job:
     """One start of the command: its processes, forked from this one, which has imported everything already."""
 
-    def __init__(self, work: Path, name: str, kimg: float, world_size: int):
-        options = [*OPTIONS, f"--outdir={work / name}", f"--data={work}/images.zip", f"--kimg={kimg:g}"]
+    def __init__(self, work: Path, name: str, kimg: float, world_size: int, *more: str,
+                 before: Callable[[], None] = lambda: None):
+        """`before` is called in each process, before the command."""
+        options = [*OPTIONS, f"--outdir={work / name}", f"--data={work}/images.zip", f"--kimg={kimg:g}", *more]
+        self._before = before
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
@@ -69,6 +81,7 @@ class Job:
             if world_size > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                                "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            self._before()
             train.main.main(options)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
@@ -86,6 +99,16 @@ class Job:
             if done:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
         return bool(self.codes)
+
+    def code(self, seconds: float) -> int:
+        """The exit code of the first process, which must end within so many seconds."""
+        end = time.monotonic() + seconds
+        while not self.has_ended():
+            if time.monotonic() > end:
+                self.kill()
+                raise UserError(f"the run did not end within {seconds:.0f} s: {self.log.read_text()[-2000:]}")
+            time.sleep(0.05)
+        return self.codes[self.pids[0]]
 
     def wait(self) -> None:
         """Until all have ended well."""
@@ -107,11 +130,11 @@ def run_folder(work: Path, name: str) -> Path | None:
     return max((p for p in (work / name).glob("0*") if has_state(p)), default=None)
 
 
-def wait_for_saves(job: Job, work: Path, count: int) -> None:
+def wait_for_saves(job: Job, work: Path, count: int, name: str = "killed") -> None:
     """Until the run has replaced its state so many times, or has ended."""
     seen: set[tuple] = set()
     while not job.has_ended() and len(seen) <= count:
-        folder = run_folder(work, "killed")
+        folder = run_folder(work, name)
         if folder is not None and (folder / STATE_FILE).is_file():
             info = (folder / STATE_FILE).stat()
             seen.add((folder.name, info.st_ino, info.st_mtime_ns))
@@ -171,7 +194,78 @@ def kill_again_and_again(work: Path, kills: int, seed: int, kimg: float, gpus: i
     return rows
 
 
-def table(rows: list[tuple], command: str, total: int, tensors: int, minutes: float) -> str:
+def ends_with(job: Job, seconds: float, pattern: str, since: int) -> str:
+    """The line that a faulty start ends with. It must come in time, with exit code 2."""
+    code, said = job.code(seconds), job.log.read_text()[since:]
+    match = re.search(f"^Error: .*{pattern}.*$", said, re.M)
+    if code != 2 or match is None or "Traceback" in said:
+        raise UserError(f"expected exit code 2 and a line with {pattern!r}, got {code}: {said[-2000:]}")
+    return match[0]
+
+
+def seconds_of(fault: Callable[[], None]) -> float:
+    """How long it takes."""
+    began = time.monotonic()
+    fault()
+    return time.monotonic() - began
+
+
+def second_starter(work: Path) -> None:
+    """The same command while the first one trains: it is refused and writes nothing."""
+    first = Job(work, "second", 100, 1)
+    wait_for_saves(first, work, 1, "second")
+    folder = run_folder(work, "second")
+    size = first.log.stat().st_size
+    second = Job(work, "second", 100, 1)
+    ends_with(second, 60, "is in use by process", 0)
+    if list((work / "second").iterdir()) != [folder] or first.has_ended() or size > first.log.stat().st_size:
+        raise UserError("the second start disturbed the first one")
+    first.kill()
+
+
+def deaf_loader(work: Path) -> None:
+    """A loader process that is stopped: the run ends, and with it the loader."""
+    def soon() -> None:
+        loading.STOPPED_SECONDS = 2.0
+    job = Job(work, "second", 100, 1, "--workers=1", before=soon)
+    since, end = job.log.stat().st_size if job.log.exists() else 0, time.monotonic() + 60
+    while "first iteration done" not in job.log.read_text()[since:] and time.monotonic() < end:
+        time.sleep(0.05)
+    loaders = children_of(job.pids[0])
+    for pid in loaders:
+        os.kill(pid, signal.SIGSTOP)
+    ends_with(job, 60, "is stopped", since)
+    if left := [pid for pid in loaders if state_of(pid) not in ("", "Z")]:
+        raise UserError(f"loader processes {left} are left")
+
+
+def full_shared_memory(work: Path) -> None:
+    """64 KB of shared memory, found out by a loader process: the check before the start is left out."""
+    def fill() -> None:
+        preflight.SHARED_MEMORY = Path("/nowhere")
+        torch.Tensor.share_memory_ = no_space       # type: ignore[method-assign]
+
+    def no_space(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+    job = Job(work, "second", 100, 1, "--workers=2", before=fill)
+    ends_with(job, 60, "shared memory .*--workers", job.log.stat().st_size if job.log.exists() else 0)
+
+
+def faults(work: Path) -> dict[str, float]:
+    """Seconds to the end of each fault; then the run must go on."""
+    took = {fault.__doc__.partition(":")[0]: seconds_of(lambda fault=fault: fault(work))
+            for fault in (second_starter, deaf_loader, full_shared_memory)}
+    for name, seconds in took.items():
+        click.echo(f"{name}: ended with its line, {seconds:.1f} s")
+    job = Job(work, "second", 100, 1)
+    wait_for_saves(job, work, 1, "second")
+    if job.has_ended():
+        raise UserError(f"the run does not go on: {job.log.read_text()[-2000:]}")
+    job.kill()
+    return took
+
+
+def table(rows: list[tuple], took: dict[str, float], command: str, total: int, tensors: int, minutes: float) -> str:
     """The result as Markdown."""
     lines = ["# Killed at random moments", "",
              f"`{command}`, {minutes:.0f} minutes on a CPU, torch {torch.__version__}.", "",
@@ -180,6 +274,9 @@ def table(rows: list[tuple], command: str, total: int, tensors: int, minutes: fl
              f" {total} images is equal to that of an unbroken run in all {tensors} tensors, bit by bit.", "",
              "| kill | seconds after the start | half-written files left | images in the state |", "|---|---|---|---|"]
     lines += [f"| {i} | {wait:.1f} | {halves} | {nimg} |" for i, (wait, halves, nimg) in enumerate(rows, start=1)]
+    lines += ["", "Other faults, each of which ended with one line and exit code 2:", "",
+              "| fault | seconds, start of the run included |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.1f} |" for name, seconds in took.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -204,6 +301,7 @@ def main(kills: int, seed: int, gpus: int, kimg: float, dest: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_images(work / "images.zip")
+        took = faults(work)
         rows = kill_again_and_again(work, kills, seed, kimg, gpus)
         for run in ("killed", "whole"):
             Job(work, run, kimg, gpus).wait()
@@ -212,7 +310,8 @@ def main(kills: int, seed: int, gpus: int, kimg: float, dest: str) -> None:
             raise UserError(f"{len(different)} parts of the state differ, first {different[0]}")
     total = states[0]["counters"]["cur_nimg"]
     command = f"python benchmarks/soak_kill.py --kills={kills} --seed={seed} --gpus={gpus} --kimg={kimg:g}"
-    atomic_write_text(dest, table(rows, command, total, count_tensors(states[0]), (time.monotonic() - started) / 60))
+    minutes = (time.monotonic() - started) / 60
+    atomic_write_text(dest, table(rows, took, command, total, count_tensors(states[0]), minutes))
     click.echo(f"equal in all {count_tensors(states[0])} tensors at {total} images; {dest}")
 
 

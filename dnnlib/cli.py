@@ -55,7 +55,9 @@ WITHOUT_NAME = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, er
 class _Mistake(click.ClickException):
     """One line on stderr, and the exit code of mistakes that the user can mend."""
 
-    exit_code = UserError.exit_code
+    def __init__(self, message: str, exit_code: int = UserError.exit_code):
+        super().__init__(message)
+        vars(self)["exit_code"] = exit_code         # click has one per class.
 
 
 class Command(click.Command):
@@ -69,7 +71,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except UserError as err:
-            raise _Mistake(printable(str(err))) from err
+            raise _Mistake(printable(str(err)), err.exit_code) from err
         except OSError as err:
             if (line := _explain(err, ctx)) is None:
                 raise

@@ -9,3 +9,9 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+class StoppedEarly(UserError):
+    """Somebody asked to stop, and it could not be done in order: what was saved before counts. Start again."""
+
+    exit_code = 3

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ try:
     import fcntl
 except ImportError:     # Not on Windows.
     fcntl = None    # type: ignore[assignment]
+
+LOCKED_BYTE = 1 << 30   # Of a file: far beyond its content.
 
 #----------------------------------------------------------------------------
 
@@ -222,6 +225,30 @@ def read_at(fd: int, count: int, offset: int) -> bytes:
         return os.read(fd, count)
 
 
+def try_lock(fd: int, shared: bool = False) -> bool | None:
+    """Lock an open file, for as long as it is open here or in a process that inherited it.
+
+    Args:
+        fd: Descriptor; for an exclusive lock it must be open for writing (network disks want that).
+        shared: Go together with other shared locks; on Windows all locks are exclusive.
+
+    Returns:
+        Whether it is locked now; None where files cannot be locked.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        else:
+            msvcrt = importlib.import_module("msvcrt")
+            os.lseek(fd, LOCKED_BYTE, os.SEEK_SET)      # Windows forbids to read what is locked.
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
 @contextlib.contextmanager
 def file_lock(path: str | os.PathLike[str], seconds: float) -> Iterator[None]:
     """Hold a lock for the block; it ends with this process, however that ends.
@@ -230,12 +257,6 @@ def file_lock(path: str | os.PathLike[str], seconds: float) -> Iterator[None]:
     """
     with open(path, "wb") as file:
         deadline = time.monotonic() + seconds
-        while fcntl is not None and time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:
-                break
+        while time.monotonic() < deadline and try_lock(file.fileno()) is False:
+            time.sleep(0.01)
         yield

@@ -14,9 +14,9 @@ from data_prep.sources.base import Source
 from dnnlib import UserError
 from dnnlib.util import list_some
 from training.data.images import Decoded, changes_in_words, decode, decode_pixels
+from training.data.loading import obey_parent_only, start_loading
 from training.data.report import read_report
 from training.data.stores import content_fingerprint, read_file
-from training.dataset import obey_parent_only, start_loading
 
 CHECKED_AT_START = 256      # Files looked at before anything is computed; the rest when they are read.
 Batch = tuple[torch.Tensor, torch.Tensor | None]            # uint8 [N, 3, H, W], int64 [N] or None

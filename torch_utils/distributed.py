@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dnnlib import UserError
 from dnnlib.util import first_line
-from torch_utils.launch import Launch, read_launch
+from torch_utils.launch import Launch, end_with_launcher, leaves_exit_code, read_launch
 from torch_utils.launch import leave_exit_code as leave_exit_code  # For whoever imports this module alone.
 from torch_utils.launch import run_local_processes as run_local_processes
 from torch_utils.peer_monitor import PeerMonitor
@@ -86,6 +86,7 @@ def start_seconds() -> float:
 
 def _join(launch: Launch, device: torch.device) -> None:
     """Find the others in the store, make the process group, see that a message comes through."""
+    end_with_launcher()
     limit, host = start_seconds(), socket.gethostname()
     store = _meet(_open_store(launch, limit), launch, host, limit)
     monitor = PeerMonitor(store.clone(), launch.rank, launch.world_size, host)
@@ -195,6 +196,10 @@ def run_in_group(device_type: str, body: Callable[[torch.device], int]) -> int:
             result = body(init(device_type))
         except Exception as err:
             _fail(err)
+            if isinstance(err, UserError) and leaves_exit_code():
+                # Raised, it would make torchrun kill the others, or start all again, and tell so in a hundred lines.
+                print("Error:", " ".join(str(err).splitlines()), file=sys.stderr, flush=True)
+                return err.exit_code
             raise
         shutdown()
         return result
@@ -207,8 +212,12 @@ def _fail(error: Exception) -> None:
     if _group.monitor is None:
         return
     _group.monitor.set_deadline(LEAVE_SECONDS, lambda: "did not end by itself after its failure")
-    first = _group.monitor.report(error)
     where = f"rank {rank()} on {socket.gethostname()}"
+    if isinstance(error, RuntimeError) and (blamed := _group.monitor.blame_the_silent()) is not None:
+        print(f"{where} ends, because {blamed} shows no sign of life: it was killed or stopped, or its node is gone "
+              f"(here: {first_line(error)})", file=sys.stderr, flush=True)
+        return
+    first = _group.monitor.report(error)
     if not first:
         time.sleep(LEAVE_SECONDS)           # The monitor ends this process, with the name of the one that failed first.
     if not isinstance(error, UserError):

@@ -1,21 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who started this process: nobody, torchrun or Slurm's srun. Starting processes of this machine through torchrun."""
+import contextlib
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
 from dnnlib import UserError
+from dnnlib.util import atomic_write_text
 
 EXIT_FILE = "STYLESAN_EXIT_FILE"        # Where the first process writes a code that torchrun would turn into 1.
-FORWARDED = ("SIGTERM", "SIGUSR1")
+# Save and stop; also what terminals send: Ctrl-C and their end.
+STOP_SIGNALS = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+                         if hasattr(signal, name))
+LAUNCHER_FOLDER = "STYLESAN_LAUNCHER"   # Folder of the process that `--gpus` starts all others from:
+ALIVE, AGENT = "alive", "agent"         # a pipe that only it has open for writing; the process id of torchrun.
 DEFAULT_PORT = 29400
+POLL_SECONDS = 5.0
+IDLE_SECONDS = 60.0         # For torchrun to end after its processes.
+TWICE_SECONDS = 0.3         # Two signals that come closer are one Ctrl-C that came two ways.
+
+Handler = Callable[[int, FrameType | None], None]
 
 #----------------------------------------------------------------------------
 
@@ -79,26 +93,30 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
 
 #----------------------------------------------------------------------------
 
+def leaves_exit_code() -> bool:
+    """Whether somebody waits for the exit code in a file, because torchrun would turn it into 1."""
+    launch = read_launch()
+    return bool(os.environ.get(EXIT_FILE)) and launch is not None and launch.launcher == "torchrun"
+
+
 def leave_exit_code(code: int) -> int:
     """The code to exit with, so that the launcher ends with `code`.
 
     torchrun takes every code but 0 for a crash: it starts the processes again or ends with 1. So where somebody waits
-    for the code in a file, it is written there and the process ends with 0. Call it on the first process only with the
-    code of all.
+    for the code in a file, it is written there and the process ends with 0. The code is that of all processes, or that
+    of the first one which failed.
     """
-    path = os.environ.get(EXIT_FILE)
-    launch = read_launch()
-    if code == 0 or not path or launch is None or launch.launcher != "torchrun":
+    if code == 0 or not leaves_exit_code():
         return code
-    if launch.rank == 0:
-        Path(path).write_text(f"{code}\n", encoding="utf-8")
+    atomic_write_text(os.environ[EXIT_FILE], f"{code}\n")
     return 0
 
 
 def run_local_processes(num_processes: int, argv: list[str], max_restarts: int = 0) -> int:
     """Start this script again in `num_processes` processes of this machine through torchrun.
 
-    SIGTERM and SIGUSR1 go on to the processes, which save and stop.
+    Signals that mean "save and stop" go on to the processes, once; a second Ctrl-C ends all of them. If this process is
+    killed, they end, too.
 
     Args:
         num_processes: How many.
@@ -110,34 +128,115 @@ def run_local_processes(num_processes: int, argv: list[str], max_restarts: int =
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}",
                f"--max-restarts={max_restarts}"]
-    with tempfile.TemporaryDirectory() as folder:
-        exit_file = Path(folder) / "exit-code"
-        # After "--" torchrun takes nothing for its own: it would read our --num as short for --numa-binding.
-        process = subprocess.Popen([*command, "--", *argv], env=os.environ | {EXIT_FILE: str(exit_file)})
-        handlers = {getattr(signal, name): signal.signal(getattr(signal, name), _forward_to(process))
-                    for name in FORWARDED if hasattr(signal, name)}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        env = os.environ | {EXIT_FILE: str(folder / "exit-code"), LAUNCHER_FOLDER: name}
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(folder / ALIVE)
+            stack.callback(os.close, os.open(folder / ALIVE, os.O_RDWR | os.O_NONBLOCK))    # For as long as this lives.
+        # After "--" torchrun takes nothing for its own: it would read our --num as short for --numa-binding. In a
+        # process group of its own it gets no signals from the terminal, which would reach the processes twice.
+        process = subprocess.Popen([*command, "--", *argv], env=env, process_group=0 if os.name == "posix" else None)
+        atomic_write_text(folder / AGENT, f"{process.pid}\n")
+        agent = _Agent(process)
+        stack.enter_context(agent.forwarding())
+        code = agent.wait()
+        exit_file = folder / "exit-code"
+        return int(exit_file.read_text()) if exit_file.is_file() else code
+
+
+class _Agent:
+    """torchrun's process, and what becomes of signals to the process that started it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]):
+        self.process = process
+        self._interrupted: float | None = None      # When Ctrl-C was pressed.
+        self._ended_by = 0                          # The signal after which everything was killed.
+
+    @contextlib.contextmanager
+    def forwarding(self) -> Iterator[None]:
+        """Handlers for the block. What was ignored stays so: by nohup, or by a shell in the background."""
+        wanted: dict[int, Handler] = dict.fromkeys(STOP_SIGNALS, self._forward)
+        if hasattr(signal, "SIGTSTP"):
+            wanted[signal.SIGTSTP] = self._pause
+        before = {number: signal.signal(number, handler) for number, handler in wanted.items()
+                  if signal.getsignal(number) is not signal.SIG_IGN}
         try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            code = process.wait()           # The terminal sent it to torchrun too.
+            yield
         finally:
-            for number, handler in handlers.items():
+            for number, handler in before.items():
                 signal.signal(number, handler)
-        return int(exit_file.read_text(encoding="utf-8")) if code == 0 and exit_file.is_file() else code
 
+    def wait(self) -> int:
+        """The exit code, once it has ended. It is killed if it does not end after its processes have."""
+        idle = 0
+        while True:
+            try:
+                code = self.process.wait(timeout=POLL_SECONDS)
+                return 128 + self._ended_by if self._ended_by else code if code >= 0 else 128 - code
+            except subprocess.TimeoutExpired:
+                states = [state_of(pid) for pid in children_of(self.process.pid)]
+                idle = idle + 1 if states and all(state == "Z" for state in states) else 0
+                if idle * POLL_SECONDS >= IDLE_SECONDS:
+                    print("torchrun does not end although its processes have: killed", file=sys.stderr, flush=True)
+                    self.process.kill()
 
-def _forward_to(process: subprocess.Popen[bytes]) -> Callable[[int, FrameType | None], None]:
-    """A signal handler that passes the signal to torchrun's children.
-
-    Not to torchrun itself: it would leave them 30 seconds, and saving a large model may take longer.
-    """
-    def forward(number: int, _frame: FrameType | None) -> None:
-        children = children_of(process.pid)
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        """Not to torchrun itself: it would leave the processes 30 seconds, and saving a large model may take longer."""
+        now, children = time.monotonic(), children_of(self.process.pid)
+        is_second = (number == signal.SIGINT and self._interrupted is not None
+                     and now - self._interrupted > TWICE_SECONDS)
+        self._interrupted = self._interrupted or (now if number == signal.SIGINT else None)
+        if is_second or not children:               # Or there is nothing to save yet.
+            self._ended_by = number
+            self.process.kill()                     # First, or it would report the end of its processes as a failure.
+            number = signal.SIGKILL
         for pid in children:
-            os.kill(pid, number)
-        if not children:
-            process.terminate()             # Nothing to save yet.
-    return forward
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _pause(self, _number: int, _frame: FrameType | None) -> None:
+        """Ctrl-Z: the processes have groups of their own, so the terminal reaches only this one."""
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in (*children_of(self.process.pid), self.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, number)
+            if number == signal.SIGSTOP:
+                os.kill(os.getpid(), signal.SIGSTOP)        # Here this process is stopped; after `fg` it goes on.
+
+
+def end_with_launcher() -> None:
+    """In a process of `run_local_processes`: end all of them when the one that started them is gone."""
+    name = os.environ.get(LAUNCHER_FOLDER)
+    if not name or not hasattr(os, "mkfifo"):
+        return
+    try:
+        fd = os.open(Path(name) / ALIVE, os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(fd, True)
+    except FileNotFoundError:
+        fd = -1
+    threading.Thread(target=_wait_for_launcher, args=(fd, Path(name)), name="launcher", daemon=True).start()
+
+
+def _wait_for_launcher(fd: int, folder: Path) -> None:
+    if fd >= 0 and os.read(fd, 1):          # Nobody writes: it returns when nobody has it open any more.
+        return
+    agent = int((folder / AGENT).read_text()) if (folder / AGENT).is_file() else 0
+    print(f"process {os.getpid()} ends, because train.py, which started it, is gone", file=sys.stderr, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if agent and agent == os.getppid():
+        for pid in (agent, *(pid for pid in children_of(agent) if pid != os.getpid())):     # It may be stopped.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    os._exit(1)
+
+
+def state_of(pid: int) -> str:
+    """'T' for stopped, 'Z' for ended but not yet waited for, and so on; '' where /proc does not exist."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def children_of(pid: int) -> list[int]:

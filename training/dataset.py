@@ -5,9 +5,7 @@ import collections
 import functools
 import itertools
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +14,9 @@ import torch.utils.data
 from dnnlib import UserError
 from dnnlib.classes import Classes, match
 from training.data.images import Decoded, changes_in_words, decode, decode_pixels
+from training.data.inventory import Inventory, inventory
 from training.data.labels import METADATA_NAME, read_labels
+from training.data.loading import Loading, obey_parent_only, shared, start_loading
 from training.data.randomness import permutation
 from training.data.splits import find_splits, in_words
 from training.data.stores import content_fingerprint, open_store, read_file
@@ -24,7 +24,6 @@ from training.data.stores import content_fingerprint, open_store, read_file
 CHECKED_AT_START = 256      # Files whose size and mode are looked at before training; the rest when they are read.
 MIN_RESOLUTION = 4
 NUM_PAIRS = 1024            # Pairs of images whose distance is measured, at most.
-STOPPING = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 #----------------------------------------------------------------------------
 
@@ -117,8 +116,6 @@ class ImageDataset(torch.utils.data.Dataset):
         return UserError(f"{self._store.where(index)}: cannot be decoded ({err}): replace the file or make the data "
                          "set again with dataset_tool.py")
 
-    #------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self._chosen) * (2 if self.xflip else 1)
 
@@ -185,6 +182,9 @@ class ImageDataset(torch.utils.data.Dataset):
         """SHA-256 of what is served: names, sizes and CRC-32 of the files, labels, mirroring. 64 hex digits."""
         return content_fingerprint(self._store, self._chosen, self.xflip)
 
+    def inventory(self) -> Inventory:
+        """What it consists of, file by file."""
+        return inventory(self._store, self.labels, self.class_names)
 
 def follow_classes(dataset: ImageDataset, whose: str, known: Classes) -> str | None:
     """Number the classes of a data set as a network or run does that knows them, found by their names.
@@ -253,11 +253,11 @@ class _MicroBatches(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | UserError:
-        labels = torch.empty([len(indices)], dtype=torch.int64)
-        their_labels = labels.numpy()
         try:
+            labels = shared(torch.empty([len(indices)], dtype=torch.int64))
+            their_labels = labels.numpy()
             first, their_labels[0] = self.dataset[indices[0]]
-            images = torch.empty([len(indices), *first.shape], dtype=torch.uint8)
+            images = shared(torch.empty([len(indices), *first.shape], dtype=torch.uint8))
             to_fill = images.numpy()
             to_fill[0] = first
             for k, i in enumerate(indices[1:], start=1):
@@ -297,46 +297,13 @@ class _MicroBatchIndices(torch.utils.data.Sampler):
             yield self.order.indices(np.arange(start, start + self.batch_gpu))
 
 
-def obey_parent_only(_worker: int) -> None:
-    """In a loader process: end by SIGTERM only if the training process sent it.
-
-    Clusters send SIGTERM to every process of a job; the training process then saves, for which its loaders must live.
-    """
-    if not hasattr(signal, "sigwaitinfo"):      # macOS
-        return
-    parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-
-    def listen() -> None:
-        while True:
-            info = signal.sigwaitinfo(STOPPING)
-            if info.si_pid == parent and info.si_signo == signal.SIGTERM:
-                os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-
-
-def start_loading(loader: torch.utils.data.DataLoader) -> Iterator:
-    """iter(loader), where a signal to the whole job cannot hit a loader process before it obeys its parent only.
-
-    A process starts with the signals blocked that its parent blocks; what arrives meanwhile waits, in both.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class TrainingStream:
     """Endless micro-batches of one process: (uint8 [batch_gpu, 3, H, W], int64 [batch_gpu]).
 
     Micro-batch k of process `rank` holds the batch_gpu positions from start_nimg + (k * world_size + rank) * batch_gpu.
 
     Raises (while iterating):
-        UserError: an image cannot be served; the message names the file.
+        UserError: an image cannot be served; the message names the file. Or none come (`training.data.loading`).
     """
 
     def __init__(
@@ -349,6 +316,7 @@ class TrainingStream:
         start_nimg: int = 0,            # Images seen before, by all processes.
         workers: int = 0,               # Loader processes; 0 loads in this one.
         pin_memory: bool = False,       # For training on a GPU: copies from there do not wait for it.
+        is_asked_to_stop: Callable[[], bool] = lambda: False,   # Then it is not waited long for images.
     ):
         if order.num_items != len(dataset):
             raise ValueError(f"the order is of {order.num_items} items, the data set of {len(dataset)}")
@@ -361,7 +329,8 @@ class TrainingStream:
             worker_init_fn=obey_parent_only,
             generator=torch.Generator(),        # The loader draws a seed for its workers: not from the global state.
         )
-        self._batches: Iterator | None = None
+        self._is_asked_to_stop = is_asked_to_stop
+        self._batches: Loading | None = None
 
     def __iter__(self) -> "TrainingStream":
         return self
@@ -370,7 +339,7 @@ class TrainingStream:
         if self._loader is None:
             raise StopIteration
         if self._batches is None:
-            self._batches = start_loading(self._loader)
+            self._batches = Loading(self._loader, self._is_asked_to_stop)
         batch = next(self._batches)
         if isinstance(batch, UserError):
             raise batch
@@ -379,6 +348,8 @@ class TrainingStream:
 
     def close(self) -> None:
         """End the loader processes and the stream."""
+        if self._batches is not None:
+            self._batches.close()
         self._batches = self._loader = None
 
 #----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def training_loop(plan: RunPlan, device: torch.device, stop: StopRequests, evalu
     collector, report = Collector(), Reporter(plan.folder, plan.config)
     beginning = Beginning(report.say, device)
     trainer = start_trainer(plan, device, collector.report, report.say, beginning.step)
-    data = TrainingData(trainer, plan.dataset)
+    data = TrainingData(trainer, plan.dataset, stop.is_asked)
     batches = data.batches()
     ticks = Ticks(plan, trainer, batches, report, collector, beginning, evaluate)
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: its name, its settings, and whether the same command has been here before."""
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ import torch
 from dnnlib import UserError
 from dnnlib.classes import Classes
 from dnnlib.util import append_text, atomic_write_text, normalized_name
-from torch_utils import distributed
+from torch_utils import checkpoint, distributed
 from training.config import GeneratorConfig, TrainConfig, from_dict, present_names, to_dict
+from training.data.inventory import Inventory, compare, inventory_fingerprint, read_inventory, write_inventory
 from training.dataset import ImageDataset
+from training.run.lock import RunLock, owner_of, refusal
+from training.run.snapshots import STATE_FORMAT
+from training.run.sources import FILES, Source, by_content, keep_networks, record_sources
 
 OPTIONS_FILE = "training_options.json"
 STATE_FILE = "training-state.pt"
@@ -25,11 +31,21 @@ PREVIOUS_STATE_FILE = "training-state-prev.pt"
 BEST_FILE = "best_model.pkl"
 RUN_INFO = "run"                # Key in the options file: what is known of the run beside its settings.
 
+MOVED = "moved."                # Before the name of a setting: its file has another path and the same content.
+DATA_CHANGED = "data_content"   # The data grew or were repaired.
+OPTIONS_KEY = "options"         # Of a state: the settings that it was made with, as in the options file.
+STEM_KEY = "stem_generator"     # In what is known of a run: settings of its stem's generator, should the file go.
+DATA_FILE = "data-files.json.gz"    # What the data consist of.
+CLAIMS = 5                      # Attempts to take a run while other processes begin and end there.
+FORBIDDEN = '<>:"/\\|?*'        # On some system or other, in the name of a folder.
+MAX_NAME = 200                  # Bytes of a folder's name after its number; systems have 255.
+
 # Settings that may differ between two starts of one run: reporting, saving, length, how the work is cut.
 FREE = ("total_kimg", "kimg_per_tick", "snapshot_ticks", "metrics", "restart_every", "cudnn_benchmark", "saving",
-        "batch_gpu", "data.workers", "data.path", "on_collapse", "wandb", "diagnose")
+        "batch_gpu", "data.workers", "data.path", "on_collapse", "wandb", "diagnose", "moved")
 # Settings that change what is computed from here on, but not what there is: --continue-changed lets them.
-CHANGEABLE = ("batch", "precision", "feature_precision", "loss", "optim")
+CHANGEABLE = ("batch", "precision", "feature_precision", "loss", "optim", "path_stem", "resume", "init_from",
+              "embedding", DATA_CHANGED)
 
 #----------------------------------------------------------------------------
 # Comparing settings.
@@ -51,6 +67,8 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
+        if self.name == DATA_CHANGED and self.old == "":
+            return f"data: {self.new}"
         return f"{self.name}: {_short(self.old)} -> {_short(self.new)}"
 
     def belongs_to(self, names: tuple[str, ...]) -> bool:
@@ -107,6 +125,37 @@ def description(name: str) -> str:
     return re.sub(r"-gpus\d+-batch\d+", "", re.sub(r"^\d{5}-", "", normalized_name(name)), count=1)
 
 
+def run_description(parts: list[str], desc: str | None) -> str:
+    """The name of a run's folder without its number.
+
+    Args:
+        parts: What the command is about.
+        desc: What the user typed for --desc.
+
+    Raises:
+        UserError: it is not the name of one folder on every system.
+    """
+    if desc:
+        strange = sorted({c for c in desc if c in FORBIDDEN or unicodedata.category(c)[0] == "C"})
+        if strange:
+            raise UserError(f"--desc={ascii(desc)[1:-1]}: has {ascii(strange[0])}, but it becomes part of one folder's "
+                            f"name: --desc={_harmless(desc)} would do")
+        if desc.strip(" .") != desc or ".." in desc:
+            raise UserError(f"--desc={desc!r}: begins or ends with a space or a dot, or has two dots in a row: "
+                            f"--desc={_harmless(desc)} would do")
+    name = normalized_name("-".join(parts + ([desc] if desc else [])))
+    too_long = len(name.encode()) - MAX_NAME
+    if too_long > 0:
+        what = f"--desc={desc[:20]}..." if desc else f"--data: the name {parts[-1][:20]}..."
+        raise UserError(f"{what} is too long for a folder's name: leave out {too_long} bytes or more")
+    return name
+
+
+def _harmless(desc: str) -> str:
+    kept = "".join("_" if c in FORBIDDEN or unicodedata.category(c)[0] == "C" else c for c in desc)
+    return re.sub(r"\.\.+", ".", kept).strip(" .")[:40] or "mine"
+
+
 def has_state(folder: Path) -> bool:
     """Whether a run can be continued."""
     return (folder / STATE_FILE).is_file() or (folder / PREVIOUS_STATE_FILE).is_file()
@@ -125,63 +174,129 @@ def read_options(folder: Path) -> dict[str, Any] | None:
     return options
 
 
-def find_run(outdir: Path, desc: str, config: TrainConfig, info: dict[str, Any] | None = None,
-             continue_changed: bool = False) -> RunChoice:
+def recorded_options(folder: Path) -> dict[str, Any] | None:
+    """The settings of a run with a state: of its options file, or, where that is missing or damaged, of its state.
+
+    Raises:
+        UserError: none of them can be read, so nobody knows what the run is.
+    """
+    options = read_options(folder)
+    if options is not None or not has_state(folder):
+        return options
+    for name in (STATE_FILE, PREVIOUS_STATE_FILE):
+        with contextlib.suppress(UserError):
+            options = checkpoint.load(folder / name, STATE_FORMAT, mmap=True).get(OPTIONS_KEY)
+            if isinstance(options, dict):
+                return options
+    raise UserError(f"{folder / OPTIONS_FILE}: missing or damaged, and the training state does not tell the settings "
+                    "either: bring the file back, or, to start a new run, move that folder elsewhere or give another "
+                    "--desc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a command brings along beside its settings."""
+
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)          # `run_info()` of this start.
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)    # `find_sources` of its settings.
+    inventory: Callable[[], Inventory] | None = None                        # Of its data.
+
+
+def find_run(outdir: Path, desc: str, config: TrainConfig, given: Given, continue_changed: bool = False) -> RunChoice:
     """The folder for this command below `outdir`. Nothing is created here.
 
-    Folders are called NNNNN-<desc>. Of those whose description differs at most in processes and batch, the newest one
-    with a state and with the same settings is continued, FREE ones apart; without one, the next number is taken, and
-    the notes say what differs from the newest.
+    Folders are called NNNNN-<desc>. Of those whose description differs at most in processes and batch, or whose data
+    have another name and the same content, the newest one with a state and with the same settings is continued, FREE
+    ones apart; without one, the next number is taken, and the notes say what differs from the newest.
 
     Args:
         outdir: Where runs are.
-        desc: Description of this command, with '-gpus<N>-batch<N>'.
+        desc: `run_description` of this command, with '-gpus<N>-batch<N>'.
         config: Its settings.
-        info: `run_info()` of this start.
+        given: What else it brings along.
         continue_changed: Let CHANGEABLE settings differ, too.
 
     Raises:
-        UserError: `continue_changed`, but something else differs.
+        UserError: the run is in use by another process; `continue_changed`, but something else differs; settings of a
+            run that this one may be are not readable.
     """
     found = []
     if outdir.is_dir():
         found = sorted(p for p in outdir.iterdir() if p.is_dir() and re.match(r"\d{5}-", p.name))
-    info, allowed = info or {}, FREE + (CHANGEABLE if continue_changed else ())
+    allowed = FREE + (CHANGEABLE if continue_changed else ())
     refused: tuple[str, ...] = ()
-    for folder in reversed([p for p in found if description(p.name) == description(desc)]):
-        options = read_options(folder) if has_state(folder) else None
-        if options is None:
+    for folder in reversed(found):
+        is_namesake = description(folder.name) == description(desc)
+        try:
+            options = recorded_options(folder)
+        except UserError:
+            if is_namesake:
+                raise
             continue
-        differing = changes(options, to_dict(config)) + _other_data(options, config, info)
+        owner = owner_of(folder)
+        if options is None or not (is_namesake or _is_renamed(options, given.info)) or not (owner or has_state(folder)):
+            if owner is not None and is_namesake:
+                raise refusal(folder, owner)        # It has only begun.
+            continue
+        differing = _differing(folder, options, config, given)
         fatal = [change for change in differing if not change.belongs_to(allowed)]
+        if not fatal and owner is not None:
+            raise refusal(folder, owner)
         if not fatal:
-            return RunChoice(folder, True, _continued(differing, options.get(RUN_INFO, {}), info))
-        if continue_changed:
+            return RunChoice(folder, True, _continued(folder, differing, options.get(RUN_INFO) or {}, given.info))
+        if is_namesake and continue_changed and owner is None:
             raise UserError(f"--continue-changed: {folder} cannot be continued by this command; what cannot change: "
                             f"{'; '.join(map(str, fatal))}: leave the option out to start a new run")
-        refused = refused or _refused(folder, fatal)
+        if is_namesake:
+            refused = refused or _refused(folder, fatal)
     number = 1 + max((int(p.name[:5]) for p in found), default=-1)
     return RunChoice(outdir / f"{number:05d}-{desc}", False, refused)
 
 
-def _other_data(options: dict[str, Any], config: TrainConfig, info: dict[str, Any]) -> list[Change]:
-    """Data may move, but not become other data. Folders have no fingerprint: there the path and the classes count."""
-    before, after = options.get(RUN_INFO, {}).get("class_names"), info.get("class_names")
+def _is_renamed(options: dict[str, Any], info: dict[str, Any]) -> bool:
+    """Whether a run whose folder has another name may be the command's: the same data under another name."""
+    known = options.get(RUN_INFO) or {}
+    return (info.get("data_fingerprint") is not None and "desc" in known and known["desc"] == info.get("desc")
+            and known.get("data_fingerprint") == info["data_fingerprint"])
+
+
+def _differing(folder: Path, options: dict[str, Any], config: TrainConfig, given: Given) -> list[Change]:
+    """All that differs between a run and a command. Files are compared by content."""
+    records = (options.get(RUN_INFO) or {}).get(FILES) or {}
+    old, new, moved = by_content(options, to_dict(config), records, given.sources)
+    return [*changes(old, new), *(Change(MOVED + name, before, after) for name, before, after in moved),
+            *_other_data(folder, options, config, given)]
+
+
+def _other_data(folder: Path, options: dict[str, Any], config: TrainConfig, given: Given) -> list[Change]:
+    """Data may move, grow or be repaired, but not become other data. Older versions knew folders by their path."""
+    before, after = (options.get(RUN_INFO) or {}).get("class_names"), given.info.get("class_names")
     if before and after and not (len(before) == len(after)
                                  and Classes(before).find_all(after) == list(range(len(after)))):
         return [Change("class_names", before, after)]
-    old, new = options.get(RUN_INFO, {}).get("data_fingerprint"), info.get("data_fingerprint")
-    if old is not None and new is not None:
-        return [] if old == new else [Change("data_fingerprint", old[:12], new[:12])]
-    paths = options.get("data", {}).get("path"), config.data.path
-    return [] if paths[0] == paths[1] else [Change("data_path", *paths)]
+    old = (options.get(RUN_INFO) or {}).get("data_fingerprint")
+    new = given.info.get("data_fingerprint")
+    if old is None or new is None:
+        paths = options.get("data", {}).get("path"), config.data.path
+        return [] if paths[0] == paths[1] else [Change("data_path", *paths)]
+    if old == new:
+        return []
+    before = read_inventory(folder / DATA_FILE)
+    if before is None or given.inventory is None:
+        return [Change(DATA_CHANGED, old[:12], new[:12])]
+    text, is_related = compare(before, given.inventory())
+    if not text:
+        return []                   # An archive of the same files as the folder, or the other way round.
+    return [Change(DATA_CHANGED, "", text) if is_related else Change("data_fingerprint", old[:12], new[:12])]
 
 
-def _continued(differing: list[Change], old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
+def _continued(folder: Path, differing: list[Change], old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
     shown = [change for change in differing if change.name != "data.path"]
     shown += [Change(name, old[name], new.get(name)) for name in ("world_size", "code", "torch", "device")
               if name in old and old[name] != new.get(name, old[name])]
-    return tuple(f"changed since the last start: {change}" for change in shown)
+    notes = [] if read_options(folder) is not None else [
+        f"WARNING: {folder / OPTIONS_FILE} is missing or damaged: the settings are those in the training state"]
+    return (*notes, *(f"changed since the last start: {change}" for change in shown))
 
 
 def _refused(folder: Path, fatal: list[Change]) -> tuple[str, ...]:
@@ -189,6 +304,40 @@ def _refused(folder: Path, fatal: list[Change]) -> tuple[str, ...]:
     if all(change.belongs_to(CHANGEABLE) for change in fatal):
         lines.append("    --continue-changed continues it nevertheless")
     return tuple(lines)
+
+
+def known_stem(outdir: Path, desc: str | None, path_stem: str) -> dict[str, Any] | None:
+    """Settings of the generator and classes of a stem that is gone, from the newest run that can go on without it.
+
+    Args:
+        outdir: Where runs are.
+        desc: What the user typed for --desc.
+        path_stem: What was typed for --path_stem, now and then.
+    """
+    for folder in sorted(outdir.iterdir(), reverse=True) if outdir.is_dir() else ():
+        known = (read_options(folder) or {}).get(RUN_INFO) or {}
+        if (has_state(folder) and known.get("desc") == desc and isinstance(known.get(STEM_KEY), dict)
+                and (known.get(FILES) or {}).get("path_stem", {}).get("typed") == path_stem):
+            return dict(known[STEM_KEY])
+    return None
+
+
+def claim_run(find: Callable[[], RunChoice]) -> tuple[RunChoice, RunLock]:
+    """Choose a run and take it, so that what was chosen is still so.
+
+    Args:
+        find: `find_run` of this command.
+
+    Raises:
+        UserError: as `find`; another process was faster.
+    """
+    for _ in range(CLAIMS):
+        choice = find()
+        lock = RunLock(choice.folder)
+        if choice.resumed == has_state(choice.folder):
+            return dataclasses.replace(choice, notes=choice.notes + ((lock.note,) if lock.note else ())), lock
+        lock.release()              # Another process has begun or ended there meanwhile: what it left counts.
+    raise UserError(f"{choice.folder}: other processes keep beginning and ending there: start again when they are done")
 
 #----------------------------------------------------------------------------
 # What is known of a run beside its settings.
@@ -204,31 +353,51 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def run_info(dataset: ImageDataset, device: str = "") -> dict[str, Any]:
-    """Code version, torch, processes, device, content of the data (None for a folder: it would be read whole), classes.
-    """
-    fingerprint = dataset.fingerprint if os.path.isfile(dataset.path) else None
+def run_info(dataset: ImageDataset, device: str = "", desc: str | None = None) -> dict[str, Any]:
+    """Code version, torch, processes, device, content of the data, classes, and what the user typed for --desc."""
+    fingerprint = dataset.fingerprint if os.path.isfile(dataset.path) else inventory_fingerprint(   # Not read whole.
+        dataset.inventory(), dataset.xflip)
     return {"code": code_version(), "torch": torch.__version__, "world_size": distributed.world_size(),
-            "device": device, "data_fingerprint": fingerprint, "class_names": dataset.class_names}
+            "device": device, "data_fingerprint": fingerprint, "desc": desc,
+            "class_names": dataset.class_names}
 
 
-def create_run(choice: RunChoice, config: TrainConfig, info: Mapping[str, Any]) -> None:
+def create_run(choice: RunChoice, config: TrainConfig, given: Given) -> None:
     """Make the folder and write the settings into it; count the start; the notes go into log.txt.
 
     Raises:
         UserError: the folder cannot be written.
     """
     folder = choice.folder
-    starts = run_start(folder) + 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        content = to_dict(config) | {RUN_INFO: {**info, "starts": starts}}
+        old = (recorded_options(folder) or {}).get(RUN_INFO) or {}
+        records = record_sources(given.sources, old.get(FILES) or {})
+        keep_networks(folder, records)
+        kept = {name: old[name] for name in ("forms", STEM_KEY) if name in old}
+        info = kept | given.info | {"starts": int(old.get("starts", 0)) + 1, FILES: records}
+        content = to_dict(config) | {RUN_INFO: info}
+        if given.inventory is not None and not (
+                (folder / DATA_FILE).is_file() and old.get("data_fingerprint") == info.get("data_fingerprint")):
+            write_inventory(folder / DATA_FILE, given.inventory())
         atomic_write_text(folder / OPTIONS_FILE, json.dumps(content, indent=2) + "\n")
         append_text(folder / "log.txt", "".join(f"{note}\n" for note in choice.notes))
     except OSError as err:
         raise UserError(f"--outdir: cannot write to {folder} ({os.strerror(err.errno or 0)}): "
                         "name a folder that you may write to") from err
+
+
+def settings_of_state(folder: Path) -> dict[str, Any]:
+    """What a state holds of the settings in the options file: what must not change while it is used."""
+    options = read_options(folder)
+    if options is None:
+        return {}
+    def lasting(part: dict[str, Any], prefix: str) -> dict[str, Any]:
+        return {name: lasting(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+                for name, value in part.items() if prefix + name not in FREE}
+    known = {name: value for name, value in (options.get(RUN_INFO) or {}).items() if name != "starts"}
+    return {OPTIONS_KEY: lasting(options, "") | {RUN_INFO: known}}
 
 
 def add_run_info(folder: Path, **facts: Any) -> None:

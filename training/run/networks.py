@@ -27,12 +27,19 @@ class Stem:
 
 
 def make_networks(config: TrainConfig, dataset: ImageDataset, stem: Stem | None, device: torch.device,
-                  say: Callable[[str], None] = lambda text: None) -> tuple[Generator, ProjectedDiscriminator]:
-    """G and D on the device. Without the stem's snapshot a stage has random weights below, too, for measurements."""
+                  say: Callable[[str], None] = lambda text: None,
+                  saved: GeneratorConfig | None = None) -> tuple[Generator, ProjectedDiscriminator]:
+    """G and D on the device. Without the stem's snapshot a stage has random weights below, too, for measurements.
+
+    With the generator's settings from a training state, `saved`, G is only built: its tensors come from there, and
+    neither the stem nor the class table is needed any more.
+    """
     torch.manual_seed(config.seed)
     D = distributed.node_first(lambda: ProjectedDiscriminator(config.discriminator))   # The first may download.
     torch.manual_seed(config.seed)      # G does not depend on what D drew.
-    if stem is not None and stem.snapshot is not None:
+    if saved is not None:
+        G = Generator(dataclasses.replace(config.generator, embed_dim=saved.embed_dim))
+    elif stem is not None and stem.snapshot is not None:
         G = Generator(config.generator)
         load_stem_into(G, stem.config, stem.snapshot["G_ema"])
     else:

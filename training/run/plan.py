@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From options to the plan of a run: its settings, its data, where its weights come from, and its folder."""
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +28,25 @@ from training.dataset import ImageDataset, follow_classes
 from training.generator.layer_schedule import stem_config, superres_config
 from training.generator.superres import stage_table
 from training.run.batch_size import check_index_range, default_batch_gpu, find_batch_gpu, usable_sizes
-from training.run.folder import RunChoice, find_run, read_options, run_info
+from training.run.folder import (
+    RUN_INFO,
+    STEM_KEY,
+    Given,
+    RunChoice,
+    claim_run,
+    create_run,
+    find_run,
+    known_stem,
+    read_options,
+    recorded_options,
+    run_description,
+    run_info,
+)
 from training.run.init_from import check_generator
 from training.run.networks import Stem
 from training.run.options import Preset, TrainOptions, check_options, filled_preset
 from training.run.snapshots import Snapshot, generator_config
+from training.run.sources import FILES, find_sources, with_kept_networks
 from training.run.splitting import check_diversity, check_ghost_batch, split_batch
 
 SMALL_DATA = 50_000         # Images below which --preset=small is worth a thought.
@@ -41,6 +56,9 @@ class SnapshotReader(Protocol):
     """Gives the content of a snapshot, by the path of a file or of a run: `legacy.open_snapshot`."""
 
     def __call__(self, path: str, mmap: bool = False) -> Snapshot: ...
+
+
+SnapshotFinder = Callable[[str], Path]          # Path of a file or of a run -> the file: `legacy.find_snapshot`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +71,8 @@ class RunPlan:
     start: Snapshot | None              # Whose weights a new run begins with: --init-from, --resume.
     transfer: str                       # What of `start` fits G_ema, as a table; '' without.
     choice: RunChoice                   # Its folder, and whether the run there is continued.
-    info: Mapping[str, Any]             # What is known of it beside its settings: `run_info`.
+    find: Callable[[], RunChoice]       # Chooses again: what is in the folders may change until one is owned.
+    given: Given                        # What the command brings along beside its settings.
     options: TrainOptions
     title: str = ""                     # Of a stage of a recipe.
 
@@ -62,9 +81,14 @@ class RunPlan:
         """Where the results go."""
         return self.choice.folder
 
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What is known of it beside its settings: `run_info`."""
+        return self.given.info
+
 
 def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
-             planned_stem: Stem | None = None) -> RunPlan:
+             planned_stem: Stem | None = None, find_snapshot: SnapshotFinder = Path) -> RunPlan:
     """Resolve the options of one stem or stage. Nothing is created. All processes call this.
 
     Args:
@@ -72,6 +96,7 @@ def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
         gpus: Number of processes.
         open_snapshot: Reads --path_stem, --init-from and --resume.
         planned_stem: One that is not trained yet, in place of --path_stem.
+        find_snapshot: The file that such a path means.
 
     Raises:
         UserError: options, files and data that do not go together; names the option and a remedy.
@@ -86,19 +111,28 @@ def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
     stem = None
     if options.superres:
         assert options.path_stem is not None, "check_options has seen it"
-        stem = planned_stem or _open_stem(options.path_stem, open_snapshot)
+        stem = planned_stem or _open_stem(options, open_snapshot)
         follow_stem(dataset, stem)
-    beginning = options.init_from or options.resume
-    start = open_snapshot(beginning) if beginning else None
+    start, missing = _open_start(options, open_snapshot)
     config = _settings(options, preset, dataset, stem, gpus)
     transfer = check_generator(config, start, dataset.class_names) if start is not None else ""
-    name = "-".join([str(options.cfg), dataset.name, f"gpus{gpus}", f"batch{config.batch}"]
-                    + ([options.desc] if options.desc else []))
-    info = run_info(dataset, options.device)
-    choice = distributed.broadcast_object(
-        find_run(Path(options.outdir), name, config, info, options.continue_changed)
-        if distributed.rank() == 0 else None)
-    return RunPlan(config, dataset, stem, start, transfer, choice, info, options)
+    name = run_description([str(options.cfg), dataset.name, f"gpus{gpus}", f"batch{config.batch}"], options.desc)
+    info = run_info(dataset, options.device, options.desc)
+    if stem is not None:
+        info[STEM_KEY] = {"generator_config": to_dict(stem.config), "class_names": list(stem.class_names)}
+    given = Given(info, find_sources(config, find_snapshot), dataset.inventory)
+
+    def find() -> RunChoice:
+        return find_run(Path(options.outdir), name, config, given, options.continue_changed)
+
+    choice: RunChoice = distributed.broadcast_object(find() if distributed.rank() == 0 else None)
+    if choice.resumed:
+        config = _with_kept_networks(config, choice.folder, given)
+    elif missing is not None:
+        raise missing
+    elif stem is not None and stem.snapshot is None and planned_stem is None:
+        open_snapshot(str(options.path_stem))       # Says what is wrong with it.
+    return RunPlan(config, dataset, stem, start, transfer, choice, find, given, options)
 
 
 def _open_dataset(options: TrainOptions) -> ImageDataset:
@@ -111,8 +145,16 @@ def _open_dataset(options: TrainOptions) -> ImageDataset:
     return dataset
 
 
-def _open_stem(path: str, open_snapshot: SnapshotReader) -> Stem:
-    snapshot = open_snapshot(path, mmap=True)      # Only G_ema of it is read.
+def _open_stem(options: TrainOptions, open_snapshot: SnapshotReader) -> Stem:
+    """The snapshot of --path_stem; where that is gone, what a run that was begun with it knows of it."""
+    assert options.path_stem is not None, "check_options has seen it"
+    try:
+        snapshot = open_snapshot(options.path_stem, mmap=True)      # Only G_ema of it is read.
+    except UserError:
+        known = known_stem(Path(options.outdir), options.desc, options.path_stem)
+        if known is None:
+            raise
+        return Stem(generator_config(known), tuple(known.get("class_names") or ()))
     return Stem(generator_config(snapshot), tuple(snapshot.get("class_names") or ()), snapshot)
 
 
@@ -134,6 +176,23 @@ def follow_stem(dataset: ImageDataset, stem: Stem) -> None:
     note = follow_classes(dataset, "the stem of --path_stem", Classes(stem.class_names, there))
     if note:
         distributed.print0(f"NOTE: {note}")
+
+
+def _open_start(options: TrainOptions, open_snapshot: SnapshotReader) -> tuple[Snapshot | None, UserError | None]:
+    """The snapshot of --init-from or --resume, or why it cannot be had: a run that has a state does without it."""
+    path = options.init_from or options.resume
+    if not path:
+        return None, None
+    try:
+        return open_snapshot(path), None
+    except UserError as err:
+        return None, err
+
+
+def _with_kept_networks(config: TrainConfig, folder: Path, given: Given) -> TrainConfig:
+    """The settings of a run that goes on, with networks that are gone or moved replaced by those in its folder."""
+    known = (recorded_options(folder) or {}).get(RUN_INFO) or {} if distributed.rank() == 0 else None
+    return with_kept_networks(config, folder, (distributed.broadcast_object(known)).get(FILES) or {}, given.sources)
 
 
 def _generator(options: TrainOptions, preset: Preset, dataset: ImageDataset, stem: Stem | None) -> GeneratorConfig:
@@ -228,6 +287,25 @@ def with_local_data(plan: RunPlan) -> RunPlan:
     dataset = ImageDataset(path, use_labels=options.cond, xflip=options.mirror)
     follow_classes(dataset, "the run", Classes(plan.dataset.class_names))
     return dataclasses.replace(plan, dataset=dataset)
+
+
+@contextlib.contextmanager
+def owned(plan: RunPlan) -> Iterator[RunPlan]:
+    """The plan with its run's folder, which is made, with the settings in it, and belongs to this command for the
+    block. All processes call this.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock, choice = None, None
+    if distributed.rank() == 0:
+        choice, lock = claim_run(plan.find)
+        create_run(choice, plan.config, plan.given)
+    try:
+        yield dataclasses.replace(plan, choice=distributed.broadcast_object(choice))
+    finally:
+        if lock is not None:
+            lock.release()
 
 #----------------------------------------------------------------------------
 # For people.

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked before the first step: the same code, settings and data on every process, and room for the states.
+"""What is checked before the first step: the same code, settings and data on every process, room for the
+states and for what loader processes send.
 
 That every process is there and messages come through is checked when the group is joined (torch_utils.distributed);
 that weights are there, when the networks are made, on every node, before anything is trained.
 """
+import dataclasses
+import math
 import shutil
 import socket
 from collections.abc import Mapping
@@ -16,10 +19,13 @@ from dnnlib import UserError
 from dnnlib.util import format_bytes
 from torch_utils import distributed
 from training.config import TrainConfig, to_dict
+from training.data.loading import SHARED_MEMORY
 from training.dataset import ImageDataset
 from training.run.folder import flatten
 from training.step.phases import Phase
 
+PAGE_BYTES = 4096               # Shared memory comes in such.
+BATCHES_AHEAD = 2               # Of a loader process, as PyTorch has it.
 STATES_ON_DISK = 3              # The last two and the one that is being written.
 LOCAL_SETTINGS = ("data.path",) # May differ from node to node: the data itself is compared.
 
@@ -57,6 +63,32 @@ def differences(facts: list[dict[str, Any]], hosts: list[str]) -> list[str]:
     return lines
 
 #----------------------------------------------------------------------------
+
+def loader_bytes(config: TrainConfig) -> int:
+    """Shared memory that the loader processes of one training process fill: each is two micro-batches ahead."""
+    images = config.batch_gpu * 3 * config.data.resolution ** 2
+    pages = math.ceil(images / PAGE_BYTES) + math.ceil(8 * config.batch_gpu / PAGE_BYTES)
+    return (BATCHES_AHEAD * config.data.workers + 1) * pages * PAGE_BYTES if config.data.workers > 0 else 0
+
+
+def check_shared_memory(config: TrainConfig) -> None:
+    """See that there is room for what the loader processes of this node send. All processes call it.
+
+    Raises:
+        UserError: there is not.
+    """
+    neighbours = distributed.all_gather_object(socket.gethostname()).count(socket.gethostname())
+    needed = neighbours * loader_bytes(config)
+    if needed == 0 or not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        fewer = [n for n in range(1, config.data.workers) if neighbours * loader_bytes(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, workers=n))) <= free]
+        raise UserError(f"--workers={config.data.workers}: shared memory ({SHARED_MEMORY}) has {format_bytes(free)} "
+                        f"free, but the loader processes need {format_bytes(needed)}: take "
+                        f"--workers={max(fewer, default=0)}, or give the container more (docker run --shm-size=8g)")
+
 
 def state_bytes(networks: list[torch.nn.Module], phases: list[Phase]) -> int:
     """Size of one training state: networks, and two moments of Adam per trained parameter."""

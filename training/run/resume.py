@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading the training state of a run: the newest that is whole, the same on all processes."""
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,21 @@ from typing import Any
 import torch
 
 from dnnlib import UserError
-from torch_utils import distributed
+from torch_utils import checkpoint, distributed
 from torch_utils.nested import leaves, map_leaves
-from training.run.folder import PREVIOUS_STATE_FILE, STATE_FILE, has_state
+from training.config import GeneratorConfig, TrainConfig, to_dict
+from training.run.folder import (
+    CHANGEABLE,
+    FREE,
+    OPTIONS_KEY,
+    PREVIOUS_STATE_FILE,
+    STATE_FILE,
+    Change,
+    changes,
+    has_state,
+)
 from training.run.formats import RunShape, read_state
+from training.run.snapshots import STATE_FORMAT, generator_config
 from training.trainer import Progress, Trainer
 
 
@@ -39,6 +51,44 @@ def load_state(folder: Path, say: Callable[[str], None], shape: RunShape | None 
     """
     content = _read(folder, say, shape) if distributed.rank() == 0 else None
     return content if distributed.world_size() == 1 else share(content)
+
+
+def saved_generator(folder: Path) -> GeneratorConfig | None:
+    """Settings of the generator in the newest state that can be read; None without one. All processes call this."""
+    found = None
+    for name in (STATE_FILE, PREVIOUS_STATE_FILE) if distributed.rank() == 0 else ():
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            found = found or generator_config(checkpoint.load(folder / name, STATE_FORMAT, mmap=True))
+    config: GeneratorConfig | None = distributed.broadcast_object(found)
+    return config
+
+
+def check_state(state: dict[str, Any], folder: Path, config: TrainConfig,
+                backbones: dict[str, dict[str, str | None]]) -> None:
+    """Compare what a state was made with with what it is loaded for: files can be exchanged after a run was chosen.
+
+    Args:
+        state: What `load_state` returned.
+        folder: Where it was.
+        config: Settings of this start.
+        backbones: `backbone_info` of this start's discriminator.
+
+    Raises:
+        UserError: they cannot belong together.
+    """
+    options = state.get(OPTIONS_KEY)        # Older states have none.
+    # Files are compared by content: of networks below, of what the run began with when it was chosen.
+    fatal = [] if options is None else [
+        change for change in changes(options, to_dict(config))
+        if not change.belongs_to((*FREE, *CHANGEABLE, "discriminator.backbones"))]
+    old = state.get("backbones") or {}
+    fatal += [Change("discriminator.backbones", sorted(old), sorted(backbones))] if set(old) != set(backbones) else []
+    fatal += [Change(f"sha256 of {key}", old[key].get("sha256"), info["sha256"]) for key, info in backbones.items()
+              if key in old and info["sha256"] != old[key].get("sha256")]
+    if fatal:
+        raise UserError(f"{folder / STATE_FILE}: was made with other settings than this run's: "
+                        f"{'; '.join(map(str, fatal))}: bring back the state or the network that belongs here, or "
+                        "start a new run with another --desc")
 
 
 def run_shape(trainer: Trainer) -> RunShape:

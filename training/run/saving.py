@@ -19,7 +19,7 @@ from torch_utils.memory import free_memory
 from torch_utils.nested import copy_to_cpu, first_nonfinite, tensor_bytes
 from training.config import TrainConfig
 from training.run import formats
-from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
+from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE, settings_of_state
 from training.run.snapshots import (
     images_shown,
     network_snapshot,
@@ -158,6 +158,7 @@ class Saver:
     def __init__(self, folder: Path, config: TrainConfig, class_names: list[str], say: Callable[[str], None]):
         self.folder, self.config, self.class_names, self.say = folder, config, class_names, say
         self.writer = Writer()
+        self._options = settings_of_state(folder)
         self._last_state = time.monotonic()
         self._told = False
 
@@ -192,7 +193,7 @@ class Saver:
             NonFiniteState: it must not be written.
         """
         self.writer.wait()          # The copy before this one is gone then.
-        content = training_state(trainer.state_dict())
+        content = training_state(trainer.state_dict()) | self._options
         if (bad := first_nonfinite(content)) is not None:
             raise NonFiniteState(f"{bad} is not finite, so nothing is saved: start a new run from the last snapshot, "
                                  "with --fp32=1 or half --glr and --dlr")

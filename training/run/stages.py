@@ -16,7 +16,7 @@ from torch_utils import distributed
 from training.run.folder import BEST_FILE
 from training.run.networks import Stem
 from training.run.options import TrainOptions
-from training.run.plan import RunPlan, SnapshotReader, plan_run
+from training.run.plan import RunPlan, SnapshotFinder, SnapshotReader, plan_run
 from training.run.recipes import RECIPES, Stage, select_stages, stage_dir, stage_options
 from training.run.snapshots import snapshots_by_age
 
@@ -70,34 +70,36 @@ def stem_of_first(options: TrainOptions, first: Stage) -> Path | None:
 #----------------------------------------------------------------------------
 # Plans.
 
-def plan_recipe(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader) -> Iterator[RunPlan]:
+def plan_recipe(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
+                find_snapshot: SnapshotFinder = Path) -> Iterator[RunPlan]:
     """The plans of the stages that were asked for, in order; each is made when the one before has been dealt with.
 
     Args:
         options: Of the command line; `recipe` names the recipe.
-        gpus, open_snapshot: As in `plan_run`.
+        gpus, open_snapshot, find_snapshot: As in `plan_run`.
 
     Raises:
         UserError: as `stage_options` and `plan_run`; the stage below the first one was not trained.
     """
     stages = stage_options(options)
     stem = distributed.broadcast_object(stem_of_first(options, stages[0][0]))
-    for number, (stage, plan) in enumerate(_plans(stages, stem, gpus, open_snapshot), start=1):
+    for number, (stage, plan) in enumerate(_plans(stages, stem, gpus, open_snapshot, find_snapshot), start=1):
         title = f"Stage {number} of {len(stages)} of {options.recipe}: {stage.resolution} pixels"
         yield dataclasses.replace(plan, title=title)
 
 
-def plan_untrained(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader) -> Iterator[RunPlan]:
+def plan_untrained(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
+                   find_snapshot: SnapshotFinder = Path) -> Iterator[RunPlan]:
     """The plans of the stages that were asked for, for measurements: those below need not have been trained."""
     wanted = select_stages(str(options.recipe), options.stages)
     stages = stage_options(dataclasses.replace(options, stages=None, given=options.given - {"stages"}))
-    for stage, plan in _plans(stages, None, gpus, open_snapshot):
+    for stage, plan in _plans(stages, None, gpus, open_snapshot, find_snapshot):
         if stage in wanted:
             yield plan
 
 
 def _plans(stages: list[tuple[Stage, TrainOptions]], stem: Path | None, gpus: int,
-           open_snapshot: SnapshotReader) -> Iterator[tuple[Stage, RunPlan]]:
+           open_snapshot: SnapshotReader, find_snapshot: SnapshotFinder) -> Iterator[tuple[Stage, RunPlan]]:
     """Stages, each grown on the one before, the first on `stem`.
 
     A stem that is not trained yet is stood in for by the settings that it will have.
@@ -109,6 +111,6 @@ def _plans(stages: list[tuple[Stage, TrainOptions]], stem: Path | None, gpus: in
             assert stem is not None, "only the first stage of a recipe has no stem"
             options = dataclasses.replace(options, path_stem=str(stem))
             planned = None if has_snapshot(stem) else below
-        plan = plan_run(options, gpus, open_snapshot, planned)
+        plan = plan_run(options, gpus, open_snapshot, planned, find_snapshot)
         below, stem = Stem(plan.config.generator, tuple(plan.dataset.class_names)), plan.folder
         yield stage, plan

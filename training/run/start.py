@@ -16,7 +16,7 @@ from training.run.init_from import start_from
 from training.run.networks import make_classifier, make_networks
 from training.run.plan import RunPlan
 from training.run.preflight import check_disk, state_bytes
-from training.run.resume import load_state, run_shape
+from training.run.resume import check_state, load_state, run_shape, saved_generator
 from training.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -37,7 +37,7 @@ def start_trainer(plan: RunPlan, device: torch.device, report: Callable[[str, to
         operations = dispatch.describe(device)
     say(f"device {device}, {distributed.world_size()} process(es); {operations}; torch {torch.__version__}")
     with step("making the networks"):
-        G, D = make_networks(config, plan.dataset, stem, device, say)
+        G, D = make_networks(config, plan.dataset, stem, device, say, saved_generator(plan.folder))
         classifier = make_classifier(config, plan.dataset.class_names, device)
     say(stage_table(G.config, stem.config if stem else None))
     trained = [sum(p.numel() for p in net.trainable_parameters()) for net in (G, D)]
@@ -46,8 +46,7 @@ def start_trainer(plan: RunPlan, device: torch.device, report: Callable[[str, to
     trainer = Trainer(config, G, D, classifier, device, report, _real_distance(plan, say))
     if distributed.rank() == 0:
         check_disk(plan.folder, state_bytes([G, trainer.G_ema, D], trainer.phases))
-    resumed = _take_weights(trainer, plan, say)
-    settle_forms(trainer, plan.folder, resumed, say)
+    settle_forms(trainer, plan.folder, _take_weights(trainer, plan, say), say)
     trainer.progress.elapsed += time.time() - began
     return trainer
 
@@ -64,6 +63,7 @@ def _take_weights(trainer: Trainer, plan: RunPlan, say: Say) -> bool:
     """Continue from the newest state, or begin with the weights of another network. Whether there was a state."""
     state = load_state(plan.folder, say, run_shape(trainer))
     if state is not None:
+        check_state(state, plan.folder, plan.config, trainer.D.backbone_info())
         trainer.load_state_dict(state)
         say(f"resuming at kimg {trainer.progress.cur_nimg / 1e3:.1f}, "
             f"after {format_time(trainer.progress.elapsed)} of training")

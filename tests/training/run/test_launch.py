@@ -1,6 +1,11 @@
 """Launchers' environments, processes that must agree, groups of samples: what of many nodes needs none."""
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from train import main
 from training.discriminators.blocks import DownBlock, begin_step, end_step, set_ghost_batch
 from training.run import preflight
 
+ROOT = Path(__file__).resolve().parents[3]
 SLURM = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_ID": "2",
          "SLURM_JOB_ID": "1000", "SLURM_STEP_NODELIST": "gpu[07-08]"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "1234",
@@ -98,23 +104,73 @@ def test_first_failure_is_the_one_that_is_told():
     assert "ValueError: first" in said[0]
 
 
-def test_silent_neighbour_is_reported(monkeypatch):
-    store, said, now = Store({"here/1": "host1"}), [], [0.0]
-    monkeypatch.setattr(peer_monitor.time, "monotonic", lambda: now[0])
-    monitor = peer_monitor.PeerMonitor(store, 0, 2, "host0", end=said.append)
-    monitor._look()                                     # The other process has not begun yet.
-    store["beat/1"] = "1"
-    for now[0] in (1.0, 200.0):
-        monitor._look()
-    store["beat/1"] = "2"
-    for now[0] in (400.0, 600.0):
-        monitor._look()
+def test_silent_neighbour_is_reported():
+    """Looks are counted: a job that was stopped as a whole goes on."""
+    store, said = Store({"here/1": "host1"}), []
+    w = peer_monitor.PeerMonitor(store, 0, 2, "host0", end=said.append)
+    looks = int(2 * peer_monitor.SILENT_SECONDS / peer_monitor.BEAT_SECONDS)
+    w._look()                                           # Not begun yet.
+    for beat in ("1", "2"):
+        store["beat/1"] = beat
+        for _ in range(looks):
+            w._look()
     assert "failure" not in store
-    now[0] = 800.0
-    monitor._look()
-    monitor._look()
+    for _ in range(3):
+        w._look()
     assert json.loads(store["failure"])["host"] == "host1"
     assert "rank 1 on host1 failed" in said[0]
+    assert "no sign of life for 122 s" in said[0]
+
+
+def test_a_broken_connection_blames_the_silent_one(monkeypatch):
+    """Of three processes the last one is gone, and the second one finds its connection broken."""
+    store = Store({f"here/{r}": f"host{r}" for r in range(3)} | {f"beat/{r}": "5" for r in range(3)})
+    w = peer_monitor.PeerMonitor(store, 1, 3, "host1")
+    monkeypatch.setattr(peer_monitor.time, "sleep", lambda seconds: store.update({"beat/0": "6"}))
+    assert w.blame_the_silent() == "rank 2 on host2"
+    assert json.loads(store["failure"])["rank"] == 2
+    del store["failure"]
+    monkeypatch.setattr(peer_monitor.time, "sleep", lambda seconds: store.update({"beat/0": "7", "beat/2": "6"}))
+    assert w.blame_the_silent() is None                 # All live: its own fault.
+
+
+def test_one_process_tells_a_mistake_and_the_others_are_quiet(monkeypatch, tmp_path):
+    store, said = Store(), []
+    watches = [peer_monitor.PeerMonitor(store, rank, 2, f"host{rank}", end=lambda *how: said.append(how))
+               for rank in range(2)]
+    assert watches[1].report(UserError("no such file"))
+    watches[0]._look()
+    assert "UserError: no such file" in said[0][0]      # Nobody waits for a code.
+    for name, value in (TORCHRUN | {launch.EXIT_FILE: str(tmp_path / "code")}).items():
+        monkeypatch.setenv(name, value)
+    said.clear()
+    watches[0]._look()
+    assert said[0] == ("", 0)
+
+
+def test_a_stopped_process_is_killed_by_its_sentinel():
+    program = ("import os, signal, sys; sys.path.insert(0, '.'); from torch_utils.peer_monitor import Sentinel; "
+               "s = Sentinel('rank 1 on here', 0.4); s.beat(); os.kill(os.getpid(), signal.SIGSTOP)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert "rank 1 on here: process" in done.stderr
+    assert "no sign of life for 0 s: it is stopped or hangs, and is killed" in done.stderr
+
+
+def test_children_end_with_the_one_that_started_them(tmp_path):
+    """The pipe that only the first process writes to, and what is left of the job when it is gone."""
+    os.mkfifo(tmp_path / launch.ALIVE)
+    writer = os.open(tmp_path / launch.ALIVE, os.O_RDWR | os.O_NONBLOCK)
+    program = ("import sys, time; sys.path.insert(0, '.'); from torch_utils.launch import end_with_launcher; "
+               "end_with_launcher(); print('begun', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env=os.environ | {launch.LAUNCHER_FOLDER: str(tmp_path)})
+    assert process.stdout.readline() == "begun\n"
+    os.close(writer)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "is gone" in errors
+    assert not tmp_path.exists()
 
 #----------------------------------------------------------------------------
 

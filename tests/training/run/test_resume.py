@@ -34,6 +34,7 @@ from training.run.folder import (
     PREVIOUS_STATE_FILE,
     RUN_INFO,
     STATE_FILE,
+    Given,
     RunChoice,
     code_version,
     create_run,
@@ -65,29 +66,31 @@ INFO = {"code": "abc", "torch": "2.15", "world_size": 8, "device": "cuda", "data
 
 def make_run(outdir: Path, number: int, config: TrainConfig, desc: str = DESC, state: str | None = STATE_FILE) -> Path:
     folder = outdir / f"{number:05d}-{desc}"
-    create_run(RunChoice(folder, False), config, INFO)
+    create_run(RunChoice(folder, False), config, Given(INFO))
     if state is not None:
         (folder / state).touch()
     return folder
 
 
 def test_the_same_command_continues(tmp_path):
-    assert find_run(tmp_path / "new", DESC, settings(), INFO) == RunChoice(tmp_path / "new" / f"00000-{DESC}", False)
+    new = tmp_path / "new"
+    assert find_run(new, DESC, settings(), Given(INFO)) == RunChoice(new / f"00000-{DESC}", False)
     folder = make_run(tmp_path, 3, settings())
-    assert find_run(tmp_path, DESC, settings(), INFO) == RunChoice(folder, True)
+    assert find_run(tmp_path, DESC, settings(), Given(INFO)) == RunChoice(folder, True)
     make_run(tmp_path, 4, settings(), desc="stylegan3-r-blobs16-gpus8-batch16")
     make_run(tmp_path, 5, settings(), state=None)           # Nothing was saved in it.
-    assert find_run(tmp_path, DESC, settings(), INFO).folder == folder
-    assert find_run(tmp_path, DESC + "-mine", settings(), INFO) == RunChoice(tmp_path / f"00006-{DESC}-mine", False)
+    assert find_run(tmp_path, DESC, settings(), Given(INFO)).folder == folder
+    mine = DESC + "-mine"
+    assert find_run(tmp_path, mine, settings(), Given(INFO)) == RunChoice(tmp_path / f"00006-{mine}", False)
     newer = make_run(tmp_path, 7, settings(), state=PREVIOUS_STATE_FILE)
-    assert find_run(tmp_path, DESC, settings(), INFO).folder == newer
+    assert find_run(tmp_path, DESC, settings(), Given(INFO)).folder == newer
 
 
 def test_other_processes_micro_batches_reports_and_machines_continue(tmp_path):
     folder = make_run(tmp_path, 0, settings())
     new = settings(batch_gpu=4, total_kimg=200, metrics=("kid50k_full",), data=DataConfig("/b/blobs16.zip", 16, 4,
                    workers=7), saving=SavingConfig(keep=3), restart_every=60)
-    choice = find_run(tmp_path, DESC.replace("gpus8", "gpus2"), new, INFO | {"world_size": 2, "code": "def"})
+    choice = find_run(tmp_path, DESC.replace("gpus8", "gpus2"), new, Given(INFO | {"world_size": 2, "code": "def"}))
     assert (choice.folder, choice.resumed) == (folder, True)
     text = "\n".join(choice.notes)
     for line in ("batch_gpu: 2 -> 4", "total_kimg: 100 -> 200", 'metrics: ["fid50k_full"] -> ["kid50k_full"]',
@@ -99,12 +102,12 @@ def test_what_changes_the_result_is_listed_and_needs_a_word(tmp_path):
     folder = make_run(tmp_path, 0, settings())
     new = settings(batch=32, optim=OptimConfig.official(32, G_lr=0.001))
     desc = DESC.replace("batch16", "batch32")
-    choice = find_run(tmp_path, desc, new, INFO)
+    choice = find_run(tmp_path, desc, new, Given(INFO))
     assert (choice.folder.name, choice.resumed) == (f"00001-{desc}", False)
     text = "\n".join(choice.notes)
     for part in (f"not continued: {folder}", "batch: 16 -> 32", "optim.G_lr: 0.0025 -> 0.001", "--continue-changed"):
         assert part in text
-    choice = find_run(tmp_path, desc, new, INFO, continue_changed=True)
+    choice = find_run(tmp_path, desc, new, Given(INFO), continue_changed=True)
     assert (choice.folder, choice.resumed) == (folder, True)
     assert "optim.G_lr: 0.0025 -> 0.001" in "\n".join(choice.notes)
 
@@ -114,18 +117,17 @@ def test_what_changes_the_result_is_listed_and_needs_a_word(tmp_path):
     ({"discriminator": DiscriminatorConfig(san=False)}, {}, "discriminator.san: true -> false"),
     ({"generator": GeneratorConfig(16, InputSpec(8, 4, 4.0, 1.0), ())}, {}, "generator.input.channels: 4 -> 8"),
     ({"data": DataConfig("blobs16.zip", 16, 4, mirror=True)}, {}, "data.mirror: false -> true"),
-    ({}, {"data_fingerprint": "e" * 64}, 'data_fingerprint: "ffffffffffff" -> "eeeeeeeeeeee"'),
     ({}, {"class_names": ["b", "a"]}, 'class_names: ["a", "b"] -> ["b", "a"]'),
     ({"data": DataConfig("/b/blobs16", 16, 4)}, {"data_fingerprint": None}, 'data_path: "blobs16.zip" -> "/b/blobs16"'),
 ])
 def test_other_networks_seeds_and_data_never_continue(tmp_path, changed, info, line):
     folder = make_run(tmp_path, 0, settings())
-    choice = find_run(tmp_path, DESC, settings(**changed), INFO | info)
+    choice = find_run(tmp_path, DESC, settings(**changed), Given(INFO | info))
     assert not choice.resumed
     assert line in "\n".join(choice.notes)
     assert "--continue-changed" not in "\n".join(choice.notes)
     with pytest.raises(UserError, match=f"{folder.name} cannot be continued") as error:
-        find_run(tmp_path, DESC, settings(**changed), INFO | info, continue_changed=True)
+        find_run(tmp_path, DESC, settings(**changed), Given(INFO | info), continue_changed=True)
     assert line in str(error.value)
 
 
@@ -138,11 +140,11 @@ def test_precision_of_layers_may_change_as_precision_may(tmp_path):
     for layer in options["generator"]["layers"]:
         del layer["is_clamped"]
     (folder / OPTIONS_FILE).write_text(json.dumps(options))
-    assert find_run(tmp_path, DESC, settings(generator=generator), INFO).resumed
-    choice = find_run(tmp_path, DESC, single, INFO)
+    assert find_run(tmp_path, DESC, settings(generator=generator), Given(INFO)).resumed
+    choice = find_run(tmp_path, DESC, single, Given(INFO))
     assert not choice.resumed
     assert "--continue-changed continues it nevertheless" in "\n".join(choice.notes)
-    assert find_run(tmp_path, DESC, single, INFO, continue_changed=True).folder == folder
+    assert find_run(tmp_path, DESC, single, Given(INFO), continue_changed=True).folder == folder
 
 
 def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_path):
@@ -150,10 +152,8 @@ def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_pat
     options = json.loads((folder / OPTIONS_FILE).read_text())
     del options["saving"], options["loss"]["diversity_weight"], options[RUN_INFO]
     (folder / OPTIONS_FILE).write_text(json.dumps(options))
-    assert find_run(tmp_path, DESC, settings(), INFO).resumed
-    assert not find_run(tmp_path, DESC, settings(loss=LossConfig(diversity_weight=8.0)), INFO).resumed
-    (folder / OPTIONS_FILE).write_text("{")
-    assert not find_run(tmp_path, DESC, settings(), INFO).resumed
+    assert find_run(tmp_path, DESC, settings(), Given(INFO)).resumed
+    assert not find_run(tmp_path, DESC, settings(loss=LossConfig(diversity_weight=8.0)), Given(INFO)).resumed
 
 
 def test_settings_under_their_former_names(tmp_path):
@@ -161,17 +161,17 @@ def test_settings_under_their_former_names(tmp_path):
     options = json.loads((folder / OPTIONS_FILE).read_text())
     options["discriminator"]["split_group"] = options["discriminator"].pop("ghost_batch")
     (folder / OPTIONS_FILE).write_text(json.dumps(options))
-    assert find_run(tmp_path, DESC, settings(discriminator=DiscriminatorConfig(ghost_batch=2)), INFO).resumed
-    assert not find_run(tmp_path, DESC, settings(), INFO).resumed
+    assert find_run(tmp_path, DESC, settings(discriminator=DiscriminatorConfig(ghost_batch=2)), Given(INFO)).resumed
+    assert not find_run(tmp_path, DESC, settings(), Given(INFO)).resumed
     assert from_dict(DiscriminatorConfig, {"split_group": 8}).ghost_batch == 8
 
 
 def test_what_the_options_file_records(tmp_path):
     folder = make_run(tmp_path, 0, settings())
     (folder / ".training-state.pt.abc.tmp").touch()         # A killed process left it.
-    create_run(RunChoice(folder, True, ("changed since the last start: x: 1 -> 2",)), settings(), INFO)
+    create_run(RunChoice(folder, True, ("changed since the last start: x: 1 -> 2",)), settings(), Given(INFO))
     options = json.loads((folder / OPTIONS_FILE).read_text())
-    assert options[RUN_INFO] == INFO | {"starts": 2}
+    assert options[RUN_INFO] == INFO | {"starts": 2, "files": {}}
     assert run_start(folder) == 2
     del options[RUN_INFO]
     assert options == json.loads(json.dumps(to_dict(settings())))

@@ -14,7 +14,7 @@ import train
 from tests.training.test_loop import SMALL, assert_equal_states, only_run
 from torch_utils import checkpoint, distributed
 from training import trainer
-from training.dataset import start_loading
+from training.data.loading import start_loading
 from training.run import stopping
 from training.run.folder import STATE_FILE
 from training.run.snapshots import STATE_FORMAT
@@ -48,7 +48,7 @@ def at_iteration(monkeypatch, number: int, action) -> None:
 #----------------------------------------------------------------------------
 # Noticing and agreeing.
 
-@pytest.mark.parametrize("name", stopping.SIGNALS)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_signals_are_noticed_inside_only(name):
     before = signal.getsignal(getattr(signal, name))
     with StopRequests() as stop:
@@ -57,6 +57,50 @@ def test_signals_are_noticed_inside_only(name):
         assert name in stop.poll().restart
         assert name in stop.poll().restart          # It stays asked for.
     assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_a_second_ctrl_c_ends_at_once_whatever_the_main_thread_does(capsys):
+    ends = []
+    with StopRequests(end=lambda *how: ends.append(how)) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)         # The same one, from terminal and launcher.
+        while not stop.is_asked():
+            pass
+        assert "SIGINT" in stop.poll().restart
+        stop._hear(signal.SIGINT)
+        assert ends == []
+        stop._interrupted -= 1
+        stop._hear(signal.SIGTERM)
+        assert ends == []
+        stop._hear(signal.SIGINT)
+        assert ends[0][1] == 130
+        assert "SIGINT" in stop.poll().restart      # The first one counts.
+    assert "a second Ctrl-C ends at once" in capsys.readouterr().err
+
+
+def test_ignored_signals_stay_ignored():
+    """nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.poll() == stopping.NOTHING
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_output_that_ends_does_not_end_the_run(monkeypatch):
+    """`train.py | tee` and Ctrl-C, or a closed terminal."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as broken, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", broken)
+        with stopping.unbreakable_output():
+            print("lost", flush=True)
+            print("lost, too", flush=True)
+            assert sys.stdout.encoding == broken.encoding
+        assert sys.stdout is broken
 
 
 def test_out_of_time(monkeypatch):
@@ -124,7 +168,7 @@ def unbroken(tmp_path_factory, data16):
     return only_run(out)
 
 
-@pytest.mark.parametrize(("name", "iteration"), [("SIGTERM", 1), ("SIGUSR1", 2), ("SIGTERM", 3), ("SIGUSR1", 4)])
+@pytest.mark.parametrize(("name", "iteration"), [("SIGTERM", 1), ("SIGINT", 2), ("SIGHUP", 3), ("SIGUSR1", 4)])
 def test_a_signal_at_any_iteration_loses_nothing(unbroken, data16, tmp_path, monkeypatch, name, iteration):
     """Exit code 3 after the iteration; started again the run is the unbroken one, bit by bit, snapshots included."""
     with monkeypatch.context() as patch:
