@@ -240,7 +240,7 @@ def deaf_loader(work: Path) -> None:
 
 
 def full_shared_memory(work: Path) -> None:
-    """64 KB of shared memory, found out by a loader process: the check before the start is left out."""
+    """Full shared memory, simulated in the loader processes: the check before the start is left out."""
     def fill() -> None:
         preflight.SHARED_MEMORY = Path("/nowhere")
         torch.Tensor.share_memory_ = no_space       # type: ignore[method-assign]
