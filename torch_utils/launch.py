@@ -24,6 +24,8 @@ STOP_SIGNALS = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1"
                          if hasattr(signal, name))
 LAUNCHER_FOLDER = "STYLESAN_LAUNCHER"   # Folder of the process that `--gpus` starts all others from:
 ALIVE, AGENT = "alive", "agent"         # a pipe that only it has open for writing; the process id of torchrun.
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)       # Windows has one way to end a process.
+CAN_PAUSE = hasattr(signal, "SIGSTOP") and hasattr(signal, "SIGCONT") and hasattr(os, "killpg")
 DEFAULT_PORT = 29400
 POLL_SECONDS = 5.0
 IDLE_SECONDS = 60.0         # For torchrun to end after its processes.
@@ -142,7 +144,7 @@ def run_local_processes(num_processes: int, argv: list[str], max_restarts: int =
         stack.enter_context(agent.forwarding())
         code = agent.wait()
         exit_file = folder / "exit-code"
-        return int(exit_file.read_text()) if exit_file.is_file() else code
+        return int(exit_file.read_text(encoding="utf-8")) if exit_file.is_file() else code
 
 
 class _Agent:
@@ -157,7 +159,7 @@ class _Agent:
     def forwarding(self) -> Iterator[None]:
         """Handlers for the block. What was ignored stays so: by nohup, or by a shell in the background."""
         wanted: dict[int, Handler] = dict.fromkeys(STOP_SIGNALS, self._forward)
-        if hasattr(signal, "SIGTSTP"):
+        if CAN_PAUSE and hasattr(signal, "SIGTSTP"):
             wanted[signal.SIGTSTP] = self._pause
         before = {number: signal.signal(number, handler) for number, handler in wanted.items()
                   if signal.getsignal(number) is not signal.SIG_IGN}
@@ -190,7 +192,7 @@ class _Agent:
         if is_second or not children:               # Or there is nothing to save yet.
             self._ended_by = number
             self.process.kill()                     # First, or it would report the end of its processes as a failure.
-            number = signal.SIGKILL
+            number = KILL
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -221,13 +223,13 @@ def end_with_launcher() -> None:
 def _wait_for_launcher(fd: int, folder: Path) -> None:
     if fd >= 0 and os.read(fd, 1):          # Nobody writes: it returns when nobody has it open any more.
         return
-    agent = int((folder / AGENT).read_text()) if (folder / AGENT).is_file() else 0
+    agent = int((folder / AGENT).read_text(encoding="utf-8")) if (folder / AGENT).is_file() else 0
     print(f"process {os.getpid()} ends, because train.py, which started it, is gone", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     if agent and agent == os.getppid():
         for pid in (agent, *(pid for pid in children_of(agent) if pid != os.getpid())):     # It may be stopped.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, KILL)
     os._exit(1)
 
 

@@ -27,7 +27,7 @@ def main() -> None:
         if silent >= seconds:
             print(f"{label}: process {watched} showed no sign of life for {silent:.0f} s: it is stopped or hangs, and "
                   "is killed", file=sys.stderr, flush=True)
-            os.kill(watched, signal.SIGKILL)
+            os.kill(watched, getattr(signal, "SIGKILL", signal.SIGTERM))
             return
 
 

@@ -261,7 +261,7 @@ class TestDetector:
     @pytest.mark.parametrize(("change", "match"), [
         ({"epoch": 3}, "holds 3 as 'epoch', but must hold tensors by name"),
         ({"fc.bias": torch.full([16], torch.inf)}, r"fc\.bias is not finite"),
-        ({"fc.bias": torch.zeros(16, dtype=torch.complex64)}, "a type that no network has")])
+        ({"fc.bias": torch.zeros(16, dtype=torch.complex64)}, "which no network has")])
     def test_content_that_is_no_state(self, published, tmp_path, change, match):
         put(tmp_path / "w.pth", file_of({**tiny_kind().make_net().state_dict(), **change}))
         with pytest.raises(UserError, match=f"w.pth: .*{match}.*: fetch it again"):

@@ -191,7 +191,7 @@ def _signals_blocked() -> Iterator[None]:
     process that dies later is noticed while waiting for it: the handler that PyTorch installs would raise its error
     wherever the main thread is.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if not hasattr(signal, "pthread_sigmask") or not hasattr(signal, "SIGCHLD"):    # Windows
         yield
         return
     is_main = threading.current_thread() is threading.main_thread()

@@ -195,4 +195,5 @@ def test_an_older_run_takes_the_defaults(timed, data16, tmp_path, unbroken, monk
     monkeypatch.setattr(tune, "KINDS", ("cpu",))
     assert "tuned: as this run was started (0 choices)" in train(tmp_path, data16, "--kimg=0.024", *options)
     assert not timed
-    assert_equal_states(checkpoint.load(folder / STATE_FILE, STATE_FORMAT), unbroken)
+    ended = checkpoint.load(folder / STATE_FILE, STATE_FORMAT)
+    assert_equal_states(ended | {"options": None}, unbroken | {"options": None})      # The record tells of the start.

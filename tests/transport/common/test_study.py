@@ -64,7 +64,7 @@ def test_command(tmp_path):
 @pytest.mark.parametrize(("args", "message"), [
     (["--theta=1"], "--theta=1.0: must be below 1"),
     (["--theta=0"], "--theta=0.0: must be above 0"),
-    (["--theta=nan"], "--theta=nan: must be a finite number"),
+    (["--theta=nan"], "nan is not a finite number"),
     (["--steps=0"], "--steps=0: must be at least 1"),
     (["--loss=l2"], "Invalid value for '--loss'"),
 ])
