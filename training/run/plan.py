@@ -2,6 +2,7 @@
 """From options to the plan of a run: its settings, its data, where its weights come from, and its folder."""
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -121,10 +122,8 @@ def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
     if stem is not None:
         info[STEM_KEY] = {"generator_config": to_dict(stem.config), "class_names": list(stem.class_names)}
     given = Given(info, find_sources(config, find_snapshot), dataset.inventory)
-
-    def find() -> RunChoice:
-        return find_run(Path(options.outdir), name, config, given, options.continue_changed)
-
+    # With the settings as they are asked for, and not as they are below.
+    find = functools.partial(find_run, Path(options.outdir), name, config, given, options.continue_changed)
     choice: RunChoice = distributed.broadcast_object(find() if distributed.rank() == 0 else None)
     if choice.resumed:
         config = _with_kept_networks(config, choice.folder, given)
