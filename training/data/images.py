@@ -8,7 +8,6 @@ the first frame of animations is taken, and pictures are turned as their EXIF or
 import dataclasses
 import io
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -83,7 +82,7 @@ def _has_16_bits(data: bytes, image: PIL.Image.Image) -> bool:
     """Whether the file has 16 bits per sample, of which Pillow has kept 8 without a word if it has colours."""
     if data.startswith(SIGNATURE):
         return data[PNG_DEPTH] == 16
-    tags: Any = getattr(image, "tag_v2", None) or {}
+    tags: Mapping[int, tuple[int, ...]] = getattr(image, "tag_v2", None) or {}
     return max(tags.get(BITS_PER_SAMPLE, (8,)), default=8) == 16
 
 

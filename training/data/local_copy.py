@@ -15,7 +15,7 @@ from training.data.zip_index import Signature, index_files, load_index
 CHUNK = 16 << 20
 
 
-def stage(path: str | os.PathLike, folder: str | os.PathLike, say: Callable[[str], None] = print) -> Path:
+def stage(path: str | os.PathLike[str], folder: str | os.PathLike[str], say: Callable[[str], None] = print) -> Path:
     """The copy of an archive below `folder`, made now unless it is there.
 
     It keeps the archive's name, in a sub-folder that is named by the archive's size, time and end, so that changed

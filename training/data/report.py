@@ -3,7 +3,6 @@
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from dnnlib import UserError
 
@@ -11,7 +10,7 @@ REPORT_NAME = "report.json"
 MAX_REPORT_BYTES = 256 << 20
 
 
-def read_report(path: str | Path) -> dict[str, Any] | None:
+def read_report(path: str | Path) -> dict[str, object] | None:
     """The report inside a data set, or the one beside it that older versions wrote; None if there is neither.
 
     Raises:

@@ -12,7 +12,7 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -35,7 +35,7 @@ RANDOM_NAME = re.compile(r"(?P<model>[^:]+):random(?::(?P<seed>\d+))?")
 
 #----------------------------------------------------------------------------
 
-def load_backbone(name: str, weights: Sequence[str | os.PathLike] = ()) -> Backbone:
+def load_backbone(name: str, weights: Sequence[str | os.PathLike[str]] = ()) -> Backbone:
     """A frozen backbone on the CPU.
 
     Args:
@@ -56,7 +56,7 @@ def load_backbone(name: str, weights: Sequence[str | os.PathLike] = ()) -> Backb
     return backbone
 
 
-def load_network(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[torch.nn.Module, str, str | None]:
+def load_network(name: str, weights: Sequence[str | os.PathLike[str]] = ()) -> tuple[torch.nn.Module, str, str | None]:
     """The bare network behind a name of the table but for paths, in eval mode and frozen.
 
     Returns:
@@ -86,7 +86,7 @@ def load_network(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
 
 
 @contextlib.contextmanager
-def _random_stream(seed: int):
+def _random_stream(seed: int) -> Iterator[None]:
     """Weights from a stream of their own; the caller's random numbers go on untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)       # torch.manual_seed would set the GPUs' streams too.
@@ -106,7 +106,7 @@ def _known(model: str) -> str:
 #----------------------------------------------------------------------------
 # Published weights.
 
-def find_weights(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[Path, str]:
+def find_weights(name: str, weights: Sequence[str | os.PathLike[str]] = ()) -> tuple[Path, str]:
     """Path of the published weights of a timm model and the address they are published at.
 
     Looked for as <name>.safetensors or <name>.pth in `weights` and $STYLESAN_WEIGHTS, then in the Hugging Face cache,
@@ -114,11 +114,11 @@ def find_weights(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
     (`distributed.node_first` around whatever loads a network).
     """
     cfg = timm.models.get_pretrained_cfg(_known(name))
-    hub_id = cfg.hf_hub_id if cfg is not None else None
-    if cfg is None or not (hub_id or cfg.url):
+    hub_id, url = (None, None) if cfg is None else (cfg.hf_hub_id, cfg.url)
+    if hub_id:
+        url = f"{os.environ.get('HF_ENDPOINT') or DEFAULT_HUB}/{hub_id}/resolve/main/{HUB_FILES[0]}"
+    if not isinstance(url, str) or not url:
         raise UserError(f"backbone {name}: timm publishes no weights for it: take {name}:random or another model")
-    hub = os.environ.get("HF_ENDPOINT") or DEFAULT_HUB
-    url = f"{hub}/{hub_id}/resolve/main/{HUB_FILES[0]}" if hub_id else cfg.url
     folders = [Path(folder) for folder in (*weights, os.environ.get("STYLESAN_WEIGHTS")) if folder]
     return _find_weights(name, hub_id, url, folders), url
 
@@ -128,9 +128,10 @@ def _find_weights(name: str, hub_id: str | None, url: str, folders: Sequence[Pat
         for suffix in SUFFIXES:
             if (path := folder / f"{name}{suffix}").is_file():
                 return path
-    for filename in HUB_FILES if hub_id else ():
-        found = huggingface_hub.try_to_load_from_cache(hub_id, filename)
-        if isinstance(found, str):
-            return Path(found)
+    if hub_id:
+        for filename in HUB_FILES:
+            found = huggingface_hub.try_to_load_from_cache(hub_id, filename)
+            if isinstance(found, str):
+                return Path(found)
     # timm publishes no SHA-256; the one that is found is recorded in snapshots.
     return find_or_download(Asset(filename=f"{name}{SUFFIXES[0] if hub_id else SUFFIXES[1]}", url=url), folders)

@@ -266,8 +266,8 @@ def pick(items: list[Item], count: int) -> list[Item]:
 
 def shown_sheet(path: Path) -> bytes:
     """A sheet as PNG of a side near SHEET_PIXELS: small ones enlarged without smoothing, large ones reduced."""
-    with PIL.Image.open(path) as image:
-        image = image.convert("RGB")
+    with PIL.Image.open(path) as opened:
+        image = opened.convert("RGB")
     longer = max(image.size)
     if longer > SHEET_PIXELS:
         image = image.resize([round(side * SHEET_PIXELS / longer) for side in image.size], PIL.Image.Resampling.LANCZOS)
