@@ -340,6 +340,7 @@ class TestMistakes:
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_as_a_program_with_the_real_architecture(data, tmp_path):
     """From another folder, in its own process, with Inception at random weights."""
     write_folder(data / "few", random_images(3, 16))

@@ -115,6 +115,7 @@ def test_in_training(tmp_path):
 
 
 @pytest.mark.numeric
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "MAX_CHUNK", latents.MAX_CHUNK)        # The measurement changes it.
     threads = torch.get_num_threads()

@@ -31,6 +31,7 @@ def call(*args):
     return CliRunner().invoke(main, [*map(str, args), "--device=cpu"])
 
 
+@pytest.mark.slow
 def test_command(run, blobs, tmp_path):
     done = call(f"--network={run}", f"--data={blobs}", f"--outdir={tmp_path}/out")
     assert done.exit_code == 0, done.output

@@ -332,6 +332,7 @@ def test_auto_is_recorded(data16, tmp_path):
     assert '"batch_gpu": 8' in (folder / "training_options.json").read_text()
 
 
+@pytest.mark.slow
 def test_auto_takes_what_the_run_had(data16, tmp_path, monkeypatch):
     args = ["--cfg=stylegan3-t", "--preset=demo", "--cbase=64", "--cmax=8", "--batch=8", "--batch-gpu=auto",
             "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random", f"--data={data16}",

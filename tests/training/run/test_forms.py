@@ -152,6 +152,7 @@ def unbroken(tmp_path_factory, data16):
     return checkpoint.load(only_run(outdir) / STATE_FILE, STATE_FORMAT)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_forms_it_was_started_with(timed, data16, tmp_path):
     """Continued, it takes them although the cache says something else, times nothing, and gives the same bits."""
     options = "--tick=0.008", "--snap=1"
