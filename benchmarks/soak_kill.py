@@ -282,7 +282,7 @@ def table(rows: list[tuple], took: dict[str, float], command: str, total: int, t
 
 @click.command(cls=cli.Command)
 @click.option("--kills", metavar="INT", type=cli.IntRange(min=1), default=20, show_default=True, help="How often")
-@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="Of the moments")
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="When to kill")
 @click.option("--gpus", metavar="INT", type=cli.IntRange(min=1), default=1, show_default=True, help="Processes")
 @click.option("--kimg", metavar="KIMG", type=cli.FloatRange(min=0), default=2.0, show_default=True,
               help="Length of the run")

@@ -69,7 +69,7 @@ class LocalNet(torch.nn.Module):
     Attributes:
         config: What `local_config` returns.
         metadata: Further plain values from the file's header.
-        sha256: Of the file it was read from; None for a network that was not.
+        sha256: Hash of the file it was read from; None for a network that was not.
     """
 
     def __init__(self, config: dict[str, Any]):

@@ -44,7 +44,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
         use_labels: bool = False,       # Read the labels and serve them.
         xflip: bool = False,            # Append every image again, mirrored.
         max_size: int | None = None,    # Serve a random choice of this many images, before mirroring.
-        seed: int = 0,                  # Of that choice.
+        seed: int = 0,                  # Seed of that choice.
     ):
         self.path = str(path)
         self.name = os.path.splitext(os.path.basename(os.path.normpath(self.path)))[0]
@@ -219,7 +219,7 @@ class EpochOrder:
             raise ValueError(f"an order of {num_items} items")
         self.num_items = num_items
         self.seed = seed
-        self._permutations: dict[int, np.ndarray] = {}      # Of the last epochs asked for.
+        self._permutations: dict[int, np.ndarray] = {}      # Those of the last epochs asked for.
 
     def index(self, position: int) -> int:
         """Item at one position."""
@@ -307,7 +307,7 @@ class TrainingStream:
     def __init__(
         self,
         dataset: ImageDataset,
-        order: EpochOrder,              # Of len(dataset) items.
+        order: EpochOrder,              # It must have len(dataset) items.
         rank: int = 0,                  # Process number.
         world_size: int = 1,            # Number of processes.
         batch_gpu: int = 1,             # Images per micro-batch.
@@ -358,7 +358,7 @@ def real_pair_distance(dataset: ImageDataset, seed: int = 0, num_pairs: int = NU
 
     Args:
         dataset: The images; without labels all count as one class.
-        seed: Of the choice of pairs.
+        seed: Chooses the pairs.
         num_pairs: Pairs to look at, at most; classes come as often as in the data.
     """
     labels = np.asarray(dataset.labels)

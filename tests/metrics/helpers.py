@@ -130,7 +130,7 @@ def float32_tolerance(terms: int) -> float:
     return 2 ** -24 * (2 * terms / 6) ** 0.5
 
 
-VGG_TERMS = 9 * (3 + 64 + 64 + 128 + 128 + 3 * 256 + 5 * 512)           # Of the convolutions.
+VGG_TERMS = 9 * (3 + 64 + 64 + 128 + 128 + 3 * 256 + 5 * 512)           # Terms of the sums in its convolutions.
 # Along the longest branch of each block: the stem, three blocks of 35 pixels, a reduction, four of 17, a reduction, two
 # of 8, and the classes.
 INCEPTION_TERMS = sum((27 + 288 + 288 + 64 + 720, 192 + 576 + 864, 256 + 576 + 864, 288 + 576 + 864, 288 + 576 + 864,

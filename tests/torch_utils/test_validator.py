@@ -353,7 +353,7 @@ def test_a_small_network_of_large_maps(tmp_path, resolution, widths):
 
 
 def test_weights(tmp_path):
-    """Of feature networks and detectors that others publish."""
+    """Weights of feature networks and detectors that others publish."""
     for suffix in (".pth", ".safetensors"):
         path = tmp_path / f"x{suffix}"
         for value, match in ((torch.zeros(3), None), (torch.full([3], math.nan), "not finite"),

@@ -19,9 +19,9 @@ PNG_DEPTH = 24              # Where a PNG file says how many bits a sample has.
 BITS_PER_SAMPLE = 258       # TIFF's tag.
 ORIENTATION = 0x0112        # EXIF's tag.
 GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-GRAY_NOTE = "mode L converted"      # Of grayscale files: three equal channels are no change to speak of.
+GRAY_NOTE = "mode L converted"      # Grayscale files get three equal channels, which is no change to speak of.
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
-# Of JPEG 2000: the markers of its start and of the coding style, and where the style names the wavelet.
+# JPEG 2000 has markers of its start and of the coding style; the style names the wavelet at this place.
 J2K_START, J2K_STYLE, J2K_WAVELET = b"\xff\x4f\xff\x51", b"\xff\x52", 13
 
 

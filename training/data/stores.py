@@ -17,7 +17,7 @@ from training.data.labels import IMAGE_SUFFIXES, METADATA_NAME, fingerprints, is
 from training.data.wrapping import metadata_folder, put_in_folder
 from training.data.zip_index import Signature, ZipIndex, load_index, make_index, open_index, read_member, read_metadata
 
-MAX_FILE_BYTES = 512 << 20      # Of one encoded image. Larger files are never read.
+MAX_FILE_BYTES = 512 << 20      # Encoded images that are larger are never read.
 MAX_LINKS = 100                 # How often one folder may be reached by links.
 
 #----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Directory:
     """All entries of an archive, folders included, in the order of the archive."""
 
     names: list[str]        # As they are written.
-    offset: np.ndarray      # Of the local header, int64 as the next two.
+    offset: np.ndarray      # Where the local header begins; int64, as the next two.
     compressed: np.ndarray  # Bytes in the archive.
     size: np.ndarray        # Bytes of the content.
     crc: np.ndarray         # CRC-32 of the content, uint32.

@@ -42,7 +42,7 @@ from training.data.wrapping import metadata_folder, put_in_folder
 from training.data.zip_directory import ENCRYPTED, Directory, read_directory, read_tail
 
 MAGIC = b"SSXL-ZIP"
-VERSION = 2                     # Of the file and of what is in it.
+VERSION = 2                     # Goes up when the form of the file or what is in it changes.
 MIN_ENTRIES = 10_000            # Fewer are listed in no time: no file is made.
 MAX_MEMBER = 2 * 10 ** 9        # Bytes of one file: what an archive claims beyond that is not believed.
 LOCAL_HEADER, LOCAL_BYTES = b"PK\x03\x04", 30

@@ -74,7 +74,7 @@ class RunPlan:
     find: Callable[[], RunChoice]       # Chooses again: what is in the folders may change until one is owned.
     given: Given                        # What the command brings along beside its settings.
     options: TrainOptions
-    title: str = ""                     # Of a stage of a recipe.
+    title: str = ""                     # Which stage of a recipe it is, for people.
 
     @property
     def folder(self) -> Path:

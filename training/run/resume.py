@@ -42,9 +42,9 @@ def load_state(folder: Path, say: Callable[[str], None], shape: RunShape | None 
     The first process reads and sends it to the others: they need not see the folder, and cannot read another state.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         say: Takes lines for the log.
-        shape: Of the run that is to continue, which the state must fit.
+        shape: Shape of the run that is to continue, which the state must fit.
 
     Raises:
         UserError: there are states, and none of them can be continued.

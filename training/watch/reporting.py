@@ -195,7 +195,7 @@ class Reporter:
             stats: From the collector.
             progress: tick, elapsed, sec_per_tick, sec_per_kimg, data_wait, maintenance (seconds before this interval),
                 nonfinite, and what else is known; None if it is not.
-            diagnosis: Of D, by the names of the curves; at snapshots, with --diagnose.
+            diagnosis: What was measured of D, by the names of the curves; at snapshots, with --diagnose.
         """
         if distributed.rank() != 0:
             return

@@ -73,7 +73,7 @@ def test_bisection_finds_the_largest_that_fits(limit):
 
 
 def test_largest_tensor_is_what_a_forward_makes(tiny):
-    """Of the generator; and the discriminator's is larger there, because its images are resized to 224 pixels."""
+    """In the generator; the discriminator's is larger, because its images are resized to 224 pixels."""
     G, seen = Generator(tiny), []
 
     def note(module, args, output):

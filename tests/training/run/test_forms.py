@@ -137,7 +137,7 @@ def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "KINDS", ("cuda",))
     trainer = trainer_of(small_config(), None, **{"a call": "matrix"})
     settle_forms(trainer, tmp_path, False, print)
-    assert trainer.forms == {"a call": "matrix"}      # Of a run that began on a GPU, and may return to one.
+    assert trainer.forms == {"a call": "matrix"}      # The run began on a GPU, and may return to one.
     monkeypatch.setenv("STYLESAN_TUNE", "no")
     with pytest.raises(UserError, match="STYLESAN_TUNE=no"):
         settle_forms(trainer, tmp_path, False, print)
