@@ -5,8 +5,8 @@
 |---|---|
 | `tf_efficientnet_lite0`, `deit_base_distilled_patch16_224`, any other of timm | published weights |
 | `<any of timm>:random`, `<any of timm>:random:<seed>` | random weights, no file needed |
-| `<path>.safetensors`, `local:<path>.safetensors` | a local network (`python -m training.feature_networks.train`) |
-| `local:random`, `local:random:<seed>` | a local network with random weights |
+| `<path>.safetensors`, `local:<path>.safetensors` | a network of your own (`training.feature_networks.train`) |
+| `local:random`, `local:random:<seed>` | a network of your own with random weights |
 """
 import contextlib
 import difflib
@@ -24,9 +24,9 @@ from dnnlib import UserError
 from dnnlib.download import Asset, find_or_download
 from dnnlib.util import file_sha256
 from torch_utils import checkpoint
-from torch_utils.local_network import LocalNet, load_local_network, local_config
 from torch_utils.nested import first_nonfinite
-from training.feature_networks.backbones import Backbone, LocalBackbone, TimmBackbone
+from torch_utils.own_network import OwnNetwork, load_own_network, own_config
+from training.feature_networks.backbones import Backbone, OwnBackbone, TimmBackbone
 
 DEFAULT_HUB = "https://huggingface.co"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -47,11 +47,11 @@ def load_backbone(name: str, weights: Sequence[str | os.PathLike[str]] = ()) -> 
     """
     if name.endswith(".safetensors"):
         path = Path(name.removeprefix("local:"))
-        backbone: Backbone = LocalBackbone(name, load_local_network(path))
+        backbone: Backbone = OwnBackbone(name, load_own_network(path))
         backbone.source = os.fspath(path.resolve())
         return backbone
     net, source, sha256 = load_network(name, weights)
-    backbone = LocalBackbone(name, net) if isinstance(net, LocalNet) else TimmBackbone(name, net)
+    backbone = OwnBackbone(name, net) if isinstance(net, OwnNetwork) else TimmBackbone(name, net)
     backbone.source, backbone.sha256 = source, sha256
     return backbone
 
@@ -66,7 +66,7 @@ def load_network(name: str, weights: Sequence[str | os.PathLike[str]] = ()) -> t
         seed = int(match["seed"] or 0)
         with _random_stream(seed):
             if match["model"] == "local":
-                net: torch.nn.Module = LocalNet(local_config(num_classes=10))
+                net: torch.nn.Module = OwnNetwork(own_config(num_classes=10))
             else:
                 net = timm.create_model(_known(match["model"]), pretrained=False)
         return net.eval().requires_grad_(False), f"random weights, seed {seed}", None

@@ -22,7 +22,7 @@ from training.config import (
     TrainConfig,
     to_dict,
 )
-from training.data.local_copy import stage as copy_to_local_disk
+from training.data.local_copy import copy_to_local_disk
 from training.data.zip_index import prepare_index
 from training.dataset import ImageDataset, follow_classes
 from training.generator.layer_schedule import stem_config, superres_config
