@@ -92,6 +92,10 @@ class Job:
             sys.stderr.flush()
             os._exit(code)      # Nothing of this script may run in the child.
 
+    def said(self) -> str:
+        """What its processes have printed."""
+        return self.log.read_text(encoding="utf-8")
+
     def has_ended(self) -> bool:
         """Whether a process of it has."""
         for pid in set(self.pids) - set(self.codes):
@@ -106,7 +110,7 @@ class Job:
         while not self.has_ended():
             if time.monotonic() > end:
                 self.kill()
-                raise UserError(f"the run did not end within {seconds:.0f} s: {self.log.read_text()[-2000:]}")
+                raise UserError(f"the run did not end within {seconds:.0f} s: {self.said()[-2000:]}")
             time.sleep(0.05)
         return self.codes[self.pids[0]]
 
@@ -115,7 +119,7 @@ class Job:
         for pid in set(self.pids) - set(self.codes):
             self.codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if any(self.codes.values()):
-            raise UserError(f"the run failed: {self.log.read_text(encoding='utf-8')[-2000:]}")
+            raise UserError(f"the run failed: {self.said()[-2000:]}")
 
     def kill(self) -> None:
         """SIGKILL to all."""
@@ -179,7 +183,7 @@ def kill_again_and_again(work: Path, kills: int, seed: int, kimg: float, gpus: i
             time.sleep(rng.uniform(0, 0.5))
         if job.has_ended():
             raise UserError(f"the run ended before kill {len(rows) + 1} of {kills}: take more --kimg, or see "
-                            f"what it said: {job.log.read_text(encoding='utf-8')[-2000:]}")
+                            f"what it said: {job.said()[-2000:]}")
         job.kill()
         folder = run_folder(work, "killed")
         halves = len(list(folder.glob(".*.tmp"))) if folder else 0
@@ -196,7 +200,7 @@ def kill_again_and_again(work: Path, kills: int, seed: int, kimg: float, gpus: i
 
 def ends_with(job: Job, seconds: float, pattern: str, since: int) -> str:
     """The line that a faulty start ends with. It must come in time, with exit code 2."""
-    code, said = job.code(seconds), job.log.read_text()[since:]
+    code, said = job.code(seconds), job.said()[since:]
     match = re.search(f"^Error: .*{pattern}.*$", said, re.M)
     if code != 2 or match is None or "Traceback" in said:
         raise UserError(f"expected exit code 2 and a line with {pattern!r}, got {code}: {said[-2000:]}")
@@ -229,7 +233,7 @@ def deaf_loader(work: Path) -> None:
         loading.STOPPED_SECONDS = 2.0
     job = Job(work, "second", 100, 1, "--workers=1", before=soon)
     since, end = job.log.stat().st_size if job.log.exists() else 0, time.monotonic() + 60
-    while "first iteration done" not in job.log.read_text()[since:] and time.monotonic() < end:
+    while "first iteration done" not in job.said()[since:] and time.monotonic() < end:
         time.sleep(0.05)
     loaders = children_of(job.pids[0])
     for pid in loaders:
@@ -260,7 +264,7 @@ def faults(work: Path) -> dict[str, float]:
     job = Job(work, "second", 100, 1)
     wait_for_saves(job, work, 1, "second")
     if job.has_ended():
-        raise UserError(f"the run does not go on: {job.log.read_text()[-2000:]}")
+        raise UserError(f"the run does not go on: {job.said()[-2000:]}")
     job.kill()
     return took
 
