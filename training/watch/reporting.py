@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
@@ -19,10 +19,11 @@ from dnnlib.util import append_text, atomic_write_text, first_line, format_bytes
 from torch_utils import distributed
 from torch_utils.images import image_grid, save_image, to_uint8_sample
 from torch_utils.memory import peak_memory
-from torch_utils.misc import evaluating, one_hot, random_state
+from torch_utils.misc import random_state
 from torch_utils.training_stats import Stat
 from training.config import TrainConfig, to_dict
 from training.dataset import ImageDataset
+from training.generator.synthesis import synthesize
 from training.networks_stylegan3 import Generator
 from training.run.folder import run_start
 from training.watch.health import Verdict
@@ -308,21 +309,14 @@ class SampleSheets:
             self.items += rng.choice(choices, self.columns).tolist()
             self.labels += [row] * self.columns
         self.z = torch.from_numpy(rng.randn(len(self.items), z_dim)).float()
-        self.c_dim = c_dim
 
     def save_reals(self, dataset: ImageDataset) -> None:
         """reals.png: images of the same classes as the samples."""
         images = torch.stack([torch.from_numpy(dataset[i][0]) for i in self.items])
         save_image(self.folder / "reals.png", image_grid(images, self.columns))
 
-    @torch.no_grad()
-    def save_fakes(self, name: str, G_ema: Generator, device: torch.device, batch: int = 32) -> None:
+    def save_fakes(self, name: str, G_ema: Generator, batch: int = 32) -> None:
         """<name>.png: samples of G_ema."""
-        with evaluating(G_ema):
-            images = torch.cat([to_uint8_sample(G_ema(z, c)).cpu() for z, c in self._batches(device, batch)])
+        parts = zip(self.z.split(batch), torch.tensor(self.labels).split(batch), strict=True)
+        images = torch.cat([to_uint8_sample(synthesize(G_ema, z, labels)).cpu() for z, labels in parts])
         save_image(self.folder / f"{name}.png", image_grid(images, self.columns))
-
-    def _batches(self, device: torch.device, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        labels = torch.tensor(self.labels)
-        for z, label in zip(self.z.split(batch), labels.split(batch), strict=True):
-            yield z.to(device), one_hot(label, self.c_dim).to(device)

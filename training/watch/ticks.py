@@ -53,7 +53,7 @@ class SnapshotTaker:
             captured = self.saver.capture(trainer)
             if self.evaluate is not None:
                 self.saver.write_state(captured)
-            self.sheets.save_fakes(sheet, trainer.G_ema, trainer.device)
+            self.sheets.save_fakes(sheet, trainer.G_ema)
         score = None
         distributed.barrier()       # This may take long: collectives have a time limit, this has none.
         if self.evaluate is not None:
