@@ -72,15 +72,20 @@ class LabelledStore(Protocol):
         """The content of dataset.json."""
 
 
+def json_object(where: str | os.PathLike[str], data: bytes, remedy: str) -> dict[str, object]:
+    """The object in a JSON file inside a data set. Raises UserError if it is none."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise UserError(f"{where}: not valid JSON ({err}): {remedy}") from err
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be an object: {remedy}")
+    return content
+
+
 def parse_metadata(where: str | os.PathLike[str], data: bytes) -> dict[str, object]:
     """The object in a dataset.json. Raises UserError if it is no JSON object."""
-    try:
-        metadata = json.loads(data)
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{where}: not valid JSON ({err}): make it again") from err
-    if not isinstance(metadata, dict):
-        raise UserError(f'{where}: must be an object such as {{"labels": [["0.png", 6]]}}')
-    return metadata
+    return json_object(where, data, 'make it again, such as {"labels": [["0.png", 6]]}')
 
 
 def label_table(store: LabelledStore) -> dict[str, int] | None:
