@@ -31,11 +31,11 @@ from torch_utils.pickle_modules import (
 )
 from torch_utils.pickle_values import TensorRecord
 from torch_utils.schema import Unfit, check_finite, compare_shapes
-from training.config import DiscriminatorConfig, GeneratorConfig, InputSpec, LayerSpec, from_dict, to_dict
+from training.config import DiscriminatorConfig, GeneratorConfig, InputSpec, LayerSpec, to_dict
 from training.generator.fitting import LAYER_NAME, generator_from
 from training.networks_stylegan3 import Generator
 from training.run.formats import NETWORK_FORMAT, read_snapshot
-from training.run.snapshots import snapshots_by_age
+from training.run.snapshots import build_generator, snapshots_by_age
 
 #----------------------------------------------------------------------------
 # Public.
@@ -104,11 +104,8 @@ def load_network(path: str | os.PathLike[str], device: str | torch.device = "cpu
     """
     file = find_snapshot(path)
     snapshot = open_snapshot(file)
-    config = from_dict(GeneratorConfig, snapshot["generator_config"])
-    G = Generator(config)
-    G.load_state_dict(snapshot["G_ema"])
-    G = G.eval().requires_grad_(False).to(device)
-    return LoadedNetwork(G, snapshot.get("class_names"), config, dict(snapshot.get("progress") or {}), file,
+    G = build_generator(snapshot).eval().requires_grad_(False).to(device)
+    return LoadedNetwork(G, snapshot.get("class_names"), G.config, dict(snapshot.get("progress") or {}), file,
                          file_sha256(file))
 
 

@@ -150,7 +150,7 @@ def first_batch(who: str, path: Path) -> float:
 
 
 def seconds_per_image(who: str, path: Path, count: int) -> float:
-    """Of one core's time, items in random order; the best of five."""
+    """Seconds of one core per image, items in random order; the best of five."""
     torch.set_num_threads(1)
     dataset = DATASETS[who](path)
     items = np.random.RandomState(1).permutation(len(dataset))[:count].tolist()

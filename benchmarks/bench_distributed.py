@@ -62,7 +62,7 @@ def write_images(path: Path, count: int = 64) -> None:
 
 
 def images_per_second(processes: int, iterations: int, threads: int) -> float:
-    """Of `train.py`, between its first and its last status line."""
+    """Speed of `train.py`, between its first and its last status line."""
     with tempfile.TemporaryDirectory() as temp:
         work = Path(temp)
         write_images(work / "images.zip")

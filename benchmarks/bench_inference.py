@@ -176,7 +176,7 @@ def table(found: dict[str, dict[str, Any]], batch: int, device: torch.device) ->
 
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="A narrow generator of 64 pixels, two turns, no file")
-@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
+@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Threads in use  [default: its own choice]")
 @click.option("--batch", metavar="INT", type=cli.IntRange(min=1),
               help="Images at a time  [default: 2 on a processor, where the reference then takes 8 GB; 32 on a GPU]")
 @cli.device_option()

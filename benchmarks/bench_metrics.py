@@ -46,7 +46,7 @@ from metrics.precision_recall import precision_recall  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "metrics.md"
 CPU = torch.device("cpu")
 WHOLE = 10_000      # Images of the FID that is quoted.
-DIM = 2048          # Of the Inception features.
+DIM = 2048          # Length of Inception's features.
 DISTINCT = 300      # Different images in the archive; more repeat them.
 
 #----------------------------------------------------------------------------
@@ -300,7 +300,7 @@ PARTS = ("frechet", "covariance", "formulas", "images", "large")
 @click.option("--parts", metavar="LIST", default=",".join(PARTS), show_default=True, help="What to measure")
 @click.option("--images", metavar="INT", type=cli.IntRange(min=64), default=None, help="Images  [default: 512]")
 @click.option("--resolution", metavar="INT", type=cli.IntRange(min=8), default=256, show_default=True,
-              help="Of the images, pixels")
+              help="Side of the images, pixels")
 @click.option("--repeats", metavar="INT", type=cli.IntRange(min=1), default=None,
               help="Repetitions of each  [default: 5, 3 for images; --quick: 1]")
 @click.option("--out", metavar="FILE", type=cli.PathType(), default=None,

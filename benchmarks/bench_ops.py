@@ -156,7 +156,7 @@ def memory_table(layers: list[dict]) -> tuple[str, list[float]]:
 
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="Three layers, short measurements, no file")
-@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
+@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Threads in use  [default: its own choice]")
 @click.option("--peak", hidden=True, default=None)
 def main(quick: bool, threads: int | None, peak: str | None) -> None:
     """Measure native operations against the reference at real layer shapes."""

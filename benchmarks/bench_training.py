@@ -83,7 +83,7 @@ class Case:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Of that kind of device. `quick`: a generator of 16 channels and a batch of 2, for a look at whether it runs."""
+    """What is measured on a device. `quick`: a generator of 16 channels and a batch of 2, to see whether it runs."""
     if device.type == "cpu":
         width, batch = (16, 2) if quick else (128, 4)
         return [Case("32 pixels", stem_config(32, 7, 32 * 1024, width, c_dim=CLASSES), batch)]
@@ -153,7 +153,7 @@ class OurStep:
         self.loss.discriminator_main(batch, 1)
 
     def features_of_both(self, fake: torch.Tensor, batch: MicroBatch) -> tuple[Features, Features]:
-        """Of generated and of real images, in one pass."""
+        """Features of generated and of real images, in one pass."""
         augment = torch.cat([batch.augment_fake, batch.augment_real], dim=1)
         return self.D.split_features(self.D.features(torch.cat([fake, batch.real_img]), augment), len(fake))
 
@@ -240,7 +240,7 @@ def compare(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch) -> dic
 # Time.
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, until the device is done."""
+    """Seconds of one call, until the device is done."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -260,7 +260,7 @@ def in_turn(calls: dict[str, Callable[[], object]], rounds: int, device: torch.d
 
 
 def seconds_in_products(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call: the time inside the library's matrix products and convolutions."""
+    """Seconds of one call that pass inside the library's matrix products and convolutions."""
     kind = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kind.CPU, *([kind.CUDA] if device.type == "cuda" else [])]) as profile:
         seconds(call, device)
@@ -387,7 +387,7 @@ def peak_rows(steps: dict[str, Step], for_G: MicroBatch, for_D: MicroBatch) -> l
 
 @click.command(cls=cli.Command)
 @click.option("--quick", is_flag=True, help="A small generator, two rounds, no file")
-@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Of PyTorch  [default: its own choice]")
+@click.option("--threads", metavar="INT", type=cli.IntRange(min=1), help="Threads in use  [default: its own choice]")
 @click.option("--rounds", metavar="INT", type=cli.IntRange(min=2), help="Timed iterations of each")
 def main(quick: bool, threads: int | None, rounds: int | None) -> None:
     """Measure a training iteration against the official structure."""

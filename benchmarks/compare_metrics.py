@@ -86,7 +86,7 @@ def metric_row(what: str, package: str, a: float, b: float) -> Row:
 
 
 def frechet_of(x: np.ndarray, is_real: np.ndarray) -> float:
-    """Of float64 features by our formula, ddof 1."""
+    """Fréchet distance of float64 features by our formula, ddof 1."""
     real, gen = x[is_real], x[~is_real]
     return frechet_distance(real.mean(axis=0), np.cov(real.T), gen.mean(axis=0), np.cov(gen.T))
 

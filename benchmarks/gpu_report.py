@@ -182,7 +182,7 @@ def send(group: int, number: signal.Signals) -> None:
 
 
 def last_line(path: Path) -> str:
-    """Of a log, without what would not fit into a table."""
+    """The last line of a log, without what would not fit into a table."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it printed nothing"
 

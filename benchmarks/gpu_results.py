@@ -90,7 +90,7 @@ class LayerCase:
     down_taps: int
     channels: int
     padding: tuple[int, ...]
-    kernel: int                 # Of the convolution before it, which enlarges the map.
+    kernel: int                 # Side of the convolution before it, which enlarges the map.
     count: int = 1
 
     @property
@@ -117,7 +117,7 @@ def layer_cases(config: GeneratorConfig) -> list[LayerCase]:
 class ConvCase:
     """A convolution of a network, and how often the network has it."""
 
-    size: int                   # Of the map, before padding.
+    size: int                   # Side of the map, before padding.
     in_channels: int
     out_channels: int
     kernel: int

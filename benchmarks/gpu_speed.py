@@ -18,7 +18,7 @@ from torch_utils.ops import tune
 from training.config import GeneratorConfig
 
 OPS_BATCH = 8
-STEM_BATCH = 512            # Of which --batch-gpu=auto chooses a micro-batch.
+STEM_BATCH = 512            # --batch-gpu=auto chooses a micro-batch for it.
 SECONDS = {"cuda": 0.15, "cpu": 0.02}      # For repetitions of one operation.
 SMALL_NETWORKS = {"backbones": ("local:random",), "classifier": "deit_tiny_distilled_patch16_224:random"}
 
@@ -302,7 +302,7 @@ def measure_iteration(prefix: str, step: Any, for_G: Any, for_D: Any, context: C
 
 
 def median_seconds(call: Callable[[], object], rounds: int, context: Context) -> float:
-    """Of that many calls, or of one in quick mode."""
+    """Median of `rounds` calls, or one call in quick mode."""
     import bench_training as bench
     return statistics.median(bench.in_turn({"": call}, 1 if context.quick else rounds, context.device)[""])
 

@@ -139,7 +139,7 @@ def driver_version() -> str:
 
 
 def kinds(context: Context) -> list[str]:
-    """Of native code on the machine, that of the device first."""
+    """Kinds of native code on the machine, that of the device first."""
     return list(dict.fromkeys([context.device.type, "cpu"]))
 
 

@@ -35,7 +35,7 @@ class Report:
     """Everything that the table is made of."""
 
     quick: bool
-    date: str                               # Of the last step; "" if none has run.
+    date: str                               # When the last step ran; "" if none has.
     steps: list[tuple[str, str]]            # Name and title, in order.
     outcomes: Mapping[str, Mapping[str, Any]]               # Step -> outcome and seconds.
     results: Mapping[str, Mapping[str, Any]]                # Step -> content of its JSON file.

@@ -137,7 +137,7 @@ class OfficialStep:
                                 betas=tuple(b ** ratio for b in self.config.betas), eps=self.config.eps)
 
     def features(self, images: torch.Tensor, augment: torch.Tensor) -> Features:
-        """Of generated or of real images."""
+        """Features of generated or of real images."""
         return {key: network(diff_augment(images, self.D.config.diffaug, u))
                 for (key, network), u in zip(self.D.feature_networks.items(), augment, strict=True)}
 
@@ -154,7 +154,7 @@ class OfficialStep:
         loss.backward()
 
     def features_of_both(self, fake: torch.Tensor, batch: MicroBatch) -> tuple[Features, Features]:
-        """Of generated and of real images, in passes of their own."""
+        """Features of generated and of real images, in passes of their own."""
         return self.features(fake, batch.augment_fake), self.features(batch.real_img, batch.augment_real)
 
     def discriminator_phase(self, batch: MicroBatch) -> None:
@@ -183,7 +183,7 @@ class OfficialStep:
 
     @torch.no_grad()
     def average(self, cur_nimg: int, batch: int) -> None:
-        """Of all parameters of G, also of those that do not move."""
+        """Average all parameters of G, also those that do not move."""
         half_life = min(self.config.ema_kimg * 1000, cur_nimg * self.config.ema_rampup)
         decay = 0.5 ** (batch / max(half_life, 1e-8))
         for old, new in zip(self.G_ema.parameters(), self.G.parameters(), strict=True):

@@ -92,6 +92,10 @@ class Job:
             sys.stderr.flush()
             os._exit(code)      # Nothing of this script may run in the child.
 
+    def said(self) -> str:
+        """What its processes have printed."""
+        return self.log.read_text(encoding="utf-8")
+
     def has_ended(self) -> bool:
         """Whether a process of it has."""
         for pid in set(self.pids) - set(self.codes):
@@ -116,10 +120,6 @@ class Job:
             self.codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if any(self.codes.values()):
             raise UserError(f"the run failed: {self.said()[-2000:]}")
-
-    def said(self) -> str:
-        """What it has printed so far."""
-        return self.log.read_text(encoding="utf-8")
 
     def kill(self) -> None:
         """SIGKILL to all."""
@@ -286,7 +286,7 @@ def table(rows: list[tuple], took: dict[str, float], command: str, total: int, t
 
 @click.command(cls=cli.Command)
 @click.option("--kills", metavar="INT", type=cli.IntRange(min=1), default=20, show_default=True, help="How often")
-@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="Of the moments")
+@click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="When to kill")
 @click.option("--gpus", metavar="INT", type=cli.IntRange(min=1), default=1, show_default=True, help="Processes")
 @click.option("--kimg", metavar="KIMG", type=cli.FloatRange(min=0), default=2.0, show_default=True,
               help="Length of the run")

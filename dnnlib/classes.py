@@ -164,7 +164,7 @@ class Classes:
 class Match:
     """Which class of one side is which class of the other."""
 
-    indices: list[int]      # Of the other side, by index of the one; -1 for classes that are not in use there.
+    indices: list[int]      # Classes of the other side, by index of the one; -1 where a class is not in use there.
     note: str | None        # What was taken for granted, for people.
 
     @property

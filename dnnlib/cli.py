@@ -152,7 +152,7 @@ class IntList(click.ParamType):
     """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10].
 
     Args:
-        highest: Of the numbers.
+        highest: The largest number that is taken.
     """
 
     name = "[LIST|RANGE]"
@@ -265,8 +265,9 @@ class PathList(StrList):
 def precision_option() -> Callable[[Decorated], Decorated]:
     """The `--precision` option, the same for every script: keys of `training.networks_stylegan3.PRECISIONS`."""
     return click.option("--precision", metavar="auto|fp32|bf16", type=click.Choice(["auto", "fp32", "bf16"]),
-                        default="auto", show_default=True, help="Of the generator; auto: fp16 on GPUs in the layers "
-                        "that are trained so, else fp32; bf16: in these layers, faster on processors that have it")
+                        default="auto", show_default=True, help="How the generator computes; auto: fp16 on "
+                        "GPUs in the layers that are trained so, else fp32; bf16: in these layers, faster on "
+                        "processors that have it")
 
 
 def device_option() -> Callable[[Decorated], Decorated]:

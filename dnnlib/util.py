@@ -21,7 +21,7 @@ try:
 except ImportError:     # Not on Windows.
     fcntl = None    # type: ignore[assignment]
 
-LOCKED_BYTE = 1 << 30   # Of a file: far beyond its content.
+LOCKED_BYTE = 1 << 30   # Place of the byte that locks a file: far beyond its content.
 
 #----------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ def is_address(path: str) -> bool:
 #----------------------------------------------------------------------------
 # Files.
 
-_position = threading.Lock()    # Of descriptors, where reading needs it.
+_position = threading.Lock()    # Where reading at a place moves the descriptor, one thread at a time does it.
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -67,7 +67,7 @@ def open_images(path: str | os.PathLike[str], labels: bool = False, workers: int
         path: See `data_prep.sources.open_source`.
         labels: Read labels where there are any. Without it only their order is looked at.
         workers: Processes that decode.
-        split: Of a source that has several.
+        split: Which one to take of a source that has several.
         split_option: By which it is chosen.
 
     Raises:

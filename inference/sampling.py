@@ -80,9 +80,9 @@ class GeneratorSource:
         label_policy: str = "dataset",
         label_probs: np.ndarray | None = None,      # [c_dim]: of the data; needed for 'dataset'.
         truncation_psi: float = 1.0,
-        fingerprint: str = "",                      # Of the network's file.
+        fingerprint: str = "",                      # Hash of the network's file.
         precision: str = "auto",                    # A key of `PRECISIONS`.
-        class_names: Sequence[str] | None = None,   # Of the network's classes.
+        class_names: Sequence[str] | None = None,   # Names of the network's classes.
     ):
         if label_policy not in LABEL_POLICIES:
             raise UserError(f"--labels={label_policy}: choose from {', '.join(LABEL_POLICIES)}")
@@ -140,5 +140,5 @@ class GeneratorSource:
             flags.append(torch.isfinite(images).all())
             is_last = i + batch_size >= len(positions)
             while len(flags) > (0 if is_last else 1):
-                require_finite(flags.pop(0))    # Of the batch before: the device works on this one meanwhile.
+                require_finite(flags.pop(0))    # That of the batch before: the device works on this one meanwhile.
             yield to_uint8_metric(images), labels

@@ -15,7 +15,7 @@ def crop_warnings(names: list[str], generated: dict[str, Any], reference_crop: s
     Args:
         names: Metrics that compare with real images.
         generated: Description of the generated images.
-        reference_crop: Of the real images; None: unknown.
+        reference_crop: The crop of the real images; None: unknown.
     """
     ours, found = generated.get("crop"), []
     if ours and reference_crop and ours != reference_crop:

@@ -25,8 +25,8 @@ from metrics.latents import LatentSource, chunk_size, questioned, synthesise, wa
 from metrics.passes import on_rank0
 from torch_utils import misc
 
-MAX_TRANSLATION = 1 / 8     # Of the width.
-RANGE = 2                   # Of images: -1 to 1.
+MAX_TRANSLATION = 1 / 8     # Share of the width of an image.
+RANGE = 2                   # Images go from -1 to 1.
 MIN_ERROR = 1e-20           # Stands for a mean squared error of 0, whose PSNR would be no number.
 
 #----------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def equivariance(source: LatentSource, keys: Sequence[str], device: torch.device
     Args:
         source: The generator with its latents and classes.
         keys: Which of `COMPARISONS`; they share the unmoved images.
-        device: Of this process.
+        device: Where this process computes.
         progress: Title of a progress bar.
 
     Raises:

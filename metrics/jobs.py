@@ -7,7 +7,7 @@ from dnnlib import UserError
 from metrics.options import MetricOptions
 from metrics.protocols import METRICS, GeneratorKind, Metric, MetricKind, expand
 
-DEFAULT_NUM_GEN = 50_000        # Of the free names.
+DEFAULT_NUM_GEN = 50_000        # For metrics with free names, where the name does not say.
 
 RealKey = tuple[str, bool, int | None]          # Detector, mirrored, at most so many images.
 

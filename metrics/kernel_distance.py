@@ -51,7 +51,7 @@ def kernel_distance(real: torch.Tensor, gen: torch.Tensor, num_subsets: int = NU
         gen: Features [M, D].
         num_subsets: How many pairs of subsets.
         max_subset_size: Their size; min(N, M) where there are fewer.
-        seed: Of the draws (without replacement within a subset).
+        seed: Chooses what is drawn (without replacement within a subset).
         device: Where to multiply; one without float64 is replaced by the CPU.
 
     Raises:

@@ -188,7 +188,7 @@ def _check_reference(jobs: list[Job], reference: Reference | None) -> None:
 
 
 def path_of(reference: Reference) -> str | None:
-    """Of the file of statistics."""
+    """Path of the file of statistics."""
     return reference.statistics[0].path
 
 

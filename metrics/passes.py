@@ -80,7 +80,7 @@ class _Keeper:
         self.features = {key: Rows(num_captured) for key in sorted(wants.features)}
         self.logits = Rows(num_images)
         self.correct: torch.Tensor | int = 0
-        self.columns = None if columns is None else torch.from_numpy(columns)   # Of the logits, by label of the images.
+        self.columns = None if columns is None else torch.from_numpy(columns)   # Column of each label of the images.
 
     def append(self, positions: np.ndarray, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         outputs = self.detector.features(images, self.outputs)
@@ -136,7 +136,7 @@ class _Keeper:
 def collect(
     source: ImageSource,
     wanted: dict[str, tuple[Detector, Wants]],  # What to keep, by a name of the caller's.
-    device: torch.device,                       # Of this process, for messages between processes.
+    device: torch.device,                       # Where this process has its tensors, for messages between processes.
     batch_size: int = 64,                       # Images per batch that the source is asked for.
     indices: np.ndarray | None = None,          # Image numbers to walk over, ascending; None: all.
     captured: np.ndarray | None = None,         # Positions whose features are kept, ascending; None: all.

@@ -32,7 +32,7 @@ def perceptual_path_length(source: LatentSource, lpips: Distance, device: torch.
     Args:
         source: The generator with its latents and classes.
         lpips: Perceptual distance (which is quadratic for small steps) of two batches of images.
-        device: Of this process.
+        device: Where this process computes.
         progress: Title of a progress bar.
 
     Raises:

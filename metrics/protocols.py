@@ -42,10 +42,10 @@ class MetricKind:
     free_name: str                      # The metric with this formula whose detector and numbers are free.
     gen: Wants
     real: RealWants
-    default_detector: str | None        # Of the free name. None: the caller must name one.
+    default_detector: str | None        # What the free name takes. None: the caller must name one.
     compute: Formula
     is_ordered: bool = False            # The order of the images moves the value.
-    min_images: int = 1                 # Of either side.
+    min_images: int = 1                 # Each side must have so many.
     lower_is_better: bool = False       # Distances want to be low.
 
 

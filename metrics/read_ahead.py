@@ -54,7 +54,7 @@ def _produce(items: Iterator[T], ready: queue.Queue[T | _End], stopped: threadin
             if stopped.is_set():
                 break
             ready.put(item)
-    except BaseException as err:        # Of any kind: the caller's thread is the one to raise it.
+    except BaseException as err:        # Whatever it is, the caller's thread is the one to raise it.
         end = _End(err)
     finally:
         if hasattr(items, "close"):

@@ -14,7 +14,7 @@ from metrics.references import Reference, Statistics, cache_path, read_cache, wr
 from metrics.sources import ImageSource, Mirrored, Subset, seeded_indices
 
 MAX_FEATURES = 200_000      # Real images whose features are kept for KID and precision/recall.
-SUBSET_SEED = 0             # Of their choice among more. Fixed, so that the cache serves every run.
+SUBSET_SEED = 0             # Chooses images among more. It is fixed, so that the cache serves every run.
 
 #----------------------------------------------------------------------------
 

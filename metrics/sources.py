@@ -26,7 +26,7 @@ class ImageSource(Protocol):
     """
 
     num_images: int
-    fingerprint: str                # Of the content: equal for equal images, whatever the path.
+    fingerprint: str                # A hash of the content: equal for equal images, whatever the path.
     description: dict[str, Any]     # For the record: kind, path, resolution, labels (policy), seed, truncation_psi...
 
     def batches(self, batch_size: int) -> Iterator[Batch]:

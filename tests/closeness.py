@@ -32,7 +32,7 @@ class Comparison:
         return self.error / self.bound if math.isfinite(self.error) else math.inf
 
 
-_worst: Comparison | None = None    # Of the test that runs now.
+_worst: Comparison | None = None    # The worst of the test that runs now.
 
 
 def start_recording() -> None:

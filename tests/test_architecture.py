@@ -71,7 +71,7 @@ CONFINED = {
     "pyarrow": {"data_prep/sources/tables.py"},
 }
 MAX_FUNCTION, MAX_LOOP, MAX_CLASS, MAX_COMMAND = 80, 100, 150, 40
-MAX_LOOP_IMPORTS, MAX_TRAIN_SCRIPT = 12, 300       # Of the training loop, and lines of train.py.
+MAX_LOOP_IMPORTS, MAX_TRAIN_SCRIPT = 12, 300       # Imports of the training loop, and lines of train.py.
 LONG_CLASSES = {"_Machine": 250}        # One method per pickle opcode.
 
 
@@ -129,12 +129,12 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def part_of(module: str) -> str:
-    """Of the package: what stands directly below it."""
+    """The part of the package: what stands directly below it."""
     return module.split(".")[1]
 
 
 def test_pixels_are_scaled_in_one_place():
-    """Of images to [-1, 1] and back: two ways of rounding, and one way in."""
+    """Images go to [-1, 1] and back: two ways of rounding, and one way in."""
     for path in SOURCES:
         if relative(path) != "torch_utils/images.py":
             assert not re.search(r"/ ?127\.5 ?- ?1\b", path.read_text()), relative(path)
@@ -256,7 +256,7 @@ def opens_text_without_encoding(node: ast.AST) -> bool:
     if name in ("TextIOWrapper", "open") and (name != "open" or isinstance(node.func, ast.Name)):
         mode = given.get("mode", ast.unparse(node.args[1]) if len(node.args) > 1 else "r")
         return name != "open" or any("b" not in word for word in re.findall(r"'([^']*)'", mode) or [mode])
-    return "text" in given or "universal_newlines" in given         # Of subprocess.
+    return "text" in given or "universal_newlines" in given         # As subprocess calls it.
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)

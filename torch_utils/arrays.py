@@ -19,7 +19,7 @@ from dnnlib import UserError
 from dnnlib.npy import npy_header
 from torch_utils.pickle_values import Limits, Refused
 
-PLAIN_KINDS = "biufcSU"         # Of a NumPy type: bools, numbers and texts.
+PLAIN_KINDS = "biufcSU"         # Kinds of NumPy types that are read: bools, numbers and texts.
 
 #----------------------------------------------------------------------------
 

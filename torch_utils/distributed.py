@@ -26,7 +26,7 @@ from torch_utils.launch import leave_exit_code as leave_exit_code  # For whoever
 from torch_utils.launch import run_local_processes as run_local_processes
 from torch_utils.peer_monitor import PeerMonitor
 
-TIMEOUT = datetime.timedelta(minutes=30)    # Of one collective. Who waits for rank 0's long work waits at a barrier.
+TIMEOUT = datetime.timedelta(minutes=30)    # For one collective. Who waits for rank 0's long work waits at a barrier.
 START_SECONDS = 60.0                        # For all processes to come, and for the first message between them.
 LEAVE_SECONDS = 20.0                        # For a process that failed to end by itself.
 WAIT_SECONDS = 60.0                         # One of the waits that a barrier is made of.

@@ -37,5 +37,5 @@ def peak_memory(device: torch.device | str = "cpu") -> int | None:
         return int(torch.cuda.max_memory_reserved(device))
     if resource is None:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024      # Of ru_maxrss.
+    unit = 1 if sys.platform == "darwin" else 1024      # Bytes in the unit of ru_maxrss.
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit

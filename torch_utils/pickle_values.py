@@ -22,7 +22,7 @@ MAX_OPCODES = 5_000_000
 COPIES_PER_BYTE, COPIES_EXTRA = 4, 64 << 20
 OPCODE_BYTES = 128              # What one opcode, a byte of the file, leaves in memory: a set more, a tuple less.
 MAX_DIMENSIONS = 16
-MAX_KEY_PARTS = 64              # Of a tuple used as a key: hashing deep ones would exhaust the interpreter's stack.
+MAX_KEY_PARTS = 64              # In a tuple used as a key: hashing deep ones would exhaust the interpreter's stack.
 
 #----------------------------------------------------------------------------
 # Limits.
@@ -35,7 +35,7 @@ class Limits:
     """What reading one file may cost."""
 
     def __init__(self, name: str, nbytes: int):
-        self.name = name                # Of the file, for messages.
+        self.name = name                # Name of the file, for messages.
         self.opcodes = 0
         self.copied = 0
         self.max_copied = COPIES_PER_BYTE * nbytes + COPIES_EXTRA

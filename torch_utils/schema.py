@@ -23,8 +23,8 @@ from torch_utils.nested import first_nonfinite
 
 MAX_WHOLE = 10 ** 15            # Above every count; numbers with thousands of digits cannot even be printed.
 MAX_TEXT = 10_000               # Characters of a name or path.
-MAX_ITEMS = 1_000_000           # Of a list: classes.
-MAX_DEPTH = 16                  # Of lists and dicts in each other.
+MAX_ITEMS = 1_000_000           # A longer list is not believed; classes are the longest.
+MAX_DEPTH = 16                  # Lists and dicts may lie so deep in each other.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COUNTERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 

@@ -27,7 +27,7 @@ NUM_PAIRS = 1024            # Pairs of images whose distance is measured, at mos
 
 #----------------------------------------------------------------------------
 
-class ImageDataset(torch.utils.data.Dataset):
+class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
     """Square images in a zip archive or a folder, with optional class labels in dataset.json.
 
     Files of other kinds than 8-bit RGB are converted as dataset_tool.py does it (`training.data.images`). Item i is
@@ -40,11 +40,11 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        path: str | os.PathLike,        # A zip archive or a folder.
+        path: str | os.PathLike[str],        # A zip archive or a folder.
         use_labels: bool = False,       # Read the labels and serve them.
         xflip: bool = False,            # Append every image again, mirrored.
         max_size: int | None = None,    # Serve a random choice of this many images, before mirroring.
-        seed: int = 0,                  # Of that choice.
+        seed: int = 0,                  # Seed of that choice.
     ):
         self.path = str(path)
         self.name = os.path.splitext(os.path.basename(os.path.normpath(self.path)))[0]
@@ -52,7 +52,10 @@ class ImageDataset(torch.utils.data.Dataset):
         self._store = open_store(path)
         self._check_splits()
         self._use_labels = use_labels
-        self._image_labels, self.class_names = self._read_labels() if use_labels else (None, [])
+        self._image_labels: np.ndarray | None = None
+        self.class_names: list[str] = []
+        if use_labels:
+            self._image_labels, self.class_names = self._read_labels()
         self._chosen = np.arange(len(self._store.names))        # Images served, as indices into the stored ones.
         if max_size is not None and max_size < len(self._chosen):
             if max_size < 1:
@@ -139,16 +142,11 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def file_name(self, i: int) -> str:
         """Name of item i's file inside the data set."""
-        return self._store.names[self._chosen[i % len(self._chosen)]]
+        return self._store.names[int(self._chosen[i % len(self._chosen)])]
 
     def close(self) -> None:
         """Close the archive; it opens again when needed."""
         self._store.close()
-
-    @property
-    def num_channels(self) -> int:
-        """Always 3: grayscale files are served with three equal channels."""
-        return 3
 
     @property
     def c_dim(self) -> int:
@@ -221,7 +219,7 @@ class EpochOrder:
             raise ValueError(f"an order of {num_items} items")
         self.num_items = num_items
         self.seed = seed
-        self._permutations: dict[int, np.ndarray] = {}      # Of the last epochs asked for.
+        self._permutations: dict[int, np.ndarray] = {}      # Those of the last epochs asked for.
 
     def index(self, position: int) -> int:
         """Item at one position."""
@@ -245,7 +243,7 @@ class EpochOrder:
 
 #----------------------------------------------------------------------------
 
-class _MicroBatches(torch.utils.data.Dataset):
+class _MicroBatches(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor] | UserError]):
     """Items by lists of indices, stacked. A user's mistake is handed over as a value: an exception that passes
     between processes comes out with the whole traceback for a message."""
 
@@ -283,7 +281,7 @@ def load_batches(dataset: ImageDataset, batches: Sequence[np.ndarray],
         yield batch[0], batch[1]
 
 
-class _MicroBatchIndices(torch.utils.data.Sampler):
+class _MicroBatchIndices(torch.utils.data.Sampler[np.ndarray]):
     """Without end, the items of one process's micro-batches."""
 
     def __init__(self, order: EpochOrder, batch_gpu: int, first: int, stride: int):
@@ -309,7 +307,7 @@ class TrainingStream:
     def __init__(
         self,
         dataset: ImageDataset,
-        order: EpochOrder,              # Of len(dataset) items.
+        order: EpochOrder,              # It must have len(dataset) items.
         rank: int = 0,                  # Process number.
         world_size: int = 1,            # Number of processes.
         batch_gpu: int = 1,             # Images per micro-batch.
@@ -323,7 +321,8 @@ class TrainingStream:
         if not 0 <= rank < world_size or batch_gpu < 1 or start_nimg < 0:
             raise ValueError(f"rank {rank} of {world_size}, batch_gpu {batch_gpu}, start_nimg {start_nimg}")
         sampler = _MicroBatchIndices(order, batch_gpu, start_nimg + rank * batch_gpu, world_size * batch_gpu)
-        self._loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
+        self._loader: torch.utils.data.DataLoader[tuple[torch.Tensor, torch.Tensor] | UserError] | None
+        self._loader = torch.utils.data.DataLoader(
             _MicroBatches(dataset), sampler=sampler, batch_size=None, num_workers=workers,
             pin_memory=pin_memory, persistent_workers=workers > 0,
             worker_init_fn=obey_parent_only,
@@ -359,7 +358,7 @@ def real_pair_distance(dataset: ImageDataset, seed: int = 0, num_pairs: int = NU
 
     Args:
         dataset: The images; without labels all count as one class.
-        seed: Of the choice of pairs.
+        seed: Chooses the pairs.
         num_pairs: Pairs to look at, at most; classes come as often as in the data.
     """
     labels = np.asarray(dataset.labels)

@@ -56,9 +56,9 @@ class Trainer:
     Args:
         config: Every setting.
         G: As the run begins with it, on the device. G_ema begins as its copy.
-        D: Likewise, with its frozen part prepared.
-        classifier: Of the guidance, on the device; None without (`TrainConfig.has_guidance`).
-        device: Of this process.
+        D: The discriminator on the device, with its frozen part prepared.
+        classifier: The network of the guidance, on the device; None without it (`TrainConfig.has_guidance`).
+        device: Where this process computes.
         report: Takes names and values of statistics.
         real_distance: `training.dataset.real_pair_distance`, for the diversity term.
     """

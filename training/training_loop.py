@@ -24,7 +24,7 @@ def training_loop(plan: RunPlan, device: torch.device, stop: StopRequests, evalu
 
     Args:
         plan: Settings, data, where the weights come from, and the folder for the results, which exists.
-        device: Of this process.
+        device: Where this process computes.
         stop: Notices signals and other requests to stop.
         evaluate: Metrics of G_ema, taken at snapshots.
 

@@ -31,13 +31,13 @@ class Detector:
     def __init__(
         self,
         name: str,                                      # As results record it.
-        sha256: str,                                    # Of the file of weights; of the tensors if there is no file.
+        sha256: str,                                    # Hash of the file of weights; else of the tensors.
         feature_dim: int,                               # D of 'pool'.
         outputs: tuple[str, ...],                       # Keys that `features` returns.
         forward: Callable[[torch.Tensor], Outputs],     # uint8 images on `device` -> these outputs.
         device: torch.device,                           # Where it computes.
         num_classes: int = 0,                           # C of 'logits'; 0 where there are none.
-        class_names: list[str] | None = None,           # Of the columns of 'logits', where known.
+        class_names: list[str] | None = None,           # Names of the columns of 'logits', where known.
         dims: dict[str, int] | None = None,             # Width of further outputs.
         resize: str = "",                               # How images come to the network's size, for the record.
         verified: bool = True,                          # Whether `sha256` is one that this project vouches for.

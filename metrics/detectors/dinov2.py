@@ -21,7 +21,7 @@ DINOV2_FILE = Asset(
 
 SIZE, PATCH = 224, 14
 GRID = SIZE // PATCH                # 16
-INTERPOLATE_OFFSET = 0.1            # Of torch.hub's code.
+INTERPOLATE_OFFSET = 0.1            # The value in the official code.
 
 #----------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch_utils.side_by_side import side_by_side
 
 CPU_BATCH = 8       # Images at a time. Fixed, so that a result never depends on a batch size.
-MAX_TERMS = 300     # Of a sum on a CPU. Everywhere it would be 8.9e-7, and take a tenth longer.
+MAX_TERMS = 300     # So many are added in one sum on a CPU. Everywhere it would be 8.9e-7, and take a tenth longer.
 
 #----------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Maps(NamedTuple):
     spatial: torch.Tensor       # First channels of the map of `Mixed_6d`: [N, num_channels, 17, 17].
     pool64: torch.Tensor        # After the first pooling: [N, 64].
     pool192: torch.Tensor       # After the second: [N, 192].
-    pool768: torch.Tensor       # Of `Mixed_6e`: [N, 768].
+    pool768: torch.Tensor       # Means over the map of `Mixed_6e`: [N, 768].
     pool: torch.Tensor          # The features: [N, 2048].
 
 

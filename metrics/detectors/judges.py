@@ -10,10 +10,10 @@ from metrics.detectors.base import Detector, Outputs
 
 def load_judge(path: Path, device: torch.device) -> Detector:
     """A judge as a detector. Raises UserError: not a judge's file."""
-    from torch_utils.local_network import load_local_network
+    from torch_utils.own_network import load_own_network
 
     with torch.random.fork_rng(devices=[]):     # It draws initial values before it reads the file.
-        net = load_local_network(path).to(device)
+        net = load_own_network(path).to(device)
 
     def forward(images: torch.Tensor) -> Outputs:
         pool, logits = net.embed_and_logits(net.prepare(images))

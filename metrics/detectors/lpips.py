@@ -33,7 +33,7 @@ class Lpips(torch.nn.Module):
         self.features = make_vgg16().features[: max(TAPS) + 1]
         for i, channels in enumerate(TAPS.values()):
             self.register_buffer(f"weight{i}", torch.zeros(channels))
-        self.sha256 = ""            # Of the two files of weights.
+        self.sha256 = ""            # Hash of the two files of weights.
         self.verified = False       # Whether both are the published ones.
 
     @torch.no_grad()

@@ -17,8 +17,8 @@ from metrics.sources import ImageSource
 INCEPTION, DINOV2 = "inception-2015-12-05", "dinov2-vitl14"
 # What others call the two arrays.
 MEAN_KEYS, COVARIANCE_KEYS = ("mu", "mean"), ("sigma", "cov", "covariance")
-BLOCK_ROWS = 4096                           # Of features, at a time.
-ASYMMETRY = 1e-4                            # Of a covariance, relative to its largest value; rounding makes 1e-7.
+BLOCK_ROWS = 4096                           # So many features are read at a time.
+ASYMMETRY = 1e-4                            # Allowed in a covariance, by its largest value; rounding makes 1e-7.
 
 #----------------------------------------------------------------------------
 
@@ -33,8 +33,8 @@ class Statistics:
     detector_sha256: str | None = None
     stored_ddof: int | None = None  # What the file was divided by, before conversion; None: nothing was converted.
     path: str | None = None
-    fingerprint: str = ""           # Of the images where known, else of the numbers.
-    resolution: int | None = None   # Of the images, where known.
+    fingerprint: str = ""           # A hash of the images where they are known, else of the numbers.
+    resolution: int | None = None   # Side of the images, where known.
     output: str = "pool"            # Which of the detector's outputs.
     format: str | None = None       # Which kind of file it comes from, for people and for the record.
     mirror: bool | None = None      # Whether mirrored copies of the images are in it, where known.

@@ -21,7 +21,7 @@ from metrics.sources import ImageSource, seeded_subset
 KNOWN_SUFFIXES = {(INCEPTION, "pool"): "", (INCEPTION, "spatial"): "_s", (DINOV2, "pool"): "_dinov2"}
 IMAGES_SEED = 0
 READ_BATCH = 64
-DATE = (1980, 1, 1, 0, 0, 0)    # Of every member: equal statistics make equal files.
+DATE = (1980, 1, 1, 0, 0, 0)    # Every member has the same date, so that equal statistics make equal files.
 
 #----------------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ def test_half_a_file_is_no_result(make_runner, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_an_interrupted_report_has_its_table(tmp_path, number):
     command = [sys.executable, "-u", str(SCRIPT), "--device=cpu", "--quick", "--only=versions,build",
                f"--folder={tmp_path}", f"--dest={tmp_path}/table.md"]

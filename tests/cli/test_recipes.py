@@ -194,6 +194,7 @@ class Killed(BaseException):
     """As sudden as a signal."""
 
 
+@pytest.mark.slow
 def test_two_stages_killed_and_started_again(blobs, tmp_path, monkeypatch):
     import training.trainer as loop
     command = [*TINY, f"--data={blobs}/blobs{{resolution}}.zip", f"--outdir={tmp_path}/out"]

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small sources of images and a small detector, so that whole evaluations take a second."""
+import contextlib
 import hashlib
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,28 @@ import PIL.Image
 import torch
 
 from metrics.detectors import DetectorKind
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch with one thread for the block, as in each of several processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_two_processes(module: str, dest: Path, **more: str) -> None:
+    """Run `python -m module dest` as two processes of one group, with one thread each and more environment."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module,
+               str(dest)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 class ArraySource:
@@ -130,7 +156,7 @@ def float32_tolerance(terms: int) -> float:
     return 2 ** -24 * (2 * terms / 6) ** 0.5
 
 
-VGG_TERMS = 9 * (3 + 64 + 64 + 128 + 128 + 3 * 256 + 5 * 512)           # Of the convolutions.
+VGG_TERMS = 9 * (3 + 64 + 64 + 128 + 128 + 3 * 256 + 5 * 512)           # Terms of the sums in its convolutions.
 # Along the longest branch of each block: the stem, three blocks of 35 pixels, a reduction, four of 17, a reduction, two
 # of 8, and the classes.
 INCEPTION_TERMS = sum((27 + 288 + 288 + 64 + 720, 192 + 576 + 864, 256 + 576 + 864, 288 + 576 + 864, 288 + 576 + 864,

@@ -166,7 +166,7 @@ def behind_the_resize(net, x):
 # Metrics from features, by the others' functions.
 
 def frechet_distance(a, b, package):
-    """Of features [N, D], float64. Covariances have ddof 1 everywhere."""
+    """The distance of features [N, D], float64. Covariances have ddof 1 everywhere."""
     import cleanfid.fid
     import pytorch_fid.fid_score
     from torch_fidelity import metric_fid

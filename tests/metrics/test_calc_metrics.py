@@ -82,9 +82,9 @@ class TestImages:
         assert [r["results"] for r in run(*want)] == [r["results"] for r in run(f"--batch={batch}", *want)]
 
     def test_accuracy(self, data, tmp_path):
-        from torch_utils.local_network import LocalNet, local_config, save_local_network
+        from torch_utils.own_network import OwnNetwork, own_config, save_own_network
         torch.manual_seed(0)
-        save_local_network(tmp_path / "judge.safetensors", LocalNet(local_config(3, 16, (8, 12))))
+        save_own_network(tmp_path / "judge.safetensors", OwnNetwork(own_config(3, 16, (8, 12))))
         want = ("--metrics=accuracy", f"--detector={tmp_path}/judge.safetensors", f"--num={NUM}")
         folder, npz = (run(f"--images={data}/{name}", *want)[0] for name in ("classes", "gen.npz"))
         assert folder["results"] == npz["results"]
@@ -120,10 +120,10 @@ class TestClasses:
     NAMES = ["zebra", "cat", "ant", "2", "owl", "caf\u00e9", "x", "y", "a b", "v", "w", "u"]
 
     def judge(self, path, names=None):
-        from torch_utils.local_network import LocalNet, local_config, save_local_network
+        from torch_utils.own_network import OwnNetwork, own_config, save_own_network
         torch.manual_seed(0)
-        net = LocalNet(local_config(12, 16, (8, 12), names)).eval()
-        save_local_network(path / "judge.safetensors", net)
+        net = OwnNetwork(own_config(12, 16, (8, 12), names)).eval()
+        save_own_network(path / "judge.safetensors", net)
         images = random_images(NUM, 16, seed=1, shift=20)
         seen = net.logits(net.prepare(torch.from_numpy(images))).argmax(dim=1).numpy()
         assert 1 < len(set(seen)) < 12
@@ -340,6 +340,7 @@ class TestMistakes:
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_as_a_program_with_the_real_architecture(data, tmp_path):
     """From another folder, in its own process, with Inception at random weights."""
     write_folder(data / "few", random_images(3, 16))

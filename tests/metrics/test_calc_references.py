@@ -12,7 +12,7 @@ from metrics.references import load_statistics
 from tests.closeness import approx
 from tests.metrics.helpers import random_images, write_folder
 from tests.metrics.test_calc_metrics import call, refused, run
-from torch_utils.local_network import LocalNet, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 
 NUM = 40
 INCEPTION = "inception-2015-12-05"
@@ -76,7 +76,7 @@ def test_our_file(data, fid):
 def test_statistics_of_a_judge_named_by_its_path(data, tmp_path):
     """The file says 'local:judge.safetensors', the flag where it lies."""
     torch.manual_seed(0)
-    save_local_network(tmp_path / "judge.safetensors", LocalNet(local_config(3, 16, (8, 12))))
+    save_own_network(tmp_path / "judge.safetensors", OwnNetwork(own_config(3, 16, (8, 12))))
     judge = f"--detector={tmp_path}/judge.safetensors"
     assert call("--device=cpu", f"--data={data}/real", judge, f"--save-ref={tmp_path}/own.npz").exit_code == 0
     record = run(f"--images={data}/gen", judge, "--metrics=fid", f"--num={NUM}", f"--ref={tmp_path}/own.npz")[0]

@@ -122,18 +122,18 @@ def test_broken_weights_are_noticed():
 class TestJudge:
     @pytest.fixture
     def path(self, tmp_path):
-        from torch_utils.local_network import LocalNet, local_config, save_local_network
+        from torch_utils.own_network import OwnNetwork, own_config, save_own_network
         torch.manual_seed(0)
-        net = LocalNet(local_config(3, 16, (8, 12), ["cat", "dog", "owl"]))
-        save_local_network(tmp_path / "judge.safetensors", net)
+        net = OwnNetwork(own_config(3, 16, (8, 12), ["cat", "dog", "owl"]))
+        save_own_network(tmp_path / "judge.safetensors", net)
         return tmp_path / "judge.safetensors"
 
     @pytest.mark.parametrize("prefix", ["", "local:"])
     def test_outputs(self, path, prefix):
-        from torch_utils.local_network import load_local_network
+        from torch_utils.own_network import load_own_network
         detector = load_detector(prefix + str(path), CPU)
         out = detector.features(images(5, 24))
-        net = load_local_network(path)
+        net = load_own_network(path)
         assert torch.equal(out["logits"], net.logits(net.prepare(images(5, 24))))
         assert torch.equal(out["pool"], net.embed(net.prepare(images(5, 24))))
         assert (detector.feature_dim, detector.num_classes, detector.class_names) == (12, 3, ["cat", "dog", "owl"])

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """ppl2_wend, eqt50k_int, eqt50k_frac and eqr50k by name: from the command line, in training, with several processes."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +15,17 @@ from metrics.protocols import METRICS
 from tests.closeness import approx
 from tests.metrics import generator_ranks
 from tests.metrics.generators import source, stem
-from tests.metrics.helpers import random_images, random_lpips_states, write_folder, write_lpips_files
+from tests.metrics.helpers import (
+    in_two_processes,
+    one_thread,
+    random_images,
+    random_lpips_states,
+    write_folder,
+    write_lpips_files,
+)
 from tests.metrics.test_calc_metrics import refused, run
 from torch_utils import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("ppl2_wend", "eqt50k_int", "eqt50k_frac", "eqr50k")
 
 
@@ -115,19 +117,12 @@ def test_in_training(tmp_path):
 
 
 @pytest.mark.numeric
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "MAX_CHUNK", latents.MAX_CHUNK)        # The measurement changes it.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         generator_ranks.measure(str(tmp_path / "one.json"), torch.device("cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "-m", "tests.metrics.generator_ranks", str(tmp_path / "two.json")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes("tests.metrics.generator_ranks", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2
     assert two["values"] == one["values"]                               # To the last digit.

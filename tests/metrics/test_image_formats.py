@@ -52,7 +52,7 @@ def tiff_of_16_bits(values):
     """The same as TIFF, in the other order of bytes."""
     height, width, channels = values.shape
     data = values.astype("<u2").tobytes()
-    after = 8 + len(data)               # Of the pixels: the bits per sample, then the directory.
+    after = 8 + len(data)               # Behind the pixels come the bits per sample, then the directory.
     is_rgb = channels == 3
     fields = [(256, width), (257, height), (258, after if is_rgb else 16), (259, 1), (262, 2 if is_rgb else 1),
               (273, 8), (277, channels), (278, height), (279, len(data))]

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes give what one gives."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.closeness import approx
 from tests.metrics import two_ranks
+from tests.metrics.helpers import in_two_processes, one_thread
 
 pytestmark = pytest.mark.numeric
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def result(folder, num_processes):
@@ -27,17 +22,9 @@ def result(folder, num_processes):
 def test_two_ranks_equal_one(tmp_path, tiny_inception):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         two_ranks.score(str(tmp_path / "one"), torch.device("cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "-m", "tests.metrics.two_ranks", str(tmp_path / "two")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "STYLESAN_CACHE": str(tmp_path / "cache-two"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes("tests.metrics.two_ranks", tmp_path / "two", STYLESAN_CACHE=str(tmp_path / "cache-two"))
     one, two = result(tmp_path / "one", 1), result(tmp_path / "two", 2)
     assert {"fid", "sfid", "adm_sfid50k@num=333", "adm_is50k@num=333"} < one["values"].keys()
     for key, value in one["values"].items():

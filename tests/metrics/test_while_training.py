@@ -8,7 +8,7 @@ import torch
 from dnnlib import UserError
 from inference.evaluation import network_evaluator
 from tests.metrics.helpers import random_images, write_folder
-from torch_utils.local_network import LocalNet, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from training.dataset import ImageDataset
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
@@ -39,14 +39,14 @@ def test_classes_of_the_judge(dataset, tmp_path):
     """The same judge with its classes in another order gives the same score; one that knows others is refused."""
     dataset.class_names = ["a", "b", "c"]
     torch.manual_seed(0)
-    judge, G = LocalNet(local_config(3, 16, (8, 12), ["a", "b", "c"])), Generator(stem_config(16, 6, 256, 16, c_dim=3))
+    judge, G = OwnNetwork(own_config(3, 16, (8, 12), ["a", "b", "c"])), Generator(stem_config(16, 6, 256, 16, c_dim=3))
 
     def score(names, order):
-        net = LocalNet(local_config(3, 16, (8, 12), names))
+        net = OwnNetwork(own_config(3, 16, (8, 12), names))
         net.load_state_dict(judge.state_dict())
         for name in ("classifier.weight", "classifier.bias"):
             net.state_dict()[name].copy_(judge.state_dict()[name][order])
-        save_local_network(tmp_path / "judge.safetensors", net)
+        save_own_network(tmp_path / "judge.safetensors", net)
         evaluate = network_evaluator(["accuracy"], dataset, f"{tmp_path}/judge.safetensors", 40, CPU, seed=0)
         return evaluate(G)[0]["results"]
 

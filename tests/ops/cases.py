@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs that several tests of the operations share."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,3 +71,16 @@ def random_options(rng: np.random.Generator, size: tuple[int, int], taps: tuple[
         if min(left) >= 0:
             return {"up": up, "down": down, "padding": pad, "flip_filter": bool(rng.integers(2)),
                     "gain": float(rng.normal())}
+
+
+def random_layers(count: int) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Images and options of `filtered_lrelu` at random: filters, rates, paddings, limits."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        n_up, n_down = rng.integers(1, 13, 2).tolist()
+        h, w = rng.integers(8, 24, 2).tolist()
+        options = {"fu": randn(n_up, seed=i), "fd": randn(n_down, seed=i + 1), "b": randn(4, seed=i + 2),
+                   "up": int(rng.integers(1, 5)), "down": int(rng.integers(1, 5)), "gain": float(rng.uniform(0.5, 2)),
+                   "padding": (rng.integers(-2, 6, 4) + 6).tolist(), "slope": float(rng.uniform(0, 1)),
+                   "clamp": [None, 0.5, 256][i % 3], "flip_filter": bool(rng.integers(2))}
+        yield randn(2, 4, h, w, seed=i + 3), options

@@ -2,14 +2,13 @@
 """Filtered leaky ReLU: its parts, the two forms against each other, gradients, layouts, messages."""
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_utils.ops.filtered_lrelu as module
 from tests.closeness import l2_error, rel_error
-from tests.ops.cases import FORMS, bound, filters, randn
+from tests.ops.cases import FORMS, bound, filters, randn, random_layers
 from torch_utils.ops.filtered_lrelu import filtered_lrelu
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
@@ -77,15 +76,7 @@ def test_matrix_is_ref(monkeypatch, options, dtype, chunk_bytes):
 
 
 def test_matrix_is_ref_for_random_options():
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        n_up, n_down = rng.integers(1, 13, 2).tolist()
-        h, w = rng.integers(8, 24, 2).tolist()
-        options = {"fu": randn(n_up, seed=i), "fd": randn(n_down, seed=i + 1), "b": randn(4, seed=i + 2),
-                   "up": int(rng.integers(1, 5)), "down": int(rng.integers(1, 5)), "gain": float(rng.uniform(0.5, 2)),
-                   "padding": (rng.integers(-2, 6, 4) + 6).tolist(), "slope": float(rng.uniform(0, 1)),
-                   "clamp": [None, 0.5, 256][i % 3], "flip_filter": bool(rng.integers(2))}
-        x = randn(2, 4, h, w, seed=i + 3)
+    for x, options in random_layers(40):
         a, want = (filtered_lrelu(x, **options, impl=impl) for impl in ("matrix", "ref"))
         assert rel_error(a, want) < 1e-12, options
 

@@ -6,7 +6,6 @@ import math
 import struct
 import threading
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -14,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from dnnlib import UserError
 from tests import needs_cuda
 from tests.closeness import rel_error
-from tests.ops.cases import needs_compiler, randn, use_programs_of_gpu
+from tests.ops.cases import needs_compiler, randn, random_layers, use_programs_of_gpu
 from tests.ops.test_filtered_lrelu import OPTIONS, grads
 from tests.ops.test_filtered_lrelu import assert_form_is_ref as assert_layer_is_ref
 from tests.ops.test_upfirdn2d import assert_form_is_ref as assert_resampling_is_ref
@@ -60,15 +59,9 @@ def test_layer_of_many_tiles_is_ref(code, last):
 
 
 def test_random_layers(code):
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        n_up, n_down = rng.integers(1, 13, 2).tolist()
-        h, w = rng.integers(8, 24, 2).tolist()
-        options = {"fu": randn(n_up, seed=i), "fd": randn(n_down, seed=i + 1), "b": randn(4, seed=i + 2),
-                   "up": int(rng.integers(1, 5)), "down": int(rng.integers(1, 5)), "gain": float(rng.uniform(0.5, 2)),
-                   "padding": (rng.integers(-2, 6, 4) + 6).tolist(), "slope": float(rng.uniform(0, 1)),
-                   "clamp": [None, 0.5, 256][i % 3], "flip_filter": bool(rng.integers(2))}
-        x, found = randn(2, 4, h, w, seed=i + 3).requires_grad_(), []
+    for i, (x, options) in enumerate(random_layers(40)):
+        x.requires_grad_()
+        found = []
         for impl in ("cpu", "ref"):
             y = filtered_lrelu(x, **options, impl=impl)
             found.append([y, *torch.autograd.grad(y, x, randn(*y.shape, seed=i + 4))])

@@ -16,7 +16,7 @@ from tests.closeness import l2_error, rel_error
 DATA = Path(__file__).resolve().parent / "data"
 
 DTYPES = [torch.float64, torch.float32]     # Double precision is the judge, single precision a second check.
-DOUBLE = 1e-9                               # Of everything that was recorded in double precision.
+DOUBLE = 1e-9                               # Tolerance for everything that was recorded in double precision.
 VALUE, GRADIENT = 1e-4, 5e-2                # In single precision; gradients L2-relative, their norms relative.
 
 

@@ -35,8 +35,8 @@ from tests.torch_utils.crafted import (
 )
 from torch_utils import checkpoint, pickle_values
 from torch_utils.arrays import open_npz, read_npy
-from torch_utils.local_network import HEADER_KEY, LocalNet, load_local_network, local_config, save_local_network
 from torch_utils.nested import first_nonfinite
+from torch_utils.own_network import HEADER_KEY, OwnNetwork, load_own_network, own_config, save_own_network
 from torch_utils.schema import Unfit, record, shown, whole
 from torch_utils.weights import read_weights
 from training.config import GeneratorConfig, from_dict
@@ -293,28 +293,28 @@ def test_what_was_read_goes_at_once(files, tmp_path):
         gc.enable()
 
 #----------------------------------------------------------------------------
-# Local networks: detectors, feature networks, classifiers.
+# Networks of your own: detectors, feature networks, classifiers.
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory) -> bytes:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("judge") / "x.safetensors"
-    save_local_network(path, LocalNet(local_config(2, 16, (4, 6), ["a", "b"])), {"data": "digits"})
+    save_own_network(path, OwnNetwork(own_config(2, 16, (4, 6), ["a", "b"])), {"data": "digits"})
     return path.read_bytes()
 
 
-def test_local_networks(judge, tmp_path):
+def test_own_networks(judge, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(judge)
-    state, header = safetensors.torch.load(judge), load_local_network(path)
+    state, header = safetensors.torch.load(judge), load_own_network(path)
     header = {"format": "stylesan-xl/local-network/1", "config": header.config, "metadata": header.metadata}
     refused = set()
 
     def attempt(place, what, tensors, content):
         text = content if isinstance(content, str) else json.dumps(content)
         path.write_bytes(safetensors.torch.save(tensors, {HEADER_KEY: text}))
-        if outcome(lambda: load_local_network(path), str(path)):
+        if outcome(lambda: load_own_network(path), str(path)):
             refused.add((place, what))
 
     with little_memory():
@@ -344,7 +344,7 @@ def test_local_networks(judge, tmp_path):
 @pytest.mark.parametrize(("resolution", "widths"), [(100_000, (4, 6)), (4096, (8, 8)), (2048, (2000, 4))])
 def test_a_small_network_of_large_maps(tmp_path, resolution, widths):
     """850 KB of weights can ask for gigabytes of maps."""
-    net = LocalNet(local_config(2, 16, widths))
+    net = OwnNetwork(own_config(2, 16, widths))
     path = tmp_path / "x.safetensors"
     header = {"format": "stylesan-xl/local-network/1", "config": net.config | {"input_resolution": resolution}}
     safetensors.torch.save_file(net.state_dict(), path, {HEADER_KEY: json.dumps(header)})
@@ -353,7 +353,7 @@ def test_a_small_network_of_large_maps(tmp_path, resolution, widths):
 
 
 def test_weights(tmp_path):
-    """Of feature networks and detectors that others publish."""
+    """Weights of feature networks and detectors that others publish."""
     for suffix in (".pth", ".safetensors"):
         path = tmp_path / f"x{suffix}"
         for value, match in ((torch.zeros(3), None), (torch.full([3], math.nan), "not finite"),

@@ -65,7 +65,7 @@ def works(rank: int) -> None:
 
 
 def small_config(**changed) -> TrainConfig:
-    """Of a run with 16 pixels and 4 classes."""
+    """Settings of a run with 16 pixels and 4 classes."""
     generator = stem_config(16, 4, 128, 16, 2, c_dim=4, w_dim=32)
     values = dict(data=DataConfig("none", 16, 4), generator=generator, loss=LossConfig(),
                   discriminator=DiscriminatorConfig(("local:random",), 16, 4), optim=OptimConfig.official(8), batch=8,

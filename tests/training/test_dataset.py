@@ -31,7 +31,7 @@ def test_items_and_properties(write):
     path = write(files(), metadata())
     dataset = ImageDataset(path, use_labels=True)
     assert (dataset.name, dataset.path) == ("set", str(path))
-    assert (len(dataset), dataset.resolution, dataset.num_channels, dataset.c_dim) == (6, 8, 3, 3)
+    assert (len(dataset), dataset.resolution, dataset.c_dim) == (6, 8, 3)
     assert dataset.class_names == ["0", "1", "2"]
     assert dataset.labels.dtype == np.int64
     assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2]

@@ -12,7 +12,7 @@ from legacy import load_network, open_snapshot
 from tests.closeness import assert_close
 from tests.conftest import write_dataset
 from torch_utils import checkpoint
-from torch_utils.local_network import LocalNet, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from train import main
 from training.data.randomness import CounterRNG
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
@@ -163,7 +163,7 @@ def test_superres_stage(stem_run, data32, tmp_path):
 
 def test_guidance_by_a_local_classifier(stem_run, data32, tmp_path):
     net = tmp_path / "net.safetensors"
-    save_local_network(net, LocalNet(local_config(4, 32, (8, 8), class_names=["0", "1", "2", "3"])))
+    save_own_network(net, OwnNetwork(own_config(4, 32, (8, 8), class_names=["0", "1", "2", "3"])))
     train(tmp_path / "out", data32, "--superres", f"--path_stem={stem_run}", "--kimg=0.008", "--cls_weight=8",
           f"--classifier={net}")
     lines = (only_run(tmp_path / "out") / "stats.jsonl").read_text().splitlines()
@@ -195,7 +195,7 @@ def test_restart_every_exits_with_3(data16, tmp_path):
 def test_metrics_choose_the_best_model(data16, tmp_path):
     """A judge scores every snapshot; the best is kept under its own name."""
     judge = tmp_path / "judge.safetensors"
-    save_local_network(judge, LocalNet(local_config(4, 16, (8, 8))))
+    save_own_network(judge, OwnNetwork(own_config(4, 16, (8, 8))))
     train(tmp_path / "out", data16, "--kimg=0.016", "--tick=0.008", "--snap=1", "--metrics=fid,kid", "--num=16",
           f"--detector={judge}")
     run = only_run(tmp_path / "out")

@@ -9,7 +9,7 @@ from tests.conftest import write_dataset
 from tests.training.test_loop import only_run
 from tests.training.test_loop import train as train_small
 from torch_utils import checkpoint
-from torch_utils.local_network import LocalNet, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from training.run.snapshots import NETWORK_FORMAT
 from transport.diagnose import main
 
@@ -31,6 +31,7 @@ def call(*args):
     return CliRunner().invoke(main, [*map(str, args), "--device=cpu"])
 
 
+@pytest.mark.slow
 def test_command(run, blobs, tmp_path):
     done = call(f"--network={run}", f"--data={blobs}", f"--outdir={tmp_path}/out")
     assert done.exit_code == 0, done.output
@@ -62,7 +63,7 @@ def test_what_cannot_be_diagnosed_gets_one_line(run, blobs, tmp_path):
     checkpoint.save(bare, content | {"D": None, "discriminator_config": None, "notes": ["an official one"]})
     config = content["discriminator_config"] | {"backbones": ["/nowhere/net.safetensors"]}
     checkpoint.save(moved, content | {"discriminator_config": config})
-    save_local_network(tmp_path / "other.safetensors", LocalNet(local_config(4, 16)))
+    save_own_network(tmp_path / "other.safetensors", OwnNetwork(own_config(4, 16)))
     recorded = content["backbones"] | {"net": {"name": "net", "source": "", "sha256": "0" * 64}}
     checkpoint.save(tmp_path / "recorded.pkl", content | {"discriminator_config": config, "backbones": recorded})
     wide = content["discriminator_config"] | {"proj_channels": 1 << 20}         # Terabytes.

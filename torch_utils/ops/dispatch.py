@@ -100,7 +100,7 @@ class FastPrograms:
     def __init__(self, find_fault: Callable[[str, torch.dtype], str | None]) -> None:
         self._find_fault = find_fault
         self._found: dict[tuple[str, torch.dtype], Loaded] = {}
-        self._lock = threading.Lock()       # As above: not held while operations run.
+        self._lock = threading.Lock()       # Not held while operations run, as `_lock` is not.
 
     def __call__(self, kind: Strips, dtype: torch.dtype) -> Callable[..., int] | None:
         """The program for a kind of layer; None if it cannot be had.

@@ -206,7 +206,7 @@ class Choices:
             key: What the choice depends on; looked up at every call.
             name: The same in words, for the file.
             candidates: By name, the default first.
-            cost: Of a candidate.
+            cost: What a candidate costs.
         """
         form = self._picked.get(key)
         if form is None:

@@ -8,7 +8,6 @@ the first frame of animations is taken, and pictures are turned as their EXIF or
 import dataclasses
 import io
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,9 +19,9 @@ PNG_DEPTH = 24              # Where a PNG file says how many bits a sample has.
 BITS_PER_SAMPLE = 258       # TIFF's tag.
 ORIENTATION = 0x0112        # EXIF's tag.
 GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-GRAY_NOTE = "mode L converted"      # Of grayscale files: three equal channels are no change to speak of.
+GRAY_NOTE = "mode L converted"      # Grayscale files get three equal channels, which is no change to speak of.
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
-# Of JPEG 2000: the markers of its start and of the coding style, and where the style names the wavelet.
+# JPEG 2000 has markers of its start and of the coding style; the style names the wavelet at this place.
 J2K_START, J2K_STYLE, J2K_WAVELET = b"\xff\x4f\xff\x51", b"\xff\x52", 13
 
 
@@ -83,7 +82,7 @@ def _has_16_bits(data: bytes, image: PIL.Image.Image) -> bool:
     """Whether the file has 16 bits per sample, of which Pillow has kept 8 without a word if it has colours."""
     if data.startswith(SIGNATURE):
         return data[PNG_DEPTH] == 16
-    tags: Any = getattr(image, "tag_v2", None) or {}
+    tags: Mapping[int, tuple[int, ...]] = getattr(image, "tag_v2", None) or {}
     return max(tags.get(BITS_PER_SAMPLE, (8,)), default=8) == 16
 
 

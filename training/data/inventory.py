@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -21,7 +21,12 @@ SIZES_READ = 50_000         # Files of a folder whose size is asked for,
 CONTENTS_READ = 256         # and whose content is read: those whose names come first by their checksums.
 RELATED = 0.5               # Share of the old files that a data set still has which only grew or was repaired.
 
-Inventory = dict[str, Any]  # "labels": text, "files": {name: what is known of it}
+
+class Inventory(TypedDict):
+    """What `inventory` finds, as it is written to a file."""
+
+    labels: str                 # A hash of all labels and of the names of their classes; "" without labels.
+    files: dict[str, str]       # Name -> what is known of the file.
 
 
 def inventory(store: FolderStore | ZipStore, labels: np.ndarray, class_names: list[str]) -> Inventory:
@@ -65,7 +70,8 @@ def read_inventory(path: Path) -> Inventory | None:
     """What `write_inventory` wrote; None where it is missing or damaged."""
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
-        return content if isinstance(content["files"], dict) and isinstance(content["labels"], str) else None
+        labels, files = content["labels"], content["files"]
+        return Inventory(labels=labels, files=files) if isinstance(labels, str) and isinstance(files, dict) else None
     except (OSError, ValueError, EOFError, KeyError, TypeError, zlib.error):
         return None
 

@@ -5,8 +5,8 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ IMAGE_SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".j
                   ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 METADATA_NAME = "dataset.json"
 MAX_CLASSES = 1_000_000
+Item = TypeVar("Item")
 # A name that needs no cleaning: its parts are not empty, do not begin with a dot and have no odd characters.
 PLAIN_NAME = re.compile(r"[^./\\:\0][^/\\:\0]*(?:/[^./\\:\0][^/\\:\0]*)*").fullmatch
 
@@ -50,25 +51,41 @@ def is_image_name(name: str) -> bool:
 class LabelledStore(Protocol):
     """What is asked of a folder or an archive here."""
 
-    path: Any
-    names: Sequence[str]                # Of the images, sorted.
-    labels: np.ndarray | None           # If they are known to be right: int [len(names)],
-    classes: list[str] | None           # and the names of their classes, if there are any.
+    @property
+    def path(self) -> str | os.PathLike[str]:
+        """Where it lies, for messages."""
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def names(self) -> Sequence[str]:
+        """Names of the images, sorted."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int [len(names)] if the labels are known to be right."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes of `labels`, if there are any."""
+
+    @property
+    def metadata(self) -> dict[str, object]:
         """The content of dataset.json."""
 
 
-def parse_metadata(where: str | os.PathLike, data: bytes) -> dict[str, Any]:
-    """The object in a dataset.json. Raises UserError if it is no JSON object."""
+def json_object(where: str | os.PathLike[str], data: bytes, remedy: str) -> dict[str, object]:
+    """The object in a JSON file inside a data set. Raises UserError if it is none."""
     try:
-        metadata = json.loads(data)
+        content = json.loads(data)
     except (ValueError, RecursionError) as err:
-        raise UserError(f"{where}: not valid JSON ({err}): make it again") from err
-    if not isinstance(metadata, dict):
-        raise UserError(f'{where}: must be an object such as {{"labels": [["0.png", 6]]}}')
-    return metadata
+        raise UserError(f"{where}: not valid JSON ({err}): {remedy}") from err
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be an object: {remedy}")
+    return content
+
+
+def parse_metadata(where: str | os.PathLike[str], data: bytes) -> dict[str, object]:
+    """The object in a dataset.json. Raises UserError if it is no JSON object."""
+    return json_object(where, data, 'make it again, such as {"labels": [["0.png", 6]]}')
 
 
 def label_table(store: LabelledStore) -> dict[str, int] | None:
@@ -92,26 +109,27 @@ def label_table(store: LabelledStore) -> dict[str, int] | None:
     if several:
         raise UserError(f"{where}: the label {_some(several, lambda e: f'{e[1]!r} of {e[0]}')} holds more than one "
                         "value: several labels per image are not supported: keep one for each image")
-    entries = [e if type(e[1]) is int else [e[0], _number(e[1])] for e in entries]
-    wrong = [e for e in entries if type(e[1]) is not int or not 0 <= e[1] < MAX_CLASSES]
-    if wrong:
-        raise UserError(f"{where}: the label {_some(wrong, lambda e: f'{e[1]!r} of {e[0]}')} must be a whole number "
-                        f"from 0 to {MAX_CLASSES - 1}, the index of a class")
-    return _table(where, entries)
+    pairs: list[tuple[str, object]] = [(e[0], e[1] if type(e[1]) is int else _number(e[1])) for e in entries]
+    right = [(name, label) for name, label in pairs if type(label) is int and 0 <= label < MAX_CLASSES]
+    if len(right) < len(pairs):
+        odd = [(name, label) for name, label in pairs if type(label) is not int or not 0 <= label < MAX_CLASSES]
+        raise UserError(f"{where}: the label {_some(odd, lambda pair: f'{pair[1]!r} of {pair[0]}')} must be a whole "
+                        f"number from 0 to {MAX_CLASSES - 1}, the index of a class")
+    return _table(where, right)
 
 
-def _number(label: Any) -> Any:
+def _number(label: object) -> object:
     """The whole number that a label is; what is none stays."""
     number = whole_number(single(label))
     return label if number is None else number
 
 
-def _some(items: list, describe: Any) -> str:
+def _some(items: Sequence[Item], describe: Callable[[Item], str]) -> str:
     """The first of `items` in words, or the first five of several."""
     return list_some([describe(item)[:200] for item in items])
 
 
-def _table(where: str, entries: list[list]) -> dict[str, int]:
+def _table(where: str, entries: Iterable[tuple[str, int]]) -> dict[str, int]:
     """Entries of the right form as a table by clean names."""
     table: dict[str, int] = {}
     outside, contradictions = [], []
@@ -158,8 +176,8 @@ def labels_of(store: LabelledStore, table: dict[str, int]) -> np.ndarray:
                         f"images: {list_some(missing)}: add them to \"labels\" or take the files away")
     labels = np.array([table[name] for name in names], dtype=np.int64)
     classes = class_list(store)
-    wrong = [] if classes is None else np.flatnonzero(labels >= len(classes))
-    if len(wrong):
+    wrong = np.flatnonzero(labels >= (MAX_CLASSES if classes is None else len(classes)))
+    if classes is not None and len(wrong):
         found = [f"{labels[i]} of {store.names[i]}" for i in wrong[:6]]
         raise UserError(f'{store.path}: {METADATA_NAME}: the label {list_some(found[:5])} has no name '
                         f'({len(wrong)} images): "classes" lists {len(classes)}')
@@ -231,11 +249,12 @@ def _of_one_hot(said: str, rows: np.ndarray) -> np.ndarray:
     if len(wrong):
         raise UserError(f"{said}, but {len(wrong)} of its rows are not one-hot: {list_some(wrong.tolist())}: a row "
                         "must be zeros with a single one, because several labels per image are not supported")
-    return rows.argmax(axis=1).astype(np.int64)
+    labels: np.ndarray = rows.argmax(axis=1).astype(np.int64)
+    return labels
 
 #----------------------------------------------------------------------------
 
-def fingerprints(files: Iterable[tuple[str, int, int]], metadata: dict[str, Any]) -> tuple[str, str]:
+def fingerprints(files: Iterable[tuple[str, int, int]], metadata: dict[str, object]) -> tuple[str, str]:
     """SHA-256 of (name, size, CRC-32) of files, labels and classes: as they are, and mirrored. 64 hex digits each."""
     digest = hashlib.sha256()
     chunk: list[str] = []

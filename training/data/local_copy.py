@@ -15,7 +15,8 @@ from training.data.zip_index import Signature, index_files, load_index
 CHUNK = 16 << 20
 
 
-def stage(path: str | os.PathLike, folder: str | os.PathLike, say: Callable[[str], None] = print) -> Path:
+def copy_to_local_disk(path: str | os.PathLike[str], folder: str | os.PathLike[str],
+                       say: Callable[[str], None] = print) -> Path:
     """The copy of an archive below `folder`, made now unless it is there.
 
     It keeps the archive's name, in a sub-folder that is named by the archive's size, time and end, so that changed
@@ -39,7 +40,7 @@ def stage(path: str | os.PathLike, folder: str | os.PathLike, say: Callable[[str
             signature = Signature.of(file)
         key = hashlib.sha256(json.dumps([signature.size, signature.mtime_ns, signature.tail]).encode()).hexdigest()[:16]
         target = folder / key / path.name
-        if not is_staged(target, signature):
+        if not is_copied(target, signature):
             _copy(path, target, signature, say)
     except OSError as err:
         if err.errno == errno.ENOSPC:
@@ -49,7 +50,7 @@ def stage(path: str | os.PathLike, folder: str | os.PathLike, say: Callable[[str
     return target
 
 
-def is_staged(target: Path, signature: Signature) -> bool:
+def is_copied(target: Path, signature: Signature) -> bool:
     """Whether a whole copy is there: its size, time and end are those of the archive, and it was once read back."""
     if not _hash_file(target).is_file() or not target.is_file():
         return False

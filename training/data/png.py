@@ -15,7 +15,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GRAY, RGB = 0, 2                            # Colour types.
 CHANNELS = {GRAY: 1, RGB: 3}
 START = struct.pack(">8sL4s", SIGNATURE, 13, b"IHDR")
-PIXELS_AT = 41                              # Of the first byte of the first IDAT chunk's content.
+PIXELS_AT = 41                              # Where the content of the first IDAT chunk begins.
 BLOCK = 65535                               # Bytes in a block that is not compressed.
 
 

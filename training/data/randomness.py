@@ -47,9 +47,9 @@ class CounterRNG:
         return np.searchsorted(cdf, u, side="right").astype(np.int64)
 
     def _fill(self, stream: str, positions: Sequence[int] | np.ndarray, shape: Sequence[int],
-              dtype: type, draw: Callable) -> np.ndarray:
+              dtype: type[np.float32] | type[np.float64], draw: Callable[..., object]) -> np.ndarray:
         """One row of `draw` per position."""
-        out = np.empty((len(positions), *shape), dtype=dtype)
+        out: np.ndarray = np.empty((len(positions), *shape), dtype=dtype)
         rows = out.reshape(len(positions), -1)
         for row, generator in zip(rows, self._generators(stream, positions), strict=True):
             draw(generator, dtype=dtype, out=row)

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report that `dataset_tool.py` leaves inside a data set."""
-import json
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from dnnlib import UserError
+from training.data.labels import json_object
 
 REPORT_NAME = "report.json"
 MAX_REPORT_BYTES = 256 << 20
 
 
-def read_report(path: str | Path) -> dict[str, Any] | None:
+def read_report(path: str | Path) -> dict[str, object] | None:
     """The report inside a data set, or the one beside it that older versions wrote; None if there is neither.
 
     Raises:
@@ -32,12 +31,4 @@ def read_report(path: str | Path) -> dict[str, Any] | None:
             raise UserError(f"{path}: cannot be read ({err}): check the path") from err
     if data is None and beside.is_file():
         data = beside.read_bytes()
-    if data is None:
-        return None
-    try:
-        report = json.loads(data)
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{path}: {REPORT_NAME} is not valid JSON ({err}): make the data set again") from err
-    if not isinstance(report, dict):
-        raise UserError(f"{path}: {REPORT_NAME} is no object: make the data set again")
-    return report
+    return None if data is None else json_object(f"{path}: {REPORT_NAME}", data, "make the data set again")

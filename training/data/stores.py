@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -15,9 +15,9 @@ from dnnlib import UserError
 from dnnlib.util import format_bytes
 from training.data.labels import IMAGE_SUFFIXES, METADATA_NAME, fingerprints, is_image_name, parse_metadata
 from training.data.wrapping import metadata_folder, put_in_folder
-from training.data.zip_index import ZipIndex, load_index, make_index, open_index, read_member, read_metadata
+from training.data.zip_index import Signature, ZipIndex, load_index, make_index, open_index, read_member, read_metadata
 
-MAX_FILE_BYTES = 512 << 20      # Of one encoded image. Larger files are never read.
+MAX_FILE_BYTES = 512 << 20      # Encoded images that are larger are never read.
 MAX_LINKS = 100                 # How often one folder may be reached by links.
 
 #----------------------------------------------------------------------------
@@ -30,6 +30,21 @@ class ReadableStore(Protocol):
 
     def read(self, index: int) -> bytes:
         """Content of the file. Raises OSError."""
+
+
+class ContentStore(Protocol):
+    """Files by index whose content is known by checksums, and what is said of them."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the files, sorted."""
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """The content of dataset.json; {} if there is none."""
+
+    def content_key(self, index: int) -> tuple[int, int]:
+        """Size and CRC-32 of the content. Raises OSError."""
 
 
 def printable(name: str) -> str:
@@ -52,7 +67,7 @@ class FolderStore:
 
     reads_in_order = False
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.other_files: list[str] = []        # Files that are no images, sorted likewise, without hidden ones.
         self.names = sorted(self._images())     # With forward slashes.
@@ -62,7 +77,8 @@ class FolderStore:
         content = parse_metadata(metadata, metadata.read_bytes()) if folder is not None else {}
         self.metadata = put_in_folder(content, folder or "")
         self.lists_labels = bool(self.metadata.get("labels"))
-        self.labels, self.classes = None, None          # Not known before `training.data.labels.read_labels`.
+        self.labels: np.ndarray | None = None           # Not known before `training.data.labels.read_labels`.
+        self.classes: list[str] | None = None
         self.fingerprints: tuple[str, str] | None = None
 
     def _images(self) -> Iterator[str]:
@@ -97,7 +113,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or "/." in name or "__MACOSX" in name.split("/")
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:         # A link to itself: who reads it, learns that.
@@ -145,18 +161,19 @@ class ZipStore:
 
     reads_in_order = False
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._fd: int | None = None
         self._take(open_index(path))
 
     def _take(self, index: ZipIndex) -> None:
         self._index = index
-        self.names, self.labels, self.fingerprints = index.names, index.labels, index.fingerprints
+        self.names, self.labels = index.names, index.labels
+        self.fingerprints: tuple[str, str] | None = index.fingerprints
         self.lists_labels, self.classes = index.lists_labels, index.classes
 
     @functools.cached_property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """The object in dataset.json, which may be large: `labels` and `lists_labels` do without it."""
         member = self._index.metadata_member
         if member is None:
@@ -216,7 +233,7 @@ class ZipStore:
             os.close(self._fd)
             self._fd = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state = {**self.__dict__, "_fd": None}
         if self._index.file is not None:        # The other process maps the same file.
             for name in ("_index", "names", "labels", "metadata"):
@@ -225,10 +242,10 @@ class ZipStore:
             state["file"] = self._index.file
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         signature, file = state.pop("signature", None), state.pop("file", None)
         self.__dict__.update(state)
-        if file is not None:
+        if isinstance(file, Path) and isinstance(signature, Signature):
             self._take(load_index(file, signature) or make_index(self.path))
             if self._index.signature != signature:
                 raise UserError(f"{self.path}: changed while it was in use: start again")
@@ -238,7 +255,7 @@ class ZipStore:
             self.close()
 
 
-def open_store(path: str | os.PathLike) -> FolderStore | ZipStore:
+def open_store(path: str | os.PathLike[str]) -> FolderStore | ZipStore:
     """Index a folder or a zip archive of images.
 
     Raises:
@@ -263,21 +280,20 @@ def open_store(path: str | os.PathLike) -> FolderStore | ZipStore:
     return store
 
 
-def _may_be_zip(path: str | os.PathLike) -> bool:
+def _may_be_zip(path: str | os.PathLike[str]) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"PK" or zipfile.is_zipfile(file)
 
 
-def content_fingerprint(store: FolderStore | ZipStore, indices: Sequence[int] | np.ndarray, xflip: bool) -> str:
+def content_fingerprint(store: ContentStore, indices: Sequence[int] | np.ndarray, xflip: bool) -> str:
     """SHA-256 of names, sizes and CRC-32 of files, of labels and of mirroring. 64 hex digits.
 
     Equal for an archive and a folder of the same files. A zip archive is not read for it, a folder is read whole, once.
     """
-    everything = len(indices) == len(store.names)
-    known = getattr(store, "fingerprints", None)
-    if everything and known is not None:
-        return known[xflip]
+    keeper = store if isinstance(store, FolderStore | ZipStore) and len(indices) == len(store.names) else None
+    if keeper is not None and keeper.fingerprints is not None:
+        return keeper.fingerprints[xflip]
     both = fingerprints(((store.names[i], *store.content_key(i)) for i in indices), store.metadata)
-    if everything:
-        store.fingerprints = both
+    if keeper is not None:
+        keeper.fingerprints = both
     return both[xflip]

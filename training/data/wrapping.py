@@ -3,7 +3,6 @@
 import bisect
 import os
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from dnnlib import UserError
 from dnnlib.util import list_some
@@ -50,7 +49,7 @@ def _has_images(names: Sequence[str], folder: str) -> bool:
     return at < len(names) and names[at].startswith(folder)
 
 
-def put_in_folder(metadata: dict[str, Any], folder: str) -> dict[str, Any]:
+def put_in_folder(metadata: dict[str, object], folder: str) -> dict[str, object]:
     """A dataset.json with names as they are seen from outside of its folder. What is odd in it stays as it is."""
     labels = metadata.get("labels")
     if not folder or not isinstance(labels, list):

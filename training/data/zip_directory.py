@@ -29,7 +29,7 @@ class Directory:
     """All entries of an archive, folders included, in the order of the archive."""
 
     names: list[str]        # As they are written.
-    offset: np.ndarray      # Of the local header, int64 as the next two.
+    offset: np.ndarray      # Where the local header begins; int64, as the next two.
     compressed: np.ndarray  # Bytes in the archive.
     size: np.ndarray        # Bytes of the content.
     crc: np.ndarray         # CRC-32 of the content, uint32.
@@ -118,12 +118,14 @@ def record_starts(array: np.ndarray) -> np.ndarray:
 
 
 def _record_bytes(records: np.ndarray) -> np.ndarray:
-    return RECORD_BYTES + sum(records[f].astype(np.int64) for f in ("name_bytes", "extra_bytes", "comment_bytes"))
+    lengths: np.ndarray = records["name_bytes"].astype(np.int64) + records["extra_bytes"] + records["comment_bytes"]
+    return lengths + RECORD_BYTES
 
 
 def _walk(data: bytes) -> np.ndarray:
     """`record_starts`, one by one."""
-    starts, at = [], 0
+    starts: list[int] = []
+    at = 0
     while at < len(data):
         if data[at:at + 4] != RECORD or at + RECORD_BYTES > len(data):
             raise zipfile.BadZipFile(f"its directory is damaged after {len(starts)} files")
@@ -138,7 +140,8 @@ def _gather(array: np.ndarray, at: np.ndarray, count: int) -> np.ndarray:
     """`count` bytes from each position, [len(at), count]."""
     if not len(at):
         return np.empty((0, count), dtype=np.uint8)
-    return np.lib.stride_tricks.sliding_window_view(array, count)[at]
+    rows: np.ndarray = np.lib.stride_tricks.sliding_window_view(array, count)[at]
+    return rows
 
 #----------------------------------------------------------------------------
 

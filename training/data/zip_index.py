@@ -7,6 +7,7 @@ of the list. The file is made anew when the archive has another size, time or en
 File: MAGIC, bytes of the header and CRC-32 of what follows as little-endian 64-bit integers, header (JSON), padding to
 a multiple of 64, arrays.
 """
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -19,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, SupportsIndex, overload
 
 import numpy as np
 
@@ -41,7 +42,7 @@ from training.data.wrapping import metadata_folder, put_in_folder
 from training.data.zip_directory import ENCRYPTED, Directory, read_directory, read_tail
 
 MAGIC = b"SSXL-ZIP"
-VERSION = 2                     # Of the file and of what is in it.
+VERSION = 2                     # Goes up when the form of the file or what is in it changes.
 MIN_ENTRIES = 10_000            # Fewer are listed in no time: no file is made.
 MAX_MEMBER = 2 * 10 ** 9        # Bytes of one file: what an archive claims beyond that is not believed.
 LOCAL_HEADER, LOCAL_BYTES = b"PK\x03\x04", 30
@@ -49,20 +50,21 @@ READ_AHEAD = 256                # Name and extra field in front of a file's cont
 REPACK = "unpack the archive and name the folder, or pack that again without compression (zip -0 -r)"
 
 # A member of the archive: place of its local header, bytes in the archive, bytes of the content, CRC-32, method.
-MEMBER_TYPE = np.dtype([("offset", "<i8"), ("compressed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u4")])
+MEMBER_FIELDS = [("offset", "<i8"), ("compressed", "<i8"), ("size", "<i8"), ("crc", "<u4"), ("method", "<u4")]
+MEMBER_TYPE = np.dtype(MEMBER_FIELDS)
 
 #----------------------------------------------------------------------------
 
-class Names(Sequence):
+class Names(Sequence[str]):
     """Strings in one block of bytes, which may be memory-mapped."""
 
     def __init__(self, block: np.ndarray, ends: np.ndarray):
         self.block = block      # UTF-8 without separators, uint8.
-        self.ends = ends        # Of the strings in it, int64.
+        self.ends = ends        # Where each string ends in it, int64.
 
     @classmethod
     def of(cls, names: list[str]) -> "Names":
-        """Packed."""
+        """The names, packed into one block."""
         encoded = [name.encode() for name in names]
         block = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         return cls(block, np.cumsum([len(name) for name in encoded], dtype=np.int64))
@@ -70,15 +72,21 @@ class Names(Sequence):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"name {index} of {len(self)}")
-        index %= len(self)
-        start = int(self.ends[index - 1]) if index else 0
-        return self.block[start:int(self.ends[index])].tobytes().decode()
+        k = operator.index(index)
+        if not -len(self) <= k < len(self):
+            raise IndexError(f"name {k} of {len(self)}")
+        k %= len(self)
+        start = int(self.ends[k - 1]) if k else 0
+        return self.block[start:int(self.ends[k])].tobytes().decode()
 
     def __iter__(self) -> Iterator[str]:
         block, start = self.block.tobytes(), 0
@@ -88,8 +96,6 @@ class Names(Sequence):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Signature:
 
     @classmethod
     def of(cls, file: BinaryIO) -> "Signature":
-        """Of an open archive."""
+        """The signature of an open archive."""
         stat = os.fstat(file.fileno())
         return cls(stat.st_size, stat.st_mtime_ns, hashlib.sha256(read_tail(file)[1]).hexdigest())
 
@@ -112,15 +118,15 @@ class ZipIndex:
     """The images in an archive, sorted by name, and what its dataset.json says."""
 
     signature: Signature
-    names: Sequence[str]
-    members: np.ndarray                 # MEMBER_TYPE [images].
-    metadata_member: tuple | None       # dataset.json,
-    metadata_folder: str                # and the folder around all images in which it lies; '' if at the top.
-    lists_labels: bool                  # Whether it lists labels, right or wrong.
-    labels: np.ndarray | None           # int32 [images], if they are right,
-    classes: list[str] | None           # and the names of their classes, if there are any.
-    fingerprints: tuple[str, str]       # Of all images: as they are, and mirrored.
-    file: Path | None = None            # Where this is kept; None: nowhere.
+    names: Names
+    members: np.ndarray                         # MEMBER_TYPE [images].
+    metadata_member: tuple[int, ...] | None     # dataset.json,
+    metadata_folder: str                        # and the folder around all images in which it lies; '' if at the top.
+    lists_labels: bool                          # Whether it lists labels, right or wrong.
+    labels: np.ndarray | None                   # int32 [images], if they are right,
+    classes: list[str] | None                   # and the names of their classes, if there are any.
+    fingerprints: tuple[str, str]               # Two hashes of all images: as they are, and mirrored.
+    file: Path | None = None                    # Where this is kept; None: nowhere.
 
 
 def read_member(fd: int, member: Sequence[int]) -> bytes:
@@ -138,7 +144,7 @@ def read_member(fd: int, member: Sequence[int]) -> bytes:
     start = LOCAL_BYTES + sum(struct.unpack_from("<HH", data, 26))     # May differ from the central directory's.
     if len(data) < start + compressed:
         data, start = read_at(fd, compressed, offset + start), 0
-    content: Any = memoryview(data)[start:start + compressed]
+    content: bytes | memoryview = memoryview(data)[start:start + compressed]
     if method == zipfile.ZIP_DEFLATED:
         try:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
@@ -151,7 +157,7 @@ def read_member(fd: int, member: Sequence[int]) -> bytes:
 #----------------------------------------------------------------------------
 # Making.
 
-def make_index(path: str | os.PathLike) -> ZipIndex:
+def make_index(path: str | os.PathLike[str]) -> ZipIndex:
     """Read the directory and the dataset.json of an archive.
 
     Raises:
@@ -166,7 +172,8 @@ def make_index(path: str | os.PathLike) -> ZipIndex:
         except zipfile.BadZipFile as err:
             raise UserError(f"{path}: not a whole zip archive ({err}): copy or make it again") from err
         images, names, metadata_at, folder = _choose(path, directory)
-        metadata, metadata_member = {}, None
+        metadata: dict[str, object] = {}
+        metadata_member: tuple[int, ...] | None = None
         if metadata_at is not None:
             metadata_member = tuple(_members(directory, [metadata_at])[0].tolist())
             metadata = read_metadata(path, file.fileno(), metadata_member, folder)
@@ -176,7 +183,7 @@ def make_index(path: str | os.PathLike) -> ZipIndex:
                     *_right_labels(path, names, metadata), fingerprints(files, metadata))
 
 
-def read_metadata(path: str | os.PathLike, fd: int, member: Sequence[int], folder: str = "") -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str], fd: int, member: Sequence[int], folder: str = "") -> dict[str, object]:
     """dataset.json of an archive, which lies in `folder` there. Raises UserError."""
     where = f"{path}: {METADATA_NAME}"
     if member[4] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -190,12 +197,12 @@ def read_metadata(path: str | os.PathLike, fd: int, member: Sequence[int], folde
 
 def _members(directory: Directory, indices: Sequence[int]) -> np.ndarray:
     members = np.empty(len(indices), dtype=MEMBER_TYPE)
-    for name in MEMBER_TYPE.names:
+    for name, _ in MEMBER_FIELDS:
         members[name] = getattr(directory, name)[indices]
     return members
 
 
-def _choose(path: str | os.PathLike, directory: Directory) -> tuple[list[int], list[str], int | None, str]:
+def _choose(path: str | os.PathLike[str], directory: Directory) -> tuple[list[int], list[str], int | None, str]:
     """Images as indices into the directory, sorted by name; their clean names; index of dataset.json; its folder."""
     clean: list[str] = []
     places: list[int] = []
@@ -205,8 +212,7 @@ def _choose(path: str | os.PathLike, directory: Directory) -> tuple[list[int], l
             clean.append(name)
             places.append(i)
     if len(set(clean)) != len(clean):
-        seen: set[str] = set()
-        twice = next(name for name in clean if name in seen or seen.add(name))
+        twice = next(name for name, count in collections.Counter(clean).items() if count > 1)
         raise UserError(f"{path}: holds {twice} twice: make the archive again")
     keep = [k for k, name in enumerate(clean) if is_image_name(name)]
     if not all(map(operator.lt, (clean[k] for k in keep), islice((clean[k] for k in keep), 1, None))):
@@ -218,7 +224,7 @@ def _choose(path: str | os.PathLike, directory: Directory) -> tuple[list[int], l
     return images, names, metadata_at, folder or ""
 
 
-def _clean(path: str | os.PathLike, raw: str) -> str | None:
+def _clean(path: str | os.PathLike[str], raw: str) -> str | None:
     """A clean name; None for a folder."""
     raw = raw.partition("\0")[0]
     if raw.endswith("/") or not raw:
@@ -229,7 +235,7 @@ def _clean(path: str | os.PathLike, raw: str) -> str | None:
         raise UserError(f"{path}: {err}: make the archive again with relative names") from err
 
 
-def _check_methods(path: str | os.PathLike, directory: Directory, images: list[int], names: list[str]) -> None:
+def _check_methods(path: str | os.PathLike[str], directory: Directory, images: list[int], names: list[str]) -> None:
     """Images must be readable by `read_member`."""
     encrypted = directory.flags[images] & ENCRYPTED != 0
     if encrypted.any():
@@ -246,15 +252,15 @@ def _check_methods(path: str | os.PathLike, directory: Directory, images: list[i
 class _Listed:
     """What the functions of `training.data.labels` ask for."""
 
-    path: Any
+    path: str | os.PathLike[str]
     names: Sequence[str]
-    metadata: dict[str, Any]
+    metadata: dict[str, object]
     labels: np.ndarray | None = None
     classes: list[str] | None = None
 
 
-def _right_labels(path: str | os.PathLike, names: list[str],
-                  metadata: dict[str, Any]) -> tuple[np.ndarray | None, list[str] | None]:
+def _right_labels(path: str | os.PathLike[str], names: list[str],
+                  metadata: dict[str, object]) -> tuple[np.ndarray | None, list[str] | None]:
     """int32 [images], class names; None if there are none or if they are wrong: an error only for who uses them."""
     store = _Listed(path, names, metadata)
     try:
@@ -268,14 +274,14 @@ def _right_labels(path: str | os.PathLike, names: list[str],
 #----------------------------------------------------------------------------
 # Keeping.
 
-def index_files(path: str | os.PathLike) -> list[Path]:
+def index_files(path: str | os.PathLike[str]) -> list[Path]:
     """Where the index of an archive is looked for: beside it, or in the cache for folders that cannot be written."""
     path = Path(path)
     key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
     return [path.with_name(f"{path.name}.index"), cache_dir() / "indices" / f"{path.name}-{key}.index"]
 
 
-def open_index(path: str | os.PathLike) -> ZipIndex:
+def open_index(path: str | os.PathLike[str]) -> ZipIndex:
     """The index of an archive: from its file, or made now, and kept if the archive is large. Raises as `make_index`."""
     with open(path, "rb") as file:
         signature = Signature.of(file)
@@ -293,7 +299,7 @@ def open_index(path: str | os.PathLike) -> ZipIndex:
     return index
 
 
-def prepare_index(path: str | os.PathLike) -> None:
+def prepare_index(path: str | os.PathLike[str]) -> None:
     """Have the index of a new archive made by one process, before many open it. What is wrong, `open_index` tells."""
     with contextlib.suppress(UserError, OSError):
         if os.path.isfile(path):
@@ -326,7 +332,7 @@ def save_index(place: Path, index: ZipIndex) -> None:
         file.writelines(blocks)
 
 
-ARRAY_TYPES = {"name_bytes": np.dtype("u1"), "name_ends": np.dtype("<i8"), "members": MEMBER_TYPE,
+ARRAY_TYPES: dict[str, np.dtype] = {"name_bytes": np.dtype("u1"), "name_ends": np.dtype("<i8"), "members": MEMBER_TYPE,
                "labels": np.dtype("<i4")}
 
 
@@ -341,7 +347,7 @@ def load_index(place: Path, signature: Signature) -> ZipIndex | None:
         header = json.loads(data[head:head + header_bytes].tobytes())
         if header["version"] != VERSION or header["signature"] != dataclasses.asdict(signature):
             return None
-        if zlib.crc32(data[head:]) != crc:
+        if zlib.crc32(data[head:].data) != crc:
             return None
         arrays = {}
         for name, (at, count) in header["arrays"].items():

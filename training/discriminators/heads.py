@@ -33,8 +33,8 @@ def channels_at(size: int, max_channels: int) -> int:
 def down_blocks(in_channels: int, map_size: int, max_channels: int) -> tuple[torch.nn.Sequential, int, int]:
     """Blocks that bring a map of this size to the nominal size 8, and at least one.
 
-    Official maps are never so small that they need none, but those of local networks are: without a block their scale
-    would be a linear function of frozen features, which sees means and no variety.
+    Official maps are never so small that they need none, but those of networks of your own are: without a block their
+    scale would be a linear function of frozen features, which sees means and no variety.
 
     Returns:
         The blocks, their output channels, and the kernel size of the layer that comes next (4, or less if the map that

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen feature networks behind one interface: timm's convolutional pyramids and transformers, and local networks."""
+"""Frozen feature networks behind one interface: timm's convolutional pyramids and transformers, and small networks that
+users train on their own images."""
 import functools
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dnnlib import UserError
-from torch_utils.local_network import LocalNet
+from torch_utils.own_network import OwnNetwork
 
 NUM_MAPS = 4                # So many maps are taken from a timm model, the deepest ones, or all if it has fewer.
 BN_WARMUP_SIZE = 256
@@ -177,17 +178,17 @@ class TimmBackbone(Backbone):
         return net.forward_intermediates(x, indices=self.indices, intermediates_only=True, output_fmt="NCHW")
 
 
-class LocalBackbone(Backbone):
+class OwnBackbone(Backbone):
     """A network that the user trained; always at its own resolution."""
 
-    def __init__(self, name: str, net: LocalNet):
+    def __init__(self, name: str, net: OwnNetwork):
         half = (0.5, 0.5, 0.5)              # Such networks take images in [-1, 1].
         super().__init__(name, net, input_size=net.input_resolution, always_resize=True, mean=half, std=half)
         self.sha256 = net.sha256
         self.probe()
 
     def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return cast(LocalNet, self.net).maps(x)
+        return cast(OwnNetwork, self.net).maps(x)
 
 #----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from dnnlib import UserError
 from dnnlib.classes import Classes, match
-from torch_utils.local_network import LocalNet, load_local_network
+from torch_utils.own_network import OwnNetwork, load_own_network
 from training.feature_networks.backbones import standardized, trained_with
 from training.feature_networks.fast import surroundings_of
 from training.feature_networks.registry import load_network
@@ -46,7 +46,7 @@ class Classifier(torch.nn.Module):
         self.num_classes = cast(int, net.num_classes)
         self.source, self.sha256 = source, sha256
         self.surroundings: Surroundings | None = None
-        if not isinstance(net, LocalNet):
+        if not isinstance(net, OwnNetwork):
             self.images = trained_with(net)
         self.train(False)
 
@@ -66,7 +66,7 @@ class Classifier(torch.nn.Module):
         return run_within(self.surroundings, lambda x: (self._logits(x),), images)[0]
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.net, LocalNet):
+        if isinstance(self.net, OwnNetwork):
             logits = self.net.logits(self.net.prepare_float(images))
             return logits if self.columns is None else logits[:, self.columns]
         x = standardized(images, self.images.mean, self.images.std, self.net)
@@ -81,9 +81,10 @@ def load_classifier(name: str, c_dim: int | None = None, class_names: Sequence[s
     """A classifier on the CPU.
 
     Args:
-        name: A model of timm (published weights), NAME:random[:SEED], or the path of a local network (*.safetensors).
+        name: A model of timm (published weights), NAME:random[:SEED], or the path of a network of
+            your own (*.safetensors).
         c_dim: Classes of the data, checked against the classifier's; None for no check.
-        class_names: Their names, by which a local network's classes are found; None: they are numbered alike.
+        class_names: Their names, by which those of a network of your own are found; None: they are numbered alike.
         weights: Folders with published weights, looked into first.
 
     Raises:
@@ -91,7 +92,7 @@ def load_classifier(name: str, c_dim: int | None = None, class_names: Sequence[s
     """
     if name.endswith(".safetensors"):
         path = Path(name.removeprefix("local:"))
-        local = load_local_network(path)
+        local = load_own_network(path)
         columns = None
         if class_names is not None:
             found = match("--data", Classes(class_names), f"--classifier={name}", Classes(local.class_names),

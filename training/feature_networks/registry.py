@@ -5,14 +5,14 @@
 |---|---|
 | `tf_efficientnet_lite0`, `deit_base_distilled_patch16_224`, any other of timm | published weights |
 | `<any of timm>:random`, `<any of timm>:random:<seed>` | random weights, no file needed |
-| `<path>.safetensors`, `local:<path>.safetensors` | a local network (`python -m training.feature_networks.train`) |
-| `local:random`, `local:random:<seed>` | a local network with random weights |
+| `<path>.safetensors`, `local:<path>.safetensors` | a network of your own (`training.feature_networks.train`) |
+| `local:random`, `local:random:<seed>` | a network of your own with random weights |
 """
 import contextlib
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -24,9 +24,9 @@ from dnnlib import UserError
 from dnnlib.download import Asset, find_or_download
 from dnnlib.util import file_sha256
 from torch_utils import checkpoint
-from torch_utils.local_network import LocalNet, load_local_network, local_config
 from torch_utils.nested import first_nonfinite
-from training.feature_networks.backbones import Backbone, LocalBackbone, TimmBackbone
+from torch_utils.own_network import OwnNetwork, load_own_network, own_config
+from training.feature_networks.backbones import Backbone, OwnBackbone, TimmBackbone
 
 DEFAULT_HUB = "https://huggingface.co"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -35,7 +35,7 @@ RANDOM_NAME = re.compile(r"(?P<model>[^:]+):random(?::(?P<seed>\d+))?")
 
 #----------------------------------------------------------------------------
 
-def load_backbone(name: str, weights: Sequence[str | os.PathLike] = ()) -> Backbone:
+def load_backbone(name: str, weights: Sequence[str | os.PathLike[str]] = ()) -> Backbone:
     """A frozen backbone on the CPU.
 
     Args:
@@ -47,16 +47,16 @@ def load_backbone(name: str, weights: Sequence[str | os.PathLike] = ()) -> Backb
     """
     if name.endswith(".safetensors"):
         path = Path(name.removeprefix("local:"))
-        backbone: Backbone = LocalBackbone(name, load_local_network(path))
+        backbone: Backbone = OwnBackbone(name, load_own_network(path))
         backbone.source = os.fspath(path.resolve())
         return backbone
     net, source, sha256 = load_network(name, weights)
-    backbone = LocalBackbone(name, net) if isinstance(net, LocalNet) else TimmBackbone(name, net)
+    backbone = OwnBackbone(name, net) if isinstance(net, OwnNetwork) else TimmBackbone(name, net)
     backbone.source, backbone.sha256 = source, sha256
     return backbone
 
 
-def load_network(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[torch.nn.Module, str, str | None]:
+def load_network(name: str, weights: Sequence[str | os.PathLike[str]] = ()) -> tuple[torch.nn.Module, str, str | None]:
     """The bare network behind a name of the table but for paths, in eval mode and frozen.
 
     Returns:
@@ -66,7 +66,7 @@ def load_network(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
         seed = int(match["seed"] or 0)
         with _random_stream(seed):
             if match["model"] == "local":
-                net: torch.nn.Module = LocalNet(local_config(num_classes=10))
+                net: torch.nn.Module = OwnNetwork(own_config(num_classes=10))
             else:
                 net = timm.create_model(_known(match["model"]), pretrained=False)
         return net.eval().requires_grad_(False), f"random weights, seed {seed}", None
@@ -86,7 +86,7 @@ def load_network(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
 
 
 @contextlib.contextmanager
-def _random_stream(seed: int):
+def _random_stream(seed: int) -> Iterator[None]:
     """Weights from a stream of their own; the caller's random numbers go on untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)       # torch.manual_seed would set the GPUs' streams too.
@@ -106,7 +106,7 @@ def _known(model: str) -> str:
 #----------------------------------------------------------------------------
 # Published weights.
 
-def find_weights(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[Path, str]:
+def find_weights(name: str, weights: Sequence[str | os.PathLike[str]] = ()) -> tuple[Path, str]:
     """Path of the published weights of a timm model and the address they are published at.
 
     Looked for as <name>.safetensors or <name>.pth in `weights` and $STYLESAN_WEIGHTS, then in the Hugging Face cache,
@@ -114,11 +114,11 @@ def find_weights(name: str, weights: Sequence[str | os.PathLike] = ()) -> tuple[
     (`distributed.node_first` around whatever loads a network).
     """
     cfg = timm.models.get_pretrained_cfg(_known(name))
-    hub_id = cfg.hf_hub_id if cfg is not None else None
-    if cfg is None or not (hub_id or cfg.url):
+    hub_id, url = (None, None) if cfg is None else (cfg.hf_hub_id, cfg.url)
+    if hub_id:
+        url = f"{os.environ.get('HF_ENDPOINT') or DEFAULT_HUB}/{hub_id}/resolve/main/{HUB_FILES[0]}"
+    if not isinstance(url, str) or not url:
         raise UserError(f"backbone {name}: timm publishes no weights for it: take {name}:random or another model")
-    hub = os.environ.get("HF_ENDPOINT") or DEFAULT_HUB
-    url = f"{hub}/{hub_id}/resolve/main/{HUB_FILES[0]}" if hub_id else cfg.url
     folders = [Path(folder) for folder in (*weights, os.environ.get("STYLESAN_WEIGHTS")) if folder]
     return _find_weights(name, hub_id, url, folders), url
 
@@ -128,9 +128,10 @@ def _find_weights(name: str, hub_id: str | None, url: str, folders: Sequence[Pat
         for suffix in SUFFIXES:
             if (path := folder / f"{name}{suffix}").is_file():
                 return path
-    for filename in HUB_FILES if hub_id else ():
-        found = huggingface_hub.try_to_load_from_cache(hub_id, filename)
-        if isinstance(found, str):
-            return Path(found)
+    if hub_id:
+        for filename in HUB_FILES:
+            found = huggingface_hub.try_to_load_from_cache(hub_id, filename)
+            if isinstance(found, str):
+                return Path(found)
     # timm publishes no SHA-256; the one that is found is recorded in snapshots.
     return find_or_download(Asset(filename=f"{name}{SUFFIXES[0] if hub_id else SUFFIXES[1]}", url=url), folders)

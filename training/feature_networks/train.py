@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a local network on labelled images: features for discriminator, guidance and metrics without any download.
+"""Train a network of your own on labelled images: features for discriminator, guidance and metrics, no download.
 
     python -m training.feature_networks.train --data=digits.zip --dest=net.safetensors
     python -m training.feature_networks.train --data=digits.zip --dest=judge.safetensors --split=1/2 --seed=0
@@ -22,8 +22,8 @@ import tqdm
 
 from dnnlib import UserError, cli
 from torch_utils.images import to_uint8_nearest
-from torch_utils.local_network import LocalNet, local_config, save_local_network
 from torch_utils.misc import select_device
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from training.data.randomness import permutation
 from training.dataset import ImageDataset
 
@@ -33,7 +33,7 @@ EVAL_BATCH = 500
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a local network is trained."""
+    """How a network of your own is trained."""
 
     widths: tuple[int, ...] = (16, 32, 64, 128) # Channels per level; every level halves the size.
     resolution: int = 32                        # Images are resized to this before anything else.
@@ -64,8 +64,8 @@ def split_items(num_items: int, split: tuple[int, int], seed: int) -> tuple[np.n
 
 #----------------------------------------------------------------------------
 
-def train_local_network(dataset: Any, settings: Settings, device: str = "cpu", progress: bool = False,
-                        ) -> tuple[LocalNet, Report]:
+def train_own_network(dataset: Any, settings: Settings, device: str = "cpu", progress: bool = False,
+                        ) -> tuple[OwnNetwork, Report]:
     """Train a classifier by cross entropy on one part of a data set and score it on the rest.
 
     Args:
@@ -82,14 +82,14 @@ def train_local_network(dataset: Any, settings: Settings, device: str = "cpu", p
     """
     if len(dataset.class_names) < 2:
         raise UserError(f"--data: {len(dataset.class_names)} classes: a classifier needs images of at least two")
-    config = local_config(len(dataset.class_names), settings.resolution, settings.widths, dataset.class_names)
+    config = own_config(len(dataset.class_names), settings.resolution, settings.widths, dataset.class_names)
     train, rest = split_items(len(dataset), settings.split, settings.seed)
     if len(train) < 2:
         raise UserError(f"--split={settings.split[0]}/{settings.split[1]}: leaves {len(train)} of {len(dataset)} "
                         "images to train on: take fewer parts")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
-        net = LocalNet(config).to(device)
+        net = OwnNetwork(config).to(device)
     labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
     with _one_thread():
         pixels = _pixels(dataset, net, progress)
@@ -112,7 +112,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _pixels(dataset: Any, net: LocalNet, progress: bool) -> torch.Tensor:
+def _pixels(dataset: Any, net: OwnNetwork, progress: bool) -> torch.Tensor:
     """All images, resized once: uint8 [num, 3, R, R]."""
     size = net.input_resolution
     pixels = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
@@ -122,7 +122,7 @@ def _pixels(dataset: Any, net: LocalNet, progress: bool) -> torch.Tensor:
     return pixels
 
 
-def _fit(net: LocalNet, pixels: torch.Tensor, labels: torch.Tensor, settings: Settings, device: str,
+def _fit(net: OwnNetwork, pixels: torch.Tensor, labels: torch.Tensor, settings: Settings, device: str,
          progress: bool) -> None:
     """The optimisation. Batches that would hold one image are left out: BatchNorm needs two."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -159,7 +159,7 @@ def _shifted(images: torch.Tensor, largest: int, generator: torch.Generator) -> 
 
 
 @torch.no_grad()
-def _accuracy(net: LocalNet, pixels: torch.Tensor, labels: torch.Tensor, device: str) -> float:
+def _accuracy(net: OwnNetwork, pixels: torch.Tensor, labels: torch.Tensor, device: str) -> float:
     """Share of images whose class has the largest logit."""
     hits = 0
     for x, label in zip(pixels.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True):
@@ -225,8 +225,8 @@ def main(data: str, dest: str, device: str, **options: Any) -> None:
         raise UserError(f"--dest={dest}: the name must end with .safetensors")
     settings = Settings(**options)
     dataset = _open(data)
-    net, report = train_local_network(dataset, settings, select_device(device), progress=True)
-    sha256 = save_local_network(dest, net, {
+    net, report = train_own_network(dataset, settings, select_device(device), progress=True)
+    sha256 = save_own_network(dest, net, {
         "data": dataset.name, "data_fingerprint": dataset.fingerprint,
         "settings": dataclasses.asdict(settings), "report": dataclasses.asdict(report),
     })

@@ -17,7 +17,7 @@ from training.networks_stylegan3 import Generator
 
 LAYER_NAME = re.compile(r"L\d{1,3}_\d{1,5}_\d{1,5}")
 MAX_LAYERS = 256
-MAX_TAPS = 256                  # Of a filter; published networks have up to 96.
+MAX_TAPS = 256                  # A longer filter is not believed; published networks have up to 96.
 MAX_SIZE = 1 << 20              # Channels, pixels, classes: far above any network, far below trouble.
 
 _SIZE, _POSITIVE = whole(1, MAX_SIZE), number(above=0, high=MAX_SIZE)

@@ -34,13 +34,13 @@ from training.trainer import Progress, Trainer
 
 Result = TypeVar("Result")
 
-GPU_SHARE = 0.95            # Of a GPU's memory: data, statistics and fragments need the rest.
-AS_FAST = 0.97              # Of the images per second of the fastest size: smaller ones that reach it are taken.
-MICRO_BATCHES, REPEATS = 3, 3   # Of a timed iteration, beside one with a single one; iterations of each.
-CPU_SHARE = 0.5             # Of the free memory of a machine.
+GPU_SHARE = 0.95            # Share of a GPU's memory to use: data, statistics and fragments need the rest.
+AS_FAST = 0.97              # A smaller size is taken that reaches this share of the fastest one's images per second.
+MICRO_BATCHES, REPEATS = 3, 3   # A timed iteration has so many, another a single one; how often each is timed.
+CPU_SHARE = 0.5             # Share of a machine's free memory to use.
 UNKNOWN_MEMORY = 4 << 30    # Bytes that are counted on where the system does not say.
 CPU_COPIES = 3              # Values, gradients and temporary copies of every map: an estimate.
-D_ELEMENTS = 96 * 2 / 4     # Of D's largest maps per input pixel: 96 channels at half the side, real and generated.
+D_ELEMENTS = 96 * 2 / 4     # In D's largest maps per input pixel: 96 channels at half the side, real and generated.
 
 #----------------------------------------------------------------------------
 # Sizes that follow from the settings alone.
@@ -104,9 +104,9 @@ def find_batch_gpu(config: TrainConfig, device: torch.device, say: Callable[[str
 
     Args:
         config: Settings of the run; its micro-batch is not looked at.
-        device: Of this process.
+        device: Where this process computes.
         say: Takes a line per size that is tried.
-        class_names: Of the data: see `make_classifier`.
+        class_names: Names of the data's classes: see `make_classifier`.
         clock: Seconds.
 
     Raises:
@@ -302,8 +302,8 @@ class Trial:
         """One iteration, with every phase that training will ever have.
 
         Args:
-            size: Of a micro-batch.
-            count: Of micro-batches.
+            size: Images in a micro-batch.
+            count: How many micro-batches.
             regularised: Whether phases take part that do not come in every iteration.
         """
         self.trainer.progress = Progress(batch_idx=0 if regularised else 1)

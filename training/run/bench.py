@@ -32,7 +32,7 @@ from training.trainer import Progress, Trainer
 WARM_UP = 2                 # Iterations that are not counted: compilation, caches, the loader's start.
 MIN_ITERATIONS = 3
 SECONDS = 10.0              # Go on for so long, if iterations are short.
-MICRO_BATCHES = 4           # Of an iteration with more, so many are run, and one, and the rest is computed.
+MICRO_BATCHES = 4           # Where an iteration has more, so many are run, and one alone; the rest is computed.
 
 #----------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ def time_stage(config: TrainConfig, dataset: ImageDataset, device: torch.device)
     Args:
         config: As the run has it.
         dataset: Its data.
-        device: Of this process.
+        device: Where this process computes.
 
     Raises:
         UserError: no image to train on; missing weights; out of memory, with a remedy.

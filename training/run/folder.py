@@ -41,11 +41,11 @@ FORBIDDEN = '<>:"/\\|?*'        # On some system or other, in the name of a fold
 MAX_NAME = 200                  # Bytes of a folder's name after its number; systems have 255.
 
 # Settings that may differ between two starts of one run: reporting, saving, length, how the work is cut.
-FREE = ("total_kimg", "kimg_per_tick", "snapshot_ticks", "metrics", "restart_every", "cudnn_benchmark", "saving",
-        "batch_gpu", "data.workers", "data.path", "on_collapse", "wandb", "diagnose", "moved")
+MAY_DIFFER = ("total_kimg", "kimg_per_tick", "snapshot_ticks", "metrics", "restart_every", "cudnn_benchmark", "saving",
+              "batch_gpu", "data.workers", "data.path", "on_collapse", "wandb", "diagnose", "moved")
 # Settings that change what is computed from here on, but not what there is: --continue-changed lets them.
-CHANGEABLE = ("batch", "precision", "feature_precision", "loss", "optim", "path_stem", "resume", "init_from",
-              "embedding", DATA_CHANGED)
+MAY_CHANGE_IF_ASKED = ("batch", "precision", "feature_precision", "loss", "optim", "path_stem", "resume", "init_from",
+                       "embedding", DATA_CHANGED)
 
 #----------------------------------------------------------------------------
 # Comparing settings.
@@ -206,15 +206,15 @@ def find_run(outdir: Path, desc: str, config: TrainConfig, given: Given, continu
     """The folder for this command below `outdir`. Nothing is created here.
 
     Folders are called NNNNN-<desc>. Of those whose description differs at most in processes and batch, or whose data
-    have another name and the same content, the newest one with a state and with the same settings is continued, FREE
-    ones apart; without one, the next number is taken, and the notes say what differs from the newest.
+    have another name and the same content, the newest one with a state and with the same settings is continued, but
+    for those that MAY_DIFFER; without one, the next number is taken, and the notes say what differs from the newest.
 
     Args:
         outdir: Where runs are.
         desc: `run_description` of this command, with '-gpus<N>-batch<N>'.
         config: Its settings.
         given: What else it brings along.
-        continue_changed: Let CHANGEABLE settings differ, too.
+        continue_changed: Let settings of MAY_CHANGE_IF_ASKED differ, too.
 
     Raises:
         UserError: the run is in use by another process; `continue_changed`, but something else differs; settings of a
@@ -223,7 +223,7 @@ def find_run(outdir: Path, desc: str, config: TrainConfig, given: Given, continu
     found = []
     if outdir.is_dir():
         found = sorted(p for p in outdir.iterdir() if p.is_dir() and re.match(r"\d{5}-", p.name))
-    allowed = FREE + (CHANGEABLE if continue_changed else ())
+    allowed = MAY_DIFFER + (MAY_CHANGE_IF_ASKED if continue_changed else ())
     refused: tuple[str, ...] = ()
     for folder in reversed(found):
         is_namesake = description(folder.name) == description(desc)
@@ -301,7 +301,7 @@ def _continued(folder: Path, differing: list[Change], old: dict[str, Any], new: 
 
 def _refused(folder: Path, fatal: list[Change]) -> tuple[str, ...]:
     lines = [f"not continued: {folder}, because of other settings:", *(f"    {change}" for change in fatal)]
-    if all(change.belongs_to(CHANGEABLE) for change in fatal):
+    if all(change.belongs_to(MAY_CHANGE_IF_ASKED) for change in fatal):
         lines.append("    --continue-changed continues it nevertheless")
     return tuple(lines)
 
@@ -395,7 +395,7 @@ def settings_of_state(folder: Path) -> dict[str, Any]:
         return {}
     def lasting(part: dict[str, Any], prefix: str) -> dict[str, Any]:
         return {name: lasting(value, f"{prefix}{name}.") if isinstance(value, dict) else value
-                for name, value in part.items() if prefix + name not in FREE}
+                for name, value in part.items() if prefix + name not in MAY_DIFFER}
     known = {name: value for name, value in (options.get(RUN_INFO) or {}).items() if name != "starts"}
     return {OPTIONS_KEY: lasting(options, "") | {RUN_INFO: known}}
 

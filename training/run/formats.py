@@ -189,7 +189,7 @@ def check_state(content: dict[str, Any], shape: RunShape | None = None) -> None:
 
     Args:
         content: What was read.
-        shape: Of the run that is to continue; None: what the state says of itself counts.
+        shape: Shape of the run that is to continue; None: what the state says of itself counts.
 
     Raises:
         Unfit: something is missing, of another type or shape, or not finite.

@@ -70,7 +70,7 @@ def rehearse(G: Generator, config: TrainConfig) -> None:
 
 
 def path_length_samples(G: Generator, config: TrainConfig) -> int:
-    """Of a micro-batch, in the phase of path lengths; 0 without that phase."""
+    """Images of a micro-batch in the phase of path lengths; 0 without that phase."""
     if config.loss.pl_weight == 0 or G.config.num_frozen_layers > 0:
         return 0
     group = config.discriminator.ghost_batch or config.batch_gpu

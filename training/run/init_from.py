@@ -176,7 +176,7 @@ def start_from(trainer: Trainer, snapshot: Snapshot, class_names: Sequence[str])
         trainer: Networks and optimisers as drawn; counters stay at zero. The settings say whether `init_from` or
             `resume` asked for it.
         snapshot: `legacy.open_snapshot`.
-        class_names: Of this run's classes.
+        class_names: Names of this run's classes.
 
     Raises:
         UserError: nothing of G fits; with `resume`, not all of G fits.

@@ -64,7 +64,7 @@ def make_classifier(config: TrainConfig, class_names: Sequence[str], device: tor
     """The classifier of the guidance, on the device; None without guidance.
 
     Args:
-        class_names: Of the data. A trained file has names of its own, which must be these.
+        class_names: Names of the data's classes. A trained file has names of its own, which must be these.
     """
     if not config.has_guidance:
         return None

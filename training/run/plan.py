@@ -23,7 +23,7 @@ from training.config import (
     TrainConfig,
     to_dict,
 )
-from training.data.local_copy import stage as copy_to_local_disk
+from training.data.local_copy import copy_to_local_disk
 from training.data.zip_index import prepare_index
 from training.dataset import ImageDataset, follow_classes
 from training.generator.layer_schedule import stem_config, superres_config
@@ -75,7 +75,7 @@ class RunPlan:
     find: Callable[[], RunChoice]       # Chooses again: what is in the folders may change until one is owned.
     given: Given                        # What the command brings along beside its settings.
     options: TrainOptions
-    title: str = ""                     # Of a stage of a recipe.
+    title: str = ""                     # Which stage of a recipe it is, for people.
 
     @property
     def folder(self) -> Path:

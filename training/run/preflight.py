@@ -25,7 +25,7 @@ from training.run.folder import flatten
 from training.step.phases import Phase
 
 PAGE_BYTES = 4096               # Shared memory comes in such.
-BATCHES_AHEAD = 2               # Of a loader process, as PyTorch has it.
+BATCHES_AHEAD = 2               # A loader process keeps so many ready: PyTorch's default.
 STATES_ON_DISK = 3              # The last two and the one that is being written.
 LOCAL_SETTINGS = ("data.path",) # May differ from node to node: the data itself is compared.
 

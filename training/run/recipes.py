@@ -90,7 +90,7 @@ def stage_options(options: TrainOptions) -> list[tuple[Stage, TrainOptions]]:
     stage where the option has an effect.
 
     Args:
-        options: Of the command line; `recipe` names the recipe.
+        options: Those of the command line; `recipe` names the recipe.
 
     Raises:
         UserError: options that the recipe sets by necessity; unknown stages; data that are not there.
@@ -120,7 +120,7 @@ def find_data(data: str, resolution: int, is_only: bool = False) -> str:
 
     Args:
         data: A path with {resolution} in it, or a folder that holds <name><resolution>.zip.
-        resolution: Of the stage.
+        resolution: That of the stage.
         is_only: No other stage is asked for, so a plain data set will do.
 
     Raises:

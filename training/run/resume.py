@@ -13,8 +13,8 @@ from torch_utils import checkpoint, distributed
 from torch_utils.nested import leaves, map_leaves
 from training.config import GeneratorConfig, TrainConfig, to_dict
 from training.run.folder import (
-    CHANGEABLE,
-    FREE,
+    MAY_CHANGE_IF_ASKED,
+    MAY_DIFFER,
     OPTIONS_KEY,
     PREVIOUS_STATE_FILE,
     STATE_FILE,
@@ -42,9 +42,9 @@ def load_state(folder: Path, say: Callable[[str], None], shape: RunShape | None 
     The first process reads and sends it to the others: they need not see the folder, and cannot read another state.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         say: Takes lines for the log.
-        shape: Of the run that is to continue, which the state must fit.
+        shape: Shape of the run that is to continue, which the state must fit.
 
     Raises:
         UserError: there are states, and none of them can be continued.
@@ -80,7 +80,7 @@ def check_state(state: dict[str, Any], folder: Path, config: TrainConfig,
     # Files are compared by content: of networks below, of what the run began with when it was chosen.
     fatal = [] if options is None else [
         change for change in changes(options, to_dict(config))
-        if not change.belongs_to((*FREE, *CHANGEABLE, "discriminator.backbones"))]
+        if not change.belongs_to((*MAY_DIFFER, *MAY_CHANGE_IF_ASKED, "discriminator.backbones"))]
     old = state.get("backbones") or {}
     fatal += [Change("discriminator.backbones", sorted(old), sorted(backbones))] if set(old) != set(backbones) else []
     fatal += [Change(f"sha256 of {key}", old[key].get("sha256"), info["sha256"]) for key, info in backbones.items()

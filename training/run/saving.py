@@ -214,7 +214,7 @@ class Saver:
         Args:
             progress: As it is after the evaluation.
             captured: What `capture` returned for the same networks.
-            score: Of this snapshot; None without metrics: then the newest model counts as the best.
+            score: What this snapshot scores; None without metrics: then the newest model counts as the best.
         """
         content = captured[0] | {"counters": dataclasses.asdict(progress)}
         kept = None if score is None else {"metric": score.metric, "value": score.value}

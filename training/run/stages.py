@@ -75,7 +75,7 @@ def plan_recipe(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
     """The plans of the stages that were asked for, in order; each is made when the one before has been dealt with.
 
     Args:
-        options: Of the command line; `recipe` names the recipe.
+        options: Those of the command line; `recipe` names the recipe.
         gpus, open_snapshot, find_snapshot: As in `plan_run`.
 
     Raises:

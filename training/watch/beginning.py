@@ -22,7 +22,7 @@ class Beginning:
 
     Args:
         say: Takes a line.
-        device: Of this process. It is waited for after each phase's first run, so that seconds mean something.
+        device: Where we compute. It is waited for after each phase's first run, so that seconds mean something.
         clock: Seconds.
     """
 

@@ -25,7 +25,7 @@ from training.run.snapshots import images_shown
 REPORT_FILE = "report.html"
 MAX_SHEETS = 6          # Sample sheets over time that are shown.
 SHEET_PIXELS = 512      # Side of a shown sheet, at most.
-MAX_POINTS = 400        # Of a curve; more are averaged.
+MAX_POINTS = 400        # A curve has no more; neighbours are averaged.
 LOG_SPREAD = 30         # Metrics that move by this factor get a logarithmic axis.
 
 Item = TypeVar("Item")
@@ -116,7 +116,7 @@ def read_run(folder: Path) -> Run:
 class Curve:
     """A line of a panel."""
 
-    name: str           # Of the statistic.
+    name: str           # Name of the statistic.
     label: str = ""
     color: str = OTHER
     thin: bool = False
@@ -129,7 +129,7 @@ class Panel:
     title: str
     curves: tuple[Curve, ...]
     caption: str = ""
-    limits: tuple[float | None, float | None] = (None, None)    # Of the values; None: what they need.
+    limits: tuple[float | None, float | None] = (None, None)    # Range of the axis; None: what the values need.
     log: bool = False
     marks: tuple[float, ...] = ()       # Values with a dotted line.
     scale: float = 1                    # Values are multiplied by it.
@@ -266,8 +266,8 @@ def pick(items: list[Item], count: int) -> list[Item]:
 
 def shown_sheet(path: Path) -> bytes:
     """A sheet as PNG of a side near SHEET_PIXELS: small ones enlarged without smoothing, large ones reduced."""
-    with PIL.Image.open(path) as image:
-        image = image.convert("RGB")
+    with PIL.Image.open(path) as opened:
+        image = opened.convert("RGB")
     longer = max(image.size)
     if longer > SHEET_PIXELS:
         image = image.resize([round(side * SHEET_PIXELS / longer) for side in image.size], PIL.Image.Resampling.LANCZOS)

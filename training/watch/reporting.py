@@ -6,9 +6,9 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +19,11 @@ from dnnlib.util import append_text, atomic_write_text, first_line, format_bytes
 from torch_utils import distributed
 from torch_utils.images import image_grid, save_image, to_uint8_sample
 from torch_utils.memory import peak_memory
-from torch_utils.misc import evaluating, one_hot, random_state
+from torch_utils.misc import random_state
 from torch_utils.training_stats import Stat
 from training.config import TrainConfig, to_dict
 from training.dataset import ImageDataset
+from training.generator.synthesis import synthesize
 from training.networks_stylegan3 import Generator
 from training.run.folder import run_start
 from training.watch.health import Verdict
@@ -55,7 +56,9 @@ class TensorBoard:
 
     def __init__(self, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
-        self._open, self._writer, self._purge = SummaryWriter, None, None
+        self._open = SummaryWriter
+        self._writer: SummaryWriter | None = None
+        self._purge: int | None = None
         self._folder = folder
 
     def continue_at(self, cur_nimg: int) -> None:
@@ -77,7 +80,7 @@ class TensorBoard:
             self._writer.close()
 
 
-def import_wandb(project: str) -> Any:
+def import_wandb(project: str) -> ModuleType:
     """The package wandb, which is asked for by `--wandb` and is no dependency.
 
     Raises:
@@ -90,7 +93,8 @@ def import_wandb(project: str) -> Any:
     except Exception as err:
         raise UserError(f"--wandb={project}: the package wandb cannot be imported ({type(err).__name__}: "
                         f"{first_line(err)}): install it anew, or leave --wandb out") from err
-    return wandb
+    module: ModuleType = wandb
+    return module
 
 
 def read_wandb_id(path: Path) -> str:
@@ -159,8 +163,8 @@ class Reporter:
         self._drawn = time.monotonic()          # When report.html was.
         if distributed.rank() == 0:
             self._open("TensorBoard", "tensorboard", lambda: TensorBoard(folder))
-            if config.wandb:
-                self._open("WeightsAndBiases", "wandb", lambda: WeightsAndBiases(folder, config, config.wandb))
+            if project := config.wandb:
+                self._open("WeightsAndBiases", "wandb", lambda: WeightsAndBiases(folder, config, project))
 
     def _open(self, name: str, package: str, make: Callable[[], Curves]) -> None:
         """Add a service. Whatever it does while it starts, the run goes on without it."""
@@ -192,23 +196,23 @@ class Reporter:
             stats: From the collector.
             progress: tick, elapsed, sec_per_tick, sec_per_kimg, data_wait, maintenance (seconds before this interval),
                 nonfinite, and what else is known; None if it is not.
-            diagnosis: Of D, by the names of the curves; at snapshots, with --diagnose.
+            diagnosis: What was measured of D, by the names of the curves; at snapshots, with --diagnose.
         """
         if distributed.rank() != 0:
             return
-        seconds = progress["sec_per_tick"] + progress["maintenance"]
+        known = {name: value for name, value in progress.items() if value is not None}
+        seconds = known["sec_per_tick"] + known["maintenance"]
         self._seconds += seconds
-        self._kimg += progress["sec_per_tick"] / progress["sec_per_kimg"]
+        self._kimg += known["sec_per_tick"] / known["sec_per_kimg"]
         left = max(total_nimg - cur_nimg, 0) / 1e3 * self._seconds / self._kimg
-        progress = progress | {
-            "img_per_sec": 1e3 / progress["sec_per_kimg"], "eta_sec": left,
-            "maintenance_share": progress["maintenance"] / max(seconds, 1e-9)} | memory_gb()
-        self.say(status_line(stats, cur_nimg, progress))
-        numbers = {f"Progress/{k}": v for k, v in progress.items() if v is not None} | dict(diagnosis)
+        known |= {"img_per_sec": 1e3 / known["sec_per_kimg"], "eta_sec": left,
+                  "maintenance_share": known["maintenance"] / max(seconds, 1e-9)} | memory_gb()
+        self.say(status_line(stats, cur_nimg, known))
+        numbers = {f"Progress/{name}": value for name, value in known.items()} | dict(diagnosis)
         line = {name: stat.as_dict() for name, stat in stats.items()}
         self._write("stats.jsonl", cur_nimg, line | numbers)
         means = {name: stat.mean for name, stat in stats.items()}
-        self._draw(lambda curves: curves.scalars(means | numbers, cur_nimg))
+        self._scalars(means | numbers, cur_nimg)
 
     def metrics(self, results: list[dict[str, Any]], cur_nimg: int, snapshot: str) -> None:
         """Report metric results: one line each to metric-<name>.jsonl and one number each to the screen."""
@@ -218,8 +222,7 @@ class Reporter:
             self._write(f"metric-{result['metric']}.jsonl", cur_nimg, result | {"snapshot_pkl": snapshot})
             values = "  ".join(f"{name} {value:.4g}" for name, value in result["results"].items())
             self.say(f"metric {result['metric']:<14s} {values}")
-            numbers = {f"Metrics/{name}": value for name, value in result["results"].items()}
-            self._draw(lambda curves, numbers=numbers: curves.scalars(numbers, cur_nimg))
+            self._scalars({f"Metrics/{name}": value for name, value in result["results"].items()}, cur_nimg)
 
     def verdict(self, verdict: Verdict, cur_nimg: int) -> None:
         """Say how the run is; also a line of health.jsonl."""
@@ -246,6 +249,9 @@ class Reporter:
             except Exception as err:
                 self.say(f"NOTE: {REPORT_FILE} was not refreshed: {type(err).__name__}: {first_line(err)}")
             self._drawn = time.monotonic()
+
+    def _scalars(self, values: dict[str, float], cur_nimg: int) -> None:
+        self._draw(lambda curves: curves.scalars(values, cur_nimg))
 
     def _draw(self, action: Callable[[Curves], None]) -> None:
         """Run `action` on every service; one that fails is told and given up."""
@@ -303,21 +309,14 @@ class SampleSheets:
             self.items += rng.choice(choices, self.columns).tolist()
             self.labels += [row] * self.columns
         self.z = torch.from_numpy(rng.randn(len(self.items), z_dim)).float()
-        self.c_dim = c_dim
 
     def save_reals(self, dataset: ImageDataset) -> None:
         """reals.png: images of the same classes as the samples."""
         images = torch.stack([torch.from_numpy(dataset[i][0]) for i in self.items])
         save_image(self.folder / "reals.png", image_grid(images, self.columns))
 
-    @torch.no_grad()
-    def save_fakes(self, name: str, G_ema: Generator, device: torch.device, batch: int = 32) -> None:
+    def save_fakes(self, name: str, G_ema: Generator, batch: int = 32) -> None:
         """<name>.png: samples of G_ema."""
-        with evaluating(G_ema):
-            images = torch.cat([to_uint8_sample(G_ema(z, c)).cpu() for z, c in self._batches(device, batch)])
+        parts = zip(self.z.split(batch), torch.tensor(self.labels).split(batch), strict=True)
+        images = torch.cat([to_uint8_sample(synthesize(G_ema, z, labels)).cpu() for z, labels in parts])
         save_image(self.folder / f"{name}.png", image_grid(images, self.columns))
-
-    def _batches(self, device: torch.device, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        labels = torch.tensor(self.labels)
-        for z, label in zip(self.z.split(batch), labels.split(batch), strict=True):
-            yield z.to(device), one_hot(label, self.c_dim).to(device)

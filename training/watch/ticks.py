@@ -53,7 +53,7 @@ class SnapshotTaker:
             captured = self.saver.capture(trainer)
             if self.evaluate is not None:
                 self.saver.write_state(captured)
-            self.sheets.save_fakes(sheet, trainer.G_ema, trainer.device)
+            self.sheets.save_fakes(sheet, trainer.G_ema)
         score = None
         distributed.barrier()       # This may take long: collectives have a time limit, this has none.
         if self.evaluate is not None:
@@ -73,11 +73,11 @@ class Ticks:
     """What hangs on the training loop. Every process makes the same calls; rank 0 writes.
 
     Args:
-        plan: Of the run.
+        plan: The plan of the run.
         trainer: As `start_trainer` made it.
-        batches: Of the trainer.
+        batches: Where the trainer's batches come from.
         report: Where lines, curves and pictures go.
-        collector: Of the trainer's statistics.
+        collector: Gathers the trainer's statistics.
         beginning: Says what goes on until the first tick.
         evaluate: Metrics of G_ema, taken at snapshots; None without.
     """
@@ -182,7 +182,7 @@ class Ticks:
         Args:
             end, request: As in `tick`.
             failed: A phase whose gradients or weights stopped being finite. Nothing is saved then.
-            data: Of the run.
+            data: The run's training data.
         """
         trainer, report = self.trainer, self.report
         if failed is not None:

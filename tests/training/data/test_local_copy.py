@@ -11,7 +11,7 @@ from dnnlib import UserError
 from legacy import open_snapshot
 from tests.data_prep.samples import files, metadata, write_folder, write_zip
 from training.data import local_copy, zip_index
-from training.data.local_copy import stage
+from training.data.local_copy import copy_to_local_disk
 from training.dataset import ImageDataset
 from training.run.options import TrainOptions
 from training.run.plan import plan_run, with_local_data
@@ -25,11 +25,11 @@ def archive(tmp_path):
 
 def test_copied_once_and_used_again(archive, tmp_path):
     said = []
-    copy = stage(archive, tmp_path / "fast" / "disk", said.append)
+    copy = copy_to_local_disk(archive, tmp_path / "fast" / "disk", said.append)
     assert copy.read_bytes() == archive.read_bytes()
     assert copy.name == "set.zip"       # The name of a data set is part of the name of a run.
     inode = copy.stat().st_ino
-    assert stage(archive, tmp_path / "fast" / "disk", said.append) == copy
+    assert copy_to_local_disk(archive, tmp_path / "fast" / "disk", said.append) == copy
     assert copy.stat().st_ino == inode
     assert len(said) == 1
     assert "copying" in said[0]
@@ -40,30 +40,30 @@ def test_copied_once_and_used_again(archive, tmp_path):
 
 
 def test_a_changed_archive_gets_a_new_copy(archive, tmp_path):
-    first = stage(archive, tmp_path / "fast")
+    first = copy_to_local_disk(archive, tmp_path / "fast")
     write_zip(archive, files(7), metadata(7))
-    second = stage(archive, tmp_path / "fast")
+    second = copy_to_local_disk(archive, tmp_path / "fast")
     assert first != second
     assert second.read_bytes() == archive.read_bytes()
 
 
 def test_a_damaged_or_unfinished_copy_is_made_again(archive, tmp_path):
-    copy = stage(archive, tmp_path / "fast")
+    copy = copy_to_local_disk(archive, tmp_path / "fast")
     whole = copy.read_bytes()
     copy.write_bytes(whole[:-100])
-    assert stage(archive, tmp_path / "fast").read_bytes() == whole
+    assert copy_to_local_disk(archive, tmp_path / "fast").read_bytes() == whole
     copy.write_bytes(whole)             # Another time: perhaps another content.
-    assert stage(archive, tmp_path / "fast").stat().st_mtime_ns == archive.stat().st_mtime_ns
+    assert copy_to_local_disk(archive, tmp_path / "fast").stat().st_mtime_ns == archive.stat().st_mtime_ns
     copy.with_name("set.zip.sha256").unlink()
     said = []
-    stage(archive, tmp_path / "fast", said.append)
+    copy_to_local_disk(archive, tmp_path / "fast", said.append)
     assert len(said) == 1
 
 
 def test_the_index_comes_along(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(zip_index, "MIN_ENTRIES", 1)
     ImageDataset(archive).close()
-    copy = stage(archive, tmp_path / "fast")
+    copy = copy_to_local_disk(archive, tmp_path / "fast")
     monkeypatch.setattr(zip_index, "make_index", lambda path: pytest.fail("listed again"))
     ImageDataset(copy).close()
 
@@ -74,20 +74,20 @@ def test_a_copy_that_differs(archive, tmp_path, monkeypatch):
             return "0" * 64
     monkeypatch.setattr(local_copy.hashlib, "file_digest", lambda *args: Worn())
     with pytest.raises(UserError, match="the copy of .* differs from it: check the disk"):
-        stage(archive, tmp_path / "fast")
+        copy_to_local_disk(archive, tmp_path / "fast")
     assert not list((tmp_path / "fast").rglob("set.zip*"))
 
 
 def test_changed_while_it_is_copied(archive, tmp_path):
     with pytest.raises(UserError, match="changed while it was copied"):
-        stage(archive, tmp_path / "fast", lambda text: os.utime(archive))
+        copy_to_local_disk(archive, tmp_path / "fast", lambda text: os.utime(archive))
     assert not list((tmp_path / "fast").rglob("set.zip*"))
 
 
 def test_no_room(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match=r"--stage-to=.*fast: 100 B free, but set\.zip needs .*: make room"):
-        stage(archive, tmp_path / "fast")
+        copy_to_local_disk(archive, tmp_path / "fast")
 
 
 def test_the_disk_fills_up_meanwhile(archive, tmp_path, monkeypatch):
@@ -95,16 +95,16 @@ def test_the_disk_fills_up_meanwhile(archive, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(local_copy, "atomic_file", full)
     with pytest.raises(UserError, match=r"free, but set\.zip needs .*: make room"):
-        stage(archive, tmp_path / "fast")
+        copy_to_local_disk(archive, tmp_path / "fast")
 
 
 def test_what_cannot_be_copied(archive, tmp_path):
     folder = write_folder(tmp_path / "folder", files())
     with pytest.raises(UserError, match="copies zip archives, and .*folder is none"):
-        stage(folder, tmp_path / "fast")
+        copy_to_local_disk(folder, tmp_path / "fast")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--stage-to=.*file: .* cannot be copied there"):
-        stage(archive, tmp_path / "file")
+        copy_to_local_disk(archive, tmp_path / "file")
 
 #----------------------------------------------------------------------------
 # The option of train.py.

@@ -8,7 +8,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import file_sha256
 from tests.closeness import assert_close, rel_error
-from torch_utils.local_network import LocalNet, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from training.config import DiscriminatorConfig
 from training.discriminators.projected import ProjectedDiscriminator
 from training.feature_networks.registry import load_backbone
@@ -180,10 +180,10 @@ def test_model_without_published_weights():
 
 #----------------------------------------------------------------------------
 
-def test_local_network_as_backbone(tmp_path):
-    net = LocalNet(local_config(num_classes=3, input_resolution=16, widths=(4, 8, 8)))
+def test_own_network_as_backbone(tmp_path):
+    net = OwnNetwork(own_config(num_classes=3, input_resolution=16, widths=(4, 8, 8)))
     path = tmp_path / "my.net.safetensors"
-    sha256 = save_local_network(path, net)
+    sha256 = save_own_network(path, net)
     for name in (str(path), f"local:{path}"):
         b = load_backbone(name)
         assert (b.channels, b.map_sizes, b.sha256, b.source) == ([4, 8, 8], [8, 4, 2], sha256, str(path))

@@ -5,7 +5,7 @@ import torch
 
 from dnnlib import UserError
 from tests.closeness import rel_error
-from torch_utils.local_network import LocalNet, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from training.feature_networks.classifier import load_classifier
 
 pytestmark = pytest.mark.numeric
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.numeric
 @pytest.fixture
 def local(tmp_path) -> str:
     torch.manual_seed(0)
-    net = LocalNet(local_config(num_classes=3, input_resolution=8, widths=(4, 8), class_names=["a", "b", "c"]))
-    save_local_network(tmp_path / "net.safetensors", net)
+    net = OwnNetwork(own_config(num_classes=3, input_resolution=8, widths=(4, 8), class_names=["a", "b", "c"]))
+    save_own_network(tmp_path / "net.safetensors", net)
     return str(tmp_path / "net.safetensors")
 
 
@@ -35,7 +35,7 @@ def test_timm_model(size):
     assert not any(p.requires_grad for p in classifier.parameters())
 
 
-def test_local_network(local):
+def test_own_network(local):
     classifier = load_classifier(local, c_dim=3, class_names=["a", "b", "c"])
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(classifier(x), classifier.net.logits(classifier.net.prepare_float(x)))

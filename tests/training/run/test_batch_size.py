@@ -73,7 +73,7 @@ def test_bisection_finds_the_largest_that_fits(limit):
 
 
 def test_largest_tensor_is_what_a_forward_makes(tiny):
-    """Of the generator; and the discriminator's is larger there, because its images are resized to 224 pixels."""
+    """In the generator; the discriminator's is larger, because its images are resized to 224 pixels."""
     G, seen = Generator(tiny), []
 
     def note(module, args, output):
@@ -332,6 +332,7 @@ def test_auto_is_recorded(data16, tmp_path):
     assert '"batch_gpu": 8' in (folder / "training_options.json").read_text()
 
 
+@pytest.mark.slow
 def test_auto_takes_what_the_run_had(data16, tmp_path, monkeypatch):
     args = ["--cfg=stylegan3-t", "--preset=demo", "--cbase=64", "--cmax=8", "--batch=8", "--batch-gpu=auto",
             "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random", f"--data={data16}",

@@ -137,7 +137,7 @@ def test_on_processors_nothing_happens(timed, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "KINDS", ("cuda",))
     trainer = trainer_of(small_config(), None, **{"a call": "matrix"})
     settle_forms(trainer, tmp_path, False, print)
-    assert trainer.forms == {"a call": "matrix"}      # Of a run that began on a GPU, and may return to one.
+    assert trainer.forms == {"a call": "matrix"}      # The run began on a GPU, and may return to one.
     monkeypatch.setenv("STYLESAN_TUNE", "no")
     with pytest.raises(UserError, match="STYLESAN_TUNE=no"):
         settle_forms(trainer, tmp_path, False, print)
@@ -152,6 +152,7 @@ def unbroken(tmp_path_factory, data16):
     return checkpoint.load(only_run(outdir) / STATE_FILE, STATE_FORMAT)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_forms_it_was_started_with(timed, data16, tmp_path):
     """Continued, it takes them although the cache says something else, times nothing, and gives the same bits."""
     options = "--tick=0.008", "--snap=1"

@@ -237,6 +237,7 @@ def train(*more) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_command(data16, tmp_path):
     train("--cond=1", f"--data={data16}", f"--outdir={tmp_path}/a")
     (first,) = (tmp_path / "a").iterdir()

@@ -17,7 +17,7 @@ from tests.conftest import write_dataset
 from tests.training.run.test_resume import DESC, INFO, make_run, settings
 from tests.training.test_loop import SMALL, only_run
 from torch_utils import checkpoint
-from torch_utils.local_network import LocalNet, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from train import main
 from training.config import to_dict
 from training.data.inventory import compare, read_inventory, write_inventory
@@ -291,7 +291,7 @@ def test_a_run_goes_on_without_the_files_that_it_began_with(tmp_path, data16):
     assert run(tmp_path / "first", data16, "--kimg=0.008")[0] == 0
     start, network = tmp_path / "start.pkl", tmp_path / "net.safetensors"
     shutil.copy(only_run(tmp_path / "first") / "best_model.pkl", start)
-    save_local_network(network, LocalNet(local_config(num_classes=4, widths=(8, 8))))
+    save_own_network(network, OwnNetwork(own_config(num_classes=4, widths=(8, 8))))
     data = shutil.copy(data16, tmp_path / "blobs.zip")
     options = (f"--init-from={start}", f"--backbones={network}")
     code, output = run(tmp_path / "runs", data, "--kimg=0.008", *options)

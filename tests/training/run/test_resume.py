@@ -201,6 +201,7 @@ def state(folder: Path) -> dict:
     return checkpoint.load(folder / STATE_FILE, STATE_FORMAT)
 
 
+@pytest.mark.slow
 def test_another_micro_batch_keeps_the_place(data16, tmp_path, monkeypatch):
     """kimg, Adam's steps, the order of images and the latents go on where they were."""
     run(tmp_path, data16, "--kimg=0.016", "--tick=0.016", "--snap=1")

@@ -208,6 +208,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_of_the_job_leaves_the_loaders_alive(data16, tmp_path):
     """Slurm sends it to loader processes, too, and training still finishes its iteration and saves.
 
@@ -267,6 +268,7 @@ def evaluator(values: list[float], monkeypatch, seen: list | None = None) -> Non
     monkeypatch.setattr(train, "make_evaluator", lambda *args: evaluate)
 
 
+@pytest.mark.slow
 def test_patience_ends_the_stage(data16, tmp_path, monkeypatch):
     """The count survives a restart; a larger patience goes on."""
     evaluator([9.0, 5.0, 6.0, 7.0, 8.0], monkeypatch)

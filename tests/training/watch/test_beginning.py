@@ -46,7 +46,7 @@ def test_first_iteration_and_speed(started):
     for seconds in (9.0, 0.5):
         with beginning.phase("Gmain"):
             clock.now += seconds
-    assert said == ["    first Gmain: 9.0 s"]       # Of later runs nothing is said.
+    assert said == ["    first Gmain: 9.0 s"]       # Nothing is said of later runs.
     beginning.iteration(32, 2000)
     assert said.pop() == "first iteration done in 9.5 s; the first tick comes after 63 more"
     clock.now += 8

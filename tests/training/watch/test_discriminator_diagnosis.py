@@ -194,7 +194,8 @@ def test_features_are_those_of_the_training_step():
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize(("c_dim", "diffaug"), [(0, ()), (4, ("color", "translation", "cutout"))])
+@pytest.mark.parametrize(("c_dim", "diffaug"), [
+    (0, ()), pytest.param(4, ("color", "translation", "cutout"), marks=pytest.mark.slow)])
 @pytest.mark.numeric
 def test_diagnosis_of_networks(blobs, c_dim, diffaug):
     G, D = networks(c_dim, diffaug=diffaug)
@@ -259,6 +260,7 @@ def plain_run(tmp_path_factory, blobs):
 
 
 @pytest.mark.numeric
+@pytest.mark.slow
 def test_training_is_the_same_with_it(plain_run, blobs, tmp_path):
     """Bit by bit, at every snapshot; and the numbers are in stats.jsonl, TensorBoard and report.html."""
     run, _ = run_train(tmp_path, blobs, "--diagnose=64")

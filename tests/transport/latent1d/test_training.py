@@ -86,6 +86,7 @@ def test_a_network_starts_at_random():
 SMALL = ["--steps=2", "--cells=24", "--starts=1", "--largest=16", "--draws=2", "--gap=0.1"]
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     (tmp_path / "points.csv").write_text("0\n1\n3\n")
     done = CliRunner().invoke(experiment.main, [*SMALL, f"--points={tmp_path}/points.csv", f"--outdir={tmp_path}/out"])

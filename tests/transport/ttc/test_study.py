@@ -17,7 +17,7 @@ from dnnlib import UserError
 from tests.closeness import approx
 from tests.metrics.generators import stem
 from torch_utils import checkpoint
-from torch_utils.local_network import LocalNet, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from training.config import to_dict
 from training.run.snapshots import NETWORK_FORMAT, VERSION
 from transport.common.study import seeded
@@ -209,7 +209,7 @@ def test_frechet_distance(tmp_path):
     """In the features of a user's own judge; grey images count as colour images with equal channels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        save_local_network(tmp_path / "judge.safetensors", LocalNet(local_config(2, 8, (4,))))
+        save_own_network(tmp_path / "judge.safetensors", OwnNetwork(own_config(2, 8, (4,))))
     line = run(Config(detector=str(tmp_path / "judge.safetensors"), schedule="1x1", resolution=8,
                       **{**TINY, "num": 100})).headline()
     assert line["frechet_before"] > line["frechet_floor"] > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer of local networks: accuracy, disjoint parts, repeatability, command line."""
+"""The trainer of networks of your own: accuracy, disjoint parts, repeatability, command line."""
 import json
 
 import click.testing
@@ -10,8 +10,8 @@ import torch
 from dnnlib import UserError
 from tests.data_prep.samples import encoded, files, write_zip
 from tests.training.feature_networks.digits import Digits
-from torch_utils.local_network import load_local_network
-from training.feature_networks.train import Settings, _shifted, main, split_items, train_local_network
+from torch_utils.own_network import load_own_network
+from training.feature_networks.train import Settings, _shifted, main, split_items, train_own_network
 
 pytestmark = pytest.mark.numeric
 
@@ -28,7 +28,7 @@ def test_parts_are_disjoint_and_cover_everything():
 
 
 def test_digits_are_told_apart():
-    net, report = train_local_network(Digits(), Settings(resolution=16, split=(0, 2)))
+    net, report = train_own_network(Digits(), Settings(resolution=16, split=(0, 2)))
     assert (report.num_train, report.num_heldout) == (899, 898)
     assert report.heldout_accuracy > 0.97
     assert report.train_accuracy > 0.98
@@ -41,11 +41,11 @@ def test_same_seed_same_weights():
     torch.manual_seed(3)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     settings = Settings(resolution=8, widths=(4, 8), epochs=2)
-    a, b = (train_local_network(Digits(8, count=200), settings)[0].state_dict() for _ in range(2))
+    a, b = (train_own_network(Digits(8, count=200), settings)[0].state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
     assert all(torch.equal(a[name], b[name]) for name in a)
-    other = train_local_network(Digits(8, count=200), Settings(resolution=8, widths=(4, 8), epochs=2, seed=1))[0]
+    other = train_own_network(Digits(8, count=200), Settings(resolution=8, widths=(4, 8), epochs=2, seed=1))[0]
     assert not torch.equal(other.state_dict()["classifier.weight"], a["classifier.weight"])
 
 
@@ -63,10 +63,10 @@ def test_shifts_repeat_the_border():
 def test_too_little_to_train_on():
     data = Digits(8, count=4)
     with pytest.raises(UserError, match="--split=0/4"):
-        train_local_network(data, Settings(resolution=8, widths=(4,), split=(0, 4)))
+        train_own_network(data, Settings(resolution=8, widths=(4,), split=(0, 4)))
     data.class_names = ["0"]
     with pytest.raises(UserError, match="at least two"):
-        train_local_network(data, Settings(resolution=8, widths=(4,)))
+        train_own_network(data, Settings(resolution=8, widths=(4,)))
 
 #----------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def test_command_line(tmp_path):
                  "--device=cpu")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout.splitlines()[-1])
-    net = load_local_network(dest)
+    net = load_own_network(dest)
     assert answer["sha256"] == net.sha256
     assert (answer["num_train"], answer["num_heldout"]) == (60, 60)
     assert net.class_names[3] == "digit 3"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local networks: shapes, files, refusals."""
+"""Networks of your own: shapes, files, refusals."""
 import json
 
 import pytest
@@ -8,15 +8,15 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import file_sha256
-from torch_utils.local_network import LocalNet, load_local_network, local_config, save_local_network
+from torch_utils.own_network import OwnNetwork, load_own_network, own_config, save_own_network
 
 pytestmark = pytest.mark.numeric
 
 
-def make(**options) -> LocalNet:
+def make(**options) -> OwnNetwork:
     torch.manual_seed(0)
     config = {"num_classes": 3, "input_resolution": 16, "widths": (4, 6, 8), **options}
-    return LocalNet(local_config(**config))
+    return OwnNetwork(own_config(**config))
 
 
 def test_shapes():
@@ -55,8 +55,8 @@ def test_file_goes_round(tmp_path):
     net = make()
     net(torch.randn(8, 3, 16, 16))                      # Moves the BatchNorm statistics.
     path = tmp_path / "net.safetensors"
-    sha256 = save_local_network(path, net, {"data": "digits"})
-    back = load_local_network(path)
+    sha256 = save_own_network(path, net, {"data": "digits"})
+    back = load_own_network(path)
     assert back.sha256 == sha256 == file_sha256(path)
     assert back.config == net.config
     assert back.metadata == {"data": "digits"}
@@ -64,23 +64,23 @@ def test_file_goes_round(tmp_path):
     assert not any(p.requires_grad for p in back.parameters())
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(back(x), net.eval()(x))
-    assert save_local_network(tmp_path / "again.safetensors", back, back.metadata) == sha256
+    assert save_own_network(tmp_path / "again.safetensors", back, back.metadata) == sha256
 
 
 def test_refused_files(tmp_path):
     path = tmp_path / "net.safetensors"
     with pytest.raises(UserError, match="no such file"):
-        load_local_network(path)
-    save_local_network(path, make())
+        load_own_network(path)
+    save_own_network(path, make())
     whole = path.read_bytes()
     for content in (whole[:-10], whole[:20], b"", b"garbage" * 10):
         path.write_bytes(content)
         with pytest.raises(UserError, match="damaged or cut off"):
-            load_local_network(path)
+            load_own_network(path)
     for header in (None, {"stylesan_xl": "[]"}, {"stylesan_xl": '{"format": "other"}'}):
         safetensors.torch.save_file({"x": torch.zeros(1)}, path, metadata=header)
         with pytest.raises(UserError, match="expected a file of format"):
-            load_local_network(path)
+            load_own_network(path)
 
 
 @pytest.mark.parametrize("config", [{"widths": [4]}, [], 3, {"num_classes": 4, "widths": [4, 6, 8]}])
@@ -89,7 +89,7 @@ def test_header_that_does_not_fit_the_tensors(tmp_path, config):
     header = json.dumps({"format": "stylesan-xl/local-network/1", "config": config})
     safetensors.torch.save_file(make().state_dict(), path, metadata={"stylesan_xl": header})
     with pytest.raises(UserError, match="do not agree"):
-        load_local_network(path)
+        load_own_network(path)
 
 
 @pytest.mark.parametrize(("options", "message"), [

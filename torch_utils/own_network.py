@@ -42,39 +42,39 @@ MAX_MAP = 1 << 24               # Elements of a map per image. A small file may 
 
 #----------------------------------------------------------------------------
 
-def local_config(num_classes: int, input_resolution: int = 32, widths: Sequence[int] = (16, 32, 64, 128),
+def own_config(num_classes: int, input_resolution: int = 32, widths: Sequence[int] = (16, 32, 64, 128),
                  class_names: Sequence[str] | None = None, in_channels: int = 3) -> dict[str, Any]:
     """A checked configuration: plain values that go to JSON and back."""
     widths = [int(width) for width in widths]
     names = [str(i) for i in range(num_classes)] if class_names is None else [str(name) for name in class_names]
     if num_classes < 1 or len(names) != num_classes:
-        raise UserError(f"local network: {num_classes} classes with {len(names)} names: give one name per class")
+        raise UserError(f"own network: {num_classes} classes with {len(names)} names: give one name per class")
     if not widths or min(widths) < 1:
-        raise UserError(f"local network: widths {widths}: give one positive width per stage, such as 32,64,128")
+        raise UserError(f"own network: widths {widths}: give one positive width per stage, such as 32,64,128")
     if input_resolution < 2 ** len(widths):
-        raise UserError(f"local network: {len(widths)} stages halve {input_resolution} pixels to less than one: "
+        raise UserError(f"own network: {len(widths)} stages halve {input_resolution} pixels to less than one: "
                         f"take a resolution of at least {2 ** len(widths)} or fewer widths")
     largest = max(width * (input_resolution / 2 ** (i + 1)) ** 2 for i, width in enumerate(widths))
     if len(widths) > MAX_STAGES or max(widths) > MAX_WIDTH or input_resolution > MAX_RESOLUTION or largest > MAX_MAP:
-        raise UserError(f"local network: widths {list_some(widths)} at {input_resolution} pixels: give at most "
+        raise UserError(f"own network: widths {list_some(widths)} at {input_resolution} pixels: give at most "
                         f"{MAX_STAGES} widths of at most {MAX_WIDTH}, at most {MAX_RESOLUTION} pixels, and at most "
                         f"{MAX_MAP} numbers in the map of a stage")
     return {"input_resolution": int(input_resolution), "widths": widths, "num_classes": int(num_classes),
             "class_names": names, "in_channels": int(in_channels)}
 
 
-class LocalNet(torch.nn.Module):
+class OwnNetwork(torch.nn.Module):
     """Stages of convolution 3x3 with stride 2, BatchNorm, ReLU; mean over positions; linear classifier.
 
     Attributes:
-        config: What `local_config` returns.
+        config: What `own_config` returns.
         metadata: Further plain values from the file's header.
-        sha256: Of the file it was read from; None for a network that was not.
+        sha256: Hash of the file it was read from; None for a network that was not.
     """
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        self.config = local_config(**config)
+        self.config = own_config(**config)
         self.metadata: dict[str, Any] = {}
         self.sha256: str | None = None
         widths = self.config["widths"]
@@ -146,7 +146,7 @@ class LocalNet(torch.nn.Module):
 
 #----------------------------------------------------------------------------
 
-def save_local_network(path: str | os.PathLike[str], net: LocalNet, metadata: dict[str, Any] | None = None) -> str:
+def save_own_network(path: str | os.PathLike[str], net: OwnNetwork, metadata: dict[str, Any] | None = None) -> str:
     """Write a network, atomically. The same network and metadata give the same bytes.
 
     Args:
@@ -172,11 +172,12 @@ HEADER = record({
 }, {"metadata": record({}, others=plain)})
 
 
-def load_local_network(path: str | os.PathLike[str]) -> LocalNet:
+def load_own_network(path: str | os.PathLike[str]) -> OwnNetwork:
     """Read a network: on the CPU, in eval mode, frozen.
 
     Raises:
-        UserError: no such file; damaged; not a local network; not what its header says; weights that are not finite.
+        UserError: no such file; damaged; no network of this kind; not what its header says; weights that are not
+            finite.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file: train one with python -m training.feature_networks.train")
@@ -185,7 +186,7 @@ def load_local_network(path: str | os.PathLike[str]) -> LocalNet:
         try:
             HEADER(header, "its header")
             with torch.device("meta"):
-                net = LocalNet(header["config"])
+                net = OwnNetwork(header["config"])
             stored = {name: file.get_slice(name) for name in file.keys()}       # noqa: SIM118 (it is no dict)
             compare_shapes({name: StoredShape(tuple(part.get_shape())) for name, part in stored.items()}, "the file",
                            net.state_dict())
@@ -193,8 +194,8 @@ def load_local_network(path: str | os.PathLike[str]) -> LocalNet:
             check_tensors(state, "its content", net.state_dict())
             check_finite(state)
         except (UserError, Unfit) as err:
-            raise UserError(f"{path}: not a usable local network, because its configuration and its tensors do not "
-                            f"agree: {err}: train it again") from err
+            raise UserError(f"{path}: not a usable network of your own, because its configuration and its tensors "
+                            f"do not agree: {err}: train it again") from err
     net = net.to_empty(device="cpu")
     net.load_state_dict(state)
     net.metadata = header.get("metadata", {})
