@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in tar archives: one tar of folders, ImageNet's tar of tars, or the shards of a WebDataset."""
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from data_prep.sources.base import NoMetadata, printable
 from data_prep.sources.tars import Member, OpenTar
 from dnnlib import UserError
-from dnnlib.util import list_some
+from dnnlib.util import list_some, parse_json
 from training.data.labels import METADATA_NAME, is_image_name, parse_metadata
 from training.data.wrapping import metadata_folder, put_in_folder
 
@@ -118,8 +117,8 @@ class TarStore(NoMetadata):
             if member.name.endswith(".cls"):
                 return data.decode("utf-8", "replace").strip()
             try:
-                content = json.loads(data)
-            except (ValueError, RecursionError) as err:
+                content = parse_json(data)
+            except ValueError as err:
                 raise UserError(f"{tar.path}: {member.name}: not valid JSON ({err}): make the archive again") from err
             values = [content[key] for key in LABEL_KEYS if key in content] if isinstance(content, dict) else [content]
             if values:

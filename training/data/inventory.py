@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.util import atomic_file, list_some
+from dnnlib.util import atomic_file, list_some, parse_json
 from training.data.stores import FolderStore, ZipStore
 
 SIZES_READ = 50_000         # Files of a folder whose size is asked for,
@@ -64,7 +64,7 @@ def write_inventory(path: Path, content: Inventory) -> None:
 def read_inventory(path: Path) -> Inventory | None:
     """What `write_inventory` wrote; None where it is missing or damaged."""
     try:
-        content = json.loads(gzip.decompress(path.read_bytes()))
+        content = parse_json(gzip.decompress(path.read_bytes()))
         return content if isinstance(content["files"], dict) and isinstance(content["labels"], str) else None
     except (OSError, ValueError, EOFError, KeyError, TypeError, zlib.error):
         return None

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.classes import number_names, single, whole_number, with_several
-from dnnlib.util import list_some, normalized_name
+from dnnlib.classes import are_names, number_names, single, whole_number, with_several
+from dnnlib.util import list_some, normalized_name, parse_json, unique_keys
 
 IMAGE_SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jif", ".jp2", ".jpe", ".jpeg", ".jpg",
                   ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
@@ -63,8 +63,8 @@ class LabelledStore(Protocol):
 def parse_metadata(where: str | os.PathLike, data: bytes) -> dict[str, Any]:
     """The object in a dataset.json. Raises UserError if it is no JSON object."""
     try:
-        metadata = json.loads(data)
-    except (ValueError, RecursionError) as err:
+        metadata = parse_json(data, unique_keys)
+    except ValueError as err:
         raise UserError(f"{where}: not valid JSON ({err}): make it again") from err
     if not isinstance(metadata, dict):
         raise UserError(f'{where}: must be an object such as {{"labels": [["0.png", 6]]}}')
@@ -135,8 +135,8 @@ def class_list(store: LabelledStore) -> list[str] | None:
     classes = store.metadata.get("classes")
     if classes is None:
         return None
-    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
-        raise UserError(f'{store.path}: {METADATA_NAME}: "classes" must be a list of names')
+    if not are_names(classes):
+        raise UserError(f'{store.path}: {METADATA_NAME}: "classes" must be a list of names, which are text')
     if len({normalized_name(name) for name in classes}) != len(classes):
         raise UserError(f'{store.path}: {METADATA_NAME}: "classes" lists a name twice: names must differ')
     return classes

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report that `dataset_tool.py` leaves inside a data set."""
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
+from dnnlib.util import parse_json
 
 REPORT_NAME = "report.json"
 MAX_REPORT_BYTES = 256 << 20
@@ -35,8 +35,8 @@ def read_report(path: str | Path) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        report = json.loads(data)
-    except (ValueError, RecursionError) as err:
+        report = parse_json(data)
+    except ValueError as err:
         raise UserError(f"{path}: {REPORT_NAME} is not valid JSON ({err}): make the data set again") from err
     if not isinstance(report, dict):
         raise UserError(f"{path}: {REPORT_NAME} is no object: make the data set again")
