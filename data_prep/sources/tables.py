@@ -21,7 +21,7 @@ from dnnlib.util import list_some, parse_json
 from training.data.splits import choose, in_order
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
-SPLIT_COLUMNS = ("split", "subset", "partition")
+SPLIT_COLUMN = "split"
 CLASS_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "class_id", "category")
 
 
@@ -205,13 +205,11 @@ def _image_column(file: Path, schema: Any) -> str:
 def _split_column(schema: Any) -> str | None:
     """The column of text that says which split a row belongs to, by its name."""
     import pyarrow
-    for name in SPLIT_COLUMNS:
-        if name in schema.names:
-            kind = schema.field(name).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-                return name
-    return None
+    if SPLIT_COLUMN not in schema.names:
+        return None
+    kind = schema.field(SPLIT_COLUMN).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return SPLIT_COLUMN if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) else None
 
 
 def _class_names(schema: Any, column: str | None) -> list[str] | None:

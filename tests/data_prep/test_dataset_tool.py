@@ -387,3 +387,19 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path, dest, name):
 def test_arrays_of_other_forms(tmp_path, dest, array, said):
     np.save(tmp_path / "a.npy", array)
     refused(source=tmp_path / "a.npy", dest=dest, match=[said])
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("x{0..99999999999}.tar", "names 100000000000 files, and at most 1000000 are taken"),
+    ("x{0..9999}{0..9999}.tar", "names 100000000 files"),
+    ("x{9..1}.tar", "the range {9..1} runs backwards"),
+])
+def test_ranges_are_counted_before_they_are_made(tmp_path, dest, source, said):
+    refused(source=tmp_path / source, dest=dest, match=[said])
+
+
+def test_no_archive_is_made_that_no_reader_takes(tmp_path, dest):
+    source = photos(tmp_path / "s", ["0.png"])
+    refused(source=source, dest=dest, resolution=16384,
+            match=["16384 is more than any reader of images here takes: at most 8192"])
+    assert dataset_tool.MAX_SIDE ** 2 <= PIL.Image.MAX_IMAGE_PIXELS < (2 * dataset_tool.MAX_SIDE) ** 2
