@@ -145,6 +145,8 @@ def check_options(opts: EasyDict) -> None:
     reference = opts.data or opts.ref
     if opts.network is None and opts.images is None and opts.save_ref is None:
         raise UserError("nothing to score: name a generator by --network or images by --images")
+    if opts.save_ref is None and not opts.metrics:
+        raise UserError("--metrics=none: leaves nothing to compute: name a metric, or a file by --save-ref")
     if opts.save_ref is None and opts.save_ref_images is not None:
         raise UserError(f"--save-ref-images={opts.save_ref_images}: has no effect without --save-ref: leave it out")
     if opts.save_ref is not None and reference is None:

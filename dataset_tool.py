@@ -14,6 +14,7 @@ from data_prep.transforms import TRANSFORMS, Size
 from data_prep.verify import verify
 from dnnlib import UserError
 
+MAX_SIDE = 8192         # The largest power of two whose square is within Pillow's limit of pixels, MAX_IMAGE_PIXELS.
 FITS = {"crop": "center-crop", "pad": "pad", "squash": "squash"}
 
 #----------------------------------------------------------------------------
@@ -30,7 +31,10 @@ class SizeType(click.ParamType):
         match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", value.strip())
         if match is None or int(match[1]) < 1 or int(match[2] or 1) < 1:
             self.fail(f"{value!r} is not a size such as 32 or 32x32", param, ctx)
-        return Size(int(match[1]), int(match[2] or match[1]))
+        size = Size(int(match[1]), int(match[2] or match[1]))
+        if max(size.width, size.height) > MAX_SIDE:
+            self.fail(f"{value} is more than any reader of images here takes: at most {MAX_SIDE}", param, ctx)
+        return size
 
 
 class SizeList(click.ParamType):

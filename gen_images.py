@@ -51,6 +51,8 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
     if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
         shape = list(centroids.shape) if isinstance(centroids, torch.Tensor) else type(centroids).__name__
         raise UserError(f"--centroids-path={path}: expected a tensor [number of centroids, {w_dim}], found {shape}")
+    if len(centroids) == 0:
+        raise UserError(f"--centroids-path={path}: holds no centroids: compute them again, or leave the option out")
     if centroids.is_complex() or not centroids.float().isfinite().all():
         raise UserError(f"--centroids-path={path}: holds what are no finite numbers: compute the centroids again")
     return centroids.float()
@@ -151,6 +153,7 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
         raise UserError("give --outdir for single images or --sheet for one picture of all classes, one of the two")
     if noise_mode != "const":
         click.echo(f"NOTE: --noise-mode={noise_mode} has no effect: these generators have no noise inputs", err=True)
+    seeds = list(dict.fromkeys(seeds))      # A seed that was typed twice is one image.
     target = misc.select_device(device)
     click.echo(dispatch.start_lines(target), err=True)
     loaded = load_network(network, target)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dnnlib import UserError
+from dnnlib.util import parse_json
 
 FIRST_LINK = hashlib.sha256(b"stylesan-xl images").hexdigest()
 
@@ -127,7 +128,7 @@ class Journal:
         key, end = None, 0
         for line in self._file:
             try:
-                content = json.loads(line) if line.endswith(b"\n") else None
+                content = parse_json(line) if line.endswith(b"\n") else None
                 if key is None:
                     key = content
                 elif content is not None:

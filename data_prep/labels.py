@@ -6,15 +6,14 @@ What is wrong with labels is usually wrong with many of them, so every message l
 import collections
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
-from dnnlib.classes import Classes, is_fraction, number_names, single, whole_number, with_several
-from dnnlib.util import format_bytes, list_some, normalized_name
+from dnnlib.classes import Classes, are_names, is_fraction, number_names, single, whole_number, with_several
+from dnnlib.util import format_bytes, list_some, normalized_name, parse_json, unique_keys
 from training.data.labels import MAX_CLASSES, clean_name
 
 MAX_LABEL_FILE = 1 << 30
@@ -59,7 +58,7 @@ def encode(where: str, names: Sequence[str], values: Sequence[Any], classes: lis
     if wrong:
         known = f"from 0 to {top - 1}" + (" or one of the class names" if classes is not None else "")
         raise UserError(f"{where}: {len(wrong)} labels are wrong: {list_some(wrong)}: "
-                        f"a label is the index of a class, a whole number {known}")
+                        f"a label is the index of a class, a whole number {known}: correct them, or add --no-labels")
     if classes is None and (gaps := unused(labels)):
         if not allow_gaps:
             raise UserError(f"{where}: labels go up to {max(labels)}, but {len(gaps)} classes have no images: "
@@ -124,8 +123,9 @@ def table(where: str, entries: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     twice = []
     for name, value in zip(_clean_names(where, [e[0] for e in entries]), (e[1] for e in entries), strict=True):
-        if found.setdefault(name, value) != value:
+        if name in found and found[name] != value:
             twice.append(f"{name} ({found[name]!r} and {value!r})")
+        found.setdefault(name, value)
     if twice:
         raise UserError(f"{where}: {len(twice)} files have two labels: {list_some(twice)}: keep one of each")
     return found
@@ -135,8 +135,8 @@ def class_names(where: str, classes: Any) -> list[str] | None:
     """The names in "classes". Raises UserError if it is no list of different names."""
     if classes is None:
         return None
-    if not isinstance(classes, list) or not classes or not all(isinstance(c, str) for c in classes):
-        raise UserError(f'{where}: "classes" must be a list of names')
+    if not classes or not are_names(classes):
+        raise UserError(f'{where}: "classes" must be a list of names, which are text')
     if len({normalized_name(name) for name in classes}) != len(classes):
         raise UserError(f'{where}: "classes" lists a name twice: names must differ')
     return classes
@@ -218,15 +218,16 @@ def read_label_file(path: str) -> tuple[dict[str, Any], list[str] | None]:
     except OSError as err:
         raise UserError(f"{where}: cannot be read ({err.strerror}): check the path") from err
     except UnicodeDecodeError as err:
-        raise UserError(f"{where}: not a text file in UTF-8: save it as CSV or JSON") from err
+        raise UserError(f"{where}: not a text file in UTF-8: save it again with this encoding (a spreadsheet calls it "
+                        '"CSV UTF-8"), or as JSON') from err
     if not path.lower().endswith(".json"):
         try:
             return table(where, _csv_entries(where, text)), None
         except csv.Error as err:
             raise UserError(f"{where}: not valid CSV ({err}): save it again") from err
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as err:
+        content = parse_json(text, unique_keys)
+    except ValueError as err:
         raise UserError(f"{where}: not valid JSON ({err}): save it again") from err
     if isinstance(content, dict) and "labels" not in content:
         content = {"labels": [[name, value] for name, value in content.items()]}

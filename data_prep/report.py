@@ -13,6 +13,7 @@ from data_prep.journal import Level, Progress, last_link
 from data_prep.sinks import image_name
 from data_prep.sources.base import Source, class_counts, printable, splits_in_words
 from dnnlib.util import list_some
+from dnnlib.util import printable as one_line
 from training.data.report import REPORT_NAME
 
 LABELS_FROM = {"folders": "one sub-folder per class", "imagenet": "ImageNet's folders", "dataset.json": "labels in "
@@ -65,7 +66,7 @@ def understood(path: str, source: Source) -> list[str]:
 
 def _in_words(counts: dict[str, int]) -> str:
     """'0 = cat (50), 1 = dog (50)': index, name and number of images of each class."""
-    return list_some([f"{i if name == str(i) else f'{i} = {printable(name)}'} ({count})"
+    return list_some([f"{i if name == str(i) else f'{i} = {one_line(name)}'} ({count})"
                       for i, (name, count) in enumerate(counts.items())], SHOWN_CLASSES)
 
 

@@ -18,12 +18,14 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 from dnnlib.errors import UserError
 from dnnlib.util import list_some, normalized_name
 
 NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
 FRACTION = re.compile(r"[+-]?\d{0,18}\.\d+", re.ASCII)
+HALF_LETTER = re.compile(r"[\ud800-\udfff]")
 SHOWN = 10              # Names of a list that messages repeat.
 BETWEEN_NAMES, BETWEEN_NUMBERS = re.compile(r"[|;,]"), re.compile(r"[|;,\s]+")
 
@@ -53,6 +55,11 @@ def is_fraction(value: object) -> bool:
 def are_numbers(names: Iterable[str]) -> bool:
     """Whether classes are called by numbers only."""
     return all(whole_number(name) is not None for name in names)
+
+
+def are_names(names: object) -> TypeGuard[list[str]]:
+    """Whether this is a list of text that every file can hold: JSON also spells halves of letters, such as \\ud800."""
+    return isinstance(names, list) and all(isinstance(name, str) and not HALF_LETTER.search(name) for name in names)
 
 
 def is_unnamed(names: Sequence[str] | None) -> bool:
@@ -98,8 +105,11 @@ def number_names(where: str, names: Sequence[str]) -> tuple[list[int], list[str]
     Numbers are in the order of numbers, words in the order of text.
 
     Raises:
-        UserError: two names mean one number.
+        UserError: two names mean one number, or one is no text.
     """
+    if odd := sorted({name for name in names if HALF_LETTER.search(name)}):
+        raise UserError(f"{where}: {len(odd)} names of classes hold halves of letters, which is no text: "
+                        f"{list_some(odd)}: spell them anew")
     composed = {name: normalized_name(name) for name in set(names)}
     classes = sorted(set(composed.values()))
     if are_numbers(classes):

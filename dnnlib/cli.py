@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from dnnlib.errors import UserError
-from dnnlib.util import existing_spelling, is_address, printable
+from dnnlib.util import existing_spelling, is_address, is_special, printable
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -224,6 +224,7 @@ class StrList(click.ParamType):
 class PathType(click.ParamType):
     """A file or folder: '~/x' is below the home folder, and a name that is there is found in both forms of Unicode.
 
+    What is neither file nor folder is refused here, for reading as for writing.
     A name may stand beside paths ('data|random|FILE'): it passes unchanged.
 
     Args:
@@ -251,6 +252,9 @@ class PathType(click.ParamType):
             self.fail(f"{text}: there is no such home folder: write ./{text} if the name begins with ~", param, ctx)
         with contextlib.suppress(OSError):      # Whoever opens it says what is wrong.
             path = existing_spelling(path)
+        if is_special(path):
+            self.fail(f"{text} is a pipe, a socket or a device: name an ordinary file or a folder (what comes out of "
+                      "a pipe can be written to a file first)", param, ctx)
         return path
 
 

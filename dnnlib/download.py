@@ -18,7 +18,7 @@ import requests
 import urllib3
 
 from dnnlib.errors import UserError
-from dnnlib.util import atomic_write_text, file_lock, file_sha256, format_bytes, is_address, printable
+from dnnlib.util import atomic_write_text, file_lock, file_sha256, format_bytes, is_address, parse_json, printable
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30            # Without a byte.
@@ -197,7 +197,7 @@ def _check_address(url: str) -> None:
 def _is_whole(target: Path) -> bool:
     """Whether the file is there with the content that was downloaded."""
     try:
-        facts = json.loads((target.parent / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = parse_json((target.parent / FACTS_FILE).read_text(encoding="utf-8"))
         return bool(target.stat().st_size == facts["size"] and file_sha256(target) == facts["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -5,14 +5,16 @@ import errno
 import functools
 import hashlib
 import importlib
+import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -117,6 +119,15 @@ def is_address(path: str) -> bool:
 _position = threading.Lock()    # Where reading at a place moves the descriptor, one thread at a time does it.
 
 
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether a pipe, a socket or a device is there: who reads it may wait for ever, or read without end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, as 64 hex digits."""
     with open(path, "rb") as f:
@@ -214,6 +225,32 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
             f.seek(-1, os.SEEK_END)
             text = text if f.read(1) == b"\n" else "\n" + text
         f.write(text.encode("utf-8", "backslashreplace"))
+
+
+def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value in JSON that may come from anywhere.
+
+    Args:
+        text: The JSON.
+        make_object: From names and values to an object, such as `unique_keys`; None: the last of equal names counts.
+
+    Raises:
+        ValueError: it is no JSON in UTF-8, or its lists lie deeper in each other than the parser goes.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=make_object)
+    except RecursionError as err:
+        raise ValueError("its lists or objects lie too deep in each other") from err
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `parse_json`, where people wrote the file. Raises ValueError if one name has two values."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            raise ValueError(f"{name!r} stands there twice, with different values")
+        found[name] = value
+    return found
 
 
 def read_at(fd: int, count: int, offset: int) -> bytes:

@@ -5,6 +5,7 @@ Metrics share work: images are generated once per number of images, and every de
 """
 import collections
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -142,12 +143,17 @@ def evaluate(names: Iterable[str], generated: SourceFactory, reference: Referenc
 
 def _answer(job: Job, source: ImageSource, gen: Collected | None, real: RealSide,
             options: MetricOptions) -> tuple[dict[str, float], dict[str, Any]]:
-    """Values and settings of one metric. All processes take part."""
+    """Values and settings of one metric. All processes take part. Raises UserError if a value is not finite."""
     kind = job.metric.kind
     if isinstance(kind, GeneratorKind):
-        return kind.compute(check_latents(source, job.metric.name), options)
-    assert gen is not None              # Every job with a detector has its part of the walk.
-    return on_rank0(functools.partial(kind.compute, gen, real, options))
+        values, settings = kind.compute(check_latents(source, job.metric.name), options)
+    else:
+        assert gen is not None          # Every job with a detector has its part of the walk.
+        values, settings = on_rank0(functools.partial(kind.compute, gen, real, options))
+    if wrong := [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]:
+        raise UserError(f"{job.metric.name}: {', '.join(wrong)}: the numbers of one side are too large: make the "
+                        "reference again, or look at the images")
+    return values, settings
 
 
 def _real_wants(jobs: list[Job]) -> dict[RealKey, RealWants]:

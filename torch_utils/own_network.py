@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dnnlib import UserError
-from dnnlib.util import atomic_file, file_sha256, list_some
+from dnnlib.util import atomic_file, file_sha256, list_some, parse_json
 from torch_utils.images import from_uint8
 from torch_utils.schema import (
     MAX_ITEMS,
@@ -206,8 +206,8 @@ def load_own_network(path: str | os.PathLike[str]) -> OwnNetwork:
 def _header(path: str | os.PathLike[str], file: Any) -> Any:
     """The JSON in a file's header, which is of our format."""
     try:
-        header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
-    except (ValueError, RecursionError):
+        header = parse_json((file.metadata() or {}).get(HEADER_KEY, "{}"))
+    except ValueError:
         header = None
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:

@@ -179,12 +179,15 @@ def _open_files(path: str, kind: str, files: list[Path], options: SourceOptions)
     if kind == "parquet" and len(groups) > 1:
         counts, unit = {key: sum(map(tables.num_rows, groups[key])) for key in keys}, "images"
     loose = [file.name for file in groups.get("", [])] if counts else []
+    if kind == "parquet" and not keys:
+        return _open_kind(path, kind, files, options)       # A column may say them.
     if len(files) == 1 and options.split is not None and (not keys or options.split.lower() != keys[0]):
         return _open_kind(path, kind, files, options)       # The splits may lie inside of it.
     chosen = choose(path, counts, options.split, options.split_option, unit, loose)
     if not chosen:
         return _open_kind(path, kind, files, options)
-    inside = options if len(files) == 1 else dataclasses.replace(options, split=None)
+    # A column may say it again for rows; of other files names alone say it.
+    inside = options if len(files) == 1 or kind == "parquet" else dataclasses.replace(options, split=None)
     if kind in ("tar", "parquet"):
         source = _open_kind(path, kind, [file for key in chosen for file in groups[key]], inside)
     else:
@@ -197,7 +200,8 @@ def _open_files(path: str, kind: str, files: list[Path], options: SourceOptions)
 def _open_kind(path: str, kind: str, files: list[Path], options: SourceOptions) -> Source:
     """Files of one kind and one split."""
     if kind == "parquet":
-        return tables.parquet(path, files, options.own_labels, options.allow_gaps)
+        return tables.parquet(path, files, options.own_labels, options.allow_gaps, options.split,
+                              options.split_option)
     if kind == "tar":
         return _open_tars(path, files, options)
     if len(files) > 1:

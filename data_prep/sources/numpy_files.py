@@ -79,10 +79,14 @@ class NumpyStore(NoMetadata):
                             "them yourself, so that the rounding is yours")
         if len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)) or self._header.fortran:
             order = " in Fortran order" if self._header.fortran else ""
+            turned = ": save numpy.ascontiguousarray(images)" if self._header.fortran else ""
             alpha = ": drop the alpha channel" if shape[3:] == (4,) else ""
             first = ": move the channels to the end" if len(shape) == 4 and shape[1] in (1, 3) else ""
             raise UserError(f"{where} is {list(shape)}{order}, but images must be [N, H, W, 3], [N, H, W, 1] or "
-                            f"[N, H, W] in C order{alpha or first}")
+                            f"[N, H, W] in C order{alpha or first or turned}")
+        if len(shape) == 3 and shape[2] in (3, 4) and shape[1] > shape[2]:
+            raise UserError(f"{where} is {list(shape)}, which looks like one image with {shape[2]} channels: save "
+                            "images[None], uint8 [1, H, W, 3]")
         if min(shape) < 1:
             raise UserError(f"{where}: {shape[0]} images of {shape[2]}x{shape[1]} pixels: at least one is needed")
         if self._header.size != self._header.start + math.prod(shape):

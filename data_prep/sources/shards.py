@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in tar archives: one tar of folders, ImageNet's tar of tars, or the shards of a WebDataset."""
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,15 @@ import numpy as np
 from data_prep.sources.base import NoMetadata, printable
 from data_prep.sources.tars import Member, OpenTar
 from dnnlib import UserError
-from dnnlib.util import list_some
+from dnnlib.util import list_some, parse_json
 from training.data.labels import METADATA_NAME, is_image_name, parse_metadata
 from training.data.wrapping import metadata_folder, put_in_folder
 
 MAX_SIDE_FILE = 1 << 20             # Of a .cls or .json beside an image.
 MAX_METADATA = 1 << 30
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index", "class_name")
+MAX_SHARDS = 1_000_000
+RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}", re.ASCII)
 WNID = re.compile(r"n\d{8}")
 
 
@@ -118,8 +119,8 @@ class TarStore(NoMetadata):
             if member.name.endswith(".cls"):
                 return data.decode("utf-8", "replace").strip()
             try:
-                content = json.loads(data)
-            except (ValueError, RecursionError) as err:
+                content = parse_json(data)
+            except ValueError as err:
                 raise UserError(f"{tar.path}: {member.name}: not valid JSON ({err}): make the archive again") from err
             values = [content[key] for key in LABEL_KEYS if key in content] if isinstance(content, dict) else [content]
             if values:
@@ -183,9 +184,19 @@ def web_values(store: TarStore) -> list[Any] | None:
     return [store.web_labels.get(name) for name in store.names] if store.web_labels else None
 
 
+def _count(pattern: str) -> int:
+    """How many names `_braces` gives. Raises UserError if a range runs backwards."""
+    total = 1
+    for first, last in RANGE.findall(pattern):
+        if int(first) > int(last):
+            raise UserError(f"{pattern}: the range {{{first}..{last}}} runs backwards: begin with the smaller number")
+        total *= int(last) - int(first) + 1
+    return total
+
+
 def _braces(pattern: str) -> Iterator[str]:
     """'a-{000..002}.tar' -> a-000.tar, a-001.tar, a-002.tar, as WebDataset writes shards."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    match = RANGE.search(pattern)
     if match is None:
         yield pattern
         return
@@ -195,12 +206,14 @@ def _braces(pattern: str) -> Iterator[str]:
 
 def is_pattern(source: str) -> bool:
     """Whether --source names several files: by wildcards or by a range in braces."""
-    return not os.path.exists(source) and bool(re.search(r"[*?]|\{\d+\.\.\d+\}", source))
+    return not os.path.exists(source) and bool(re.search(rf"[*?]|{RANGE.pattern}", source))
 
 
 def matching(source: str) -> list[Path]:
-    """The files that a pattern names. Raises UserError if one is missing or there are none."""
-    if "{" in source:
+    """The files that a pattern names. Raises UserError if one is missing, there are none, or they are too many."""
+    if RANGE.search(source):
+        if (count := _count(source)) > MAX_SHARDS:
+            raise UserError(f"{source}: names {count} files, and at most {MAX_SHARDS} are taken: correct the range")
         paths = [Path(p) for p in _braces(source)]
         missing = [str(p) for p in paths if not p.is_file()]
         if missing:

@@ -4,7 +4,8 @@
 These two formats are parsed by libraries in C and C++ that do not promise to withstand files made to attack them; use
 them with files from a source you trust.
 """
-import json
+import collections
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from data_prep import labels
 from data_prep.sources.base import NoMetadata, Source
 from data_prep.sources.shards import folder_names
 from dnnlib import UserError
-from dnnlib.util import list_some
+from dnnlib.util import list_some, parse_json
+from training.data.splits import choose, in_order
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
+SPLIT_COLUMN = "split"
 CLASS_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "class_id", "category")
 
 
@@ -106,9 +109,11 @@ class ParquetStore(NoMetadata):
         self.path, self._files = Path(path), list(files)
         _need("pyarrow", path)
         self.values: list[Any] = []                 # Of the column of labels.
+        self.splits: list[str | None] = []          # Of the column of splits, if there is one.
         self.classes: list[str] | None = None
         self.column = ""
         self.label_column: str | None = None
+        self._split_column: str | None = None
         self._group: tuple[int, int, list[Any]] | None = None
         self.names: list[str] = []
         entries: list[tuple[int, int, int]] = []    # File, row group and row in it.
@@ -129,15 +134,17 @@ class ParquetStore(NoMetadata):
                 self.column = _image_column(file, schema)
                 self.label_column = next((name for name in CLASS_COLUMNS if name in schema.names), None)
                 self.classes = _class_names(schema, self.label_column)
-            columns = [name for name in (self.column, self.label_column) if name is not None]
+                self._split_column = _split_column(schema)
+            columns = [name for name in (self.column, self.label_column, self._split_column) if name is not None]
             if missing := [name for name in columns if name not in schema.names]:
                 raise UserError(f"{file}: has no column {list_some(missing)}, unlike {self._files[0]}: "
                                 f"use files of one data set")
-            if self.label_column is not None:
-                try:
-                    self.values.extend(table.read(columns=[self.label_column])[self.label_column].to_pylist())
-                except (pyarrow.ArrowException, OSError, ValueError) as err:
-                    raise UserError(f"{file}: cannot be read as Parquet ({_line(err)}): copy it again") from err
+            try:
+                for name, values in ((self.label_column, self.values), (self._split_column, self.splits)):
+                    if name is not None:
+                        values.extend(table.read(columns=[name])[name].to_pylist())
+            except (pyarrow.ArrowException, OSError, ValueError) as err:
+                raise UserError(f"{file}: cannot be read as Parquet ({_line(err)}): copy it again") from err
             return [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
 
     def _value(self, index: int) -> bytes:
@@ -195,26 +202,63 @@ def _image_column(file: Path, schema: Any) -> str:
                     f"{list_some(list(IMAGE_COLUMNS), 3)}")
 
 
+def _split_column(schema: Any) -> str | None:
+    """The column of text that says which split a row belongs to, by its name."""
+    import pyarrow
+    if SPLIT_COLUMN not in schema.names:
+        return None
+    kind = schema.field(SPLIT_COLUMN).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return SPLIT_COLUMN if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) else None
+
+
 def _class_names(schema: Any, column: str | None) -> list[str] | None:
     """The names that Hugging Face keeps beside the table."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
         names = features[column]["names"]
     except (TypeError, KeyError, ValueError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def parquet(path: str | os.PathLike[str], files: Sequence[Path], use_labels: bool, allow_gaps: bool) -> Source:
-    """The images and labels of Parquet files. Raises UserError."""
+def parquet(path: str | os.PathLike[str], files: Sequence[Path], use_labels: bool, allow_gaps: bool,
+            split: str | None, option: str) -> Source:
+    """The images and labels of Parquet files, of those rows that a column calls the wanted split. Raises UserError."""
     store = ParquetStore(path, files)
     if not store.names:
         raise UserError(f"{path}: no rows in it: copy it again")
+    rows: Sequence[int] = range(len(store.names))
+    counts: dict[str, int] = {}
+    chosen: list[str] = []
+    keys = [(value or "").strip().lower() for value in store.splits]
+    if any(keys):
+        found = collections.Counter(key for key in keys if key)
+        counts = {key: found[key] for key in in_order(found)}
+        loose = [store.where(i) for i, key in enumerate(keys) if not key]
+        chosen = choose(str(path), counts, split, option, loose=loose)
+        rows = [i for i, key in enumerate(keys) if key in chosen]
+    source = Source(store, rows, layout="parquet", kind="Parquet", splits=counts, chosen=tuple(chosen))
     if store.label_column is None or not use_labels:
-        return Source(store, range(len(store.names)), layout="parquet", kind="Parquet")
-    where = f"{path}: column {store.label_column}"
-    values, classes = labels.encode(where, store.names, store.values, store.classes, allow_gaps)
-    return Source(store, range(len(store.names)), values, classes, "parquet", "Parquet")
+        return source
+    values, classes = _labels_of_rows(f"{path}: column {store.label_column}", store, rows, allow_gaps)
+    return dataclasses.replace(source, labels=values, classes=classes)
+
+
+def _labels_of_rows(where: str, store: ParquetStore, rows: Sequence[int],
+                    allow_gaps: bool) -> tuple[list[int], list[str] | None]:
+    """Labels of some rows, and the classes, which are those of all rows. Raises UserError."""
+    def of(some: Sequence[int]) -> tuple[list[int], list[str] | None]:
+        return labels.encode(where, [store.names[i] for i in some], [store.values[i] for i in some], store.classes,
+                             allow_gaps)
+
+    if len(rows) == len(store.names):
+        return of(rows)
+    try:
+        everything, classes = of(range(len(store.names)))
+    except UserError:           # Another split has no labels, as test sets often have none.
+        return of(rows)
+    return [everything[i] for i in rows], classes or [str(i) for i in range(max(everything) + 1)]
 
 
 def _open_parquet(file: Path) -> Any:

@@ -9,7 +9,6 @@
 | dgm-eval, clean-fid's KID files | reps or feats: features [N, D] | computed here |
 | EDM2, StyleGAN's cache, torch-fidelity's cache | pickles: see `metrics.references.pickles` | |
 """
-import json
 import os
 import zipfile
 import zlib
@@ -20,7 +19,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.classes import whole_number
 from dnnlib.npy import npy_header
-from dnnlib.util import list_some
+from dnnlib.util import list_some, parse_json
 from metrics.references.limits import check_metadata
 from metrics.references.pickles import read_pickle
 from metrics.references.statistics import (
@@ -165,7 +164,7 @@ def _metadata(path: str, file: Any) -> dict[str, Any]:
     """The JSON object under 'metadata'. Raises ValueError."""
     if file.zip.getinfo("metadata.npy").file_size > MAX_METADATA:
         raise ValueError("metadata of that size")
-    metadata = json.loads(str(file["metadata"]))
+    metadata = parse_json(str(file["metadata"]))
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: its metadata is no JSON object: make the file again with --save-ref")
     return metadata

@@ -18,6 +18,7 @@ INCEPTION, DINOV2 = "inception-2015-12-05", "dinov2-vitl14"
 # What others call the two arrays.
 MEAN_KEYS, COVARIANCE_KEYS = ("mu", "mean"), ("sigma", "cov", "covariance")
 BLOCK_ROWS = 4096                           # So many features are read at a time.
+MAX_VALUE = 1e100                           # A mean or covariance stays below it, and so what is computed is finite.
 ASYMMETRY = 1e-4                            # Allowed in a covariance, by its largest value; rounding makes 1e-7.
 
 #----------------------------------------------------------------------------
@@ -142,6 +143,9 @@ def make_statistics(path: str, names: str, mean: np.ndarray, covariance: np.ndar
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path}: {names} are not finite everywhere: make the file again")
     largest = np.abs(covariance).max()
+    if max(largest, np.abs(mean).max()) > MAX_VALUE:
+        raise UserError(f"{path}: {names} have values up to {max(largest, np.abs(mean).max()):.1e}, which no features "
+                        "have: make the file again")
     variances = np.diag(covariance)
     if np.abs(covariance - covariance.T).max() > ASYMMETRY * largest or variances.min() < -1e-6 * largest:
         raise UserError(f"{path}: of {names} the second is no covariance: it must be symmetric with variances that "

@@ -106,6 +106,15 @@ def test_paths_that_are_refused():
         assert convert(cli.PathType(), name) == name
 
 
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
+    """Whoever opens a pipe may wait for ever, and a device may have no end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", "/dev/zero"):
+        with pytest.raises(click.BadParameter, match="is a pipe, a socket or a device: name an ordinary file"):
+            convert(cli.PathType(), str(path))
+
+
 def test_a_name_that_begins_with_a_tilde_can_be_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~odd").mkdir()

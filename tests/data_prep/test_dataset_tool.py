@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """dataset_tool.py: sources, labels, destinations."""
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -343,3 +344,62 @@ def test_help_has_examples():
 def test_needs_no_torch():
     code = "import sys, dataset_tool; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(dataset_tool.__file__).parent)
+
+#----------------------------------------------------------------------------
+# What nobody writes on purpose.
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('{"0.png": 1, "0.png": 0}', "'0.png' stands there twice"),
+    ("[" * 100_000, "lie too deep in each other"),
+    ('[["0.png", "\\ud800"]]', "hold halves of letters"),
+    ('{"labels": [["0.png", 0]], "classes": ["\\ud800"]}', "must be a list of names, which are text"),
+    ('{"0.png": NaN}', "1 labels are wrong: 0.png (nan)"),
+])
+def test_odd_label_files(tmp_path, dest, text, said):
+    (tmp_path / "l.json").write_text(text)
+    refused(source=photos(tmp_path / "s", ["0.png"]), dest=dest, labels=tmp_path / "l.json", match=["--labels=", said])
+
+
+def test_names_of_classes_stay_in_their_line(tmp_path, dest):
+    content = {"labels": [["0.png", 0]], "classes": ["a\nError: b"]}
+    source = photos(tmp_path / "s", ["0.png"])
+    (source / "dataset.json").write_text(json.dumps(content))
+    result = click.testing.CliRunner().invoke(dataset_tool.main, [f"--source={source}", f"--dest={dest}"])
+    assert result.exit_code == 0
+    assert not [line for line in result.output.splitlines() if line.startswith("Error")]
+    assert ImageDataset(dest, use_labels=True).class_names == ["a\nError: b"]
+
+
+@pytest.mark.parametrize("name", ["1.png", "dataset.json", "notes"])
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path, dest, name):
+    source = photos(tmp_path / "s", ["0.png"])
+    os.mkfifo(source / ".hidden")
+    made(source=source, dest=dest)
+    os.mkfifo(source / name)
+    refused("--overwrite", source=source, dest=tmp_path / "b.zip",
+            match=[f"{source / name}: is a pipe, a socket or a device: move it"])
+
+
+@pytest.mark.parametrize(("array", "said"), [
+    (np.zeros([16, 16, 3], np.uint8), "looks like one image with 3 channels: save images[None]"),
+    (np.zeros([2, 16, 16, 3], np.uint8, order="F"), "save numpy.ascontiguousarray(images)"),
+])
+def test_arrays_of_other_forms(tmp_path, dest, array, said):
+    np.save(tmp_path / "a.npy", array)
+    refused(source=tmp_path / "a.npy", dest=dest, match=[said])
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("x{0..99999999999}.tar", "names 100000000000 files, and at most 1000000 are taken"),
+    ("x{0..9999}{0..9999}.tar", "names 100000000 files"),
+    ("x{9..1}.tar", "the range {9..1} runs backwards"),
+])
+def test_ranges_are_counted_before_they_are_made(tmp_path, dest, source, said):
+    refused(source=tmp_path / source, dest=dest, match=[said])
+
+
+def test_no_archive_is_made_that_no_reader_takes(tmp_path, dest):
+    source = photos(tmp_path / "s", ["0.png"])
+    refused(source=source, dest=dest, resolution=16384,
+            match=["16384 is more than any reader of images here takes: at most 8192"])
+    assert dataset_tool.MAX_SIDE ** 2 <= PIL.Image.MAX_IMAGE_PIXELS < (2 * dataset_tool.MAX_SIDE) ** 2

@@ -414,3 +414,37 @@ def test_files_that_are_no_sources(tmp_path, name, data, match):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=match):
         open_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("split", "found"), [("train", [0, 1, 2, 0]), ("all", [0, 1, 2, 0, 1, 0]), ("test", [1, 0])])
+def test_a_column_of_parquet_says_the_split(tmp_path, split, found):
+    """Classes are those of all rows, as for folders."""
+    path = parquet_with_splits(tmp_path / "a.parquet", [0, 1, 2, 0, 1, 0])
+    with pytest.raises(UserError, match=r"has the splits train \(4 images\), test \(2 images\): choose one"):
+        open_source(str(path))
+    source = open_source(str(path), SourceOptions(split=split))
+    assert source.labels == found
+    assert source.classes == (None if split == "all" else ["0", "1", "2"])
+
+
+def test_a_split_without_labels_leaves_the_others_theirs(tmp_path):
+    path = parquet_with_splits(tmp_path / "a.parquet", [0, 1, 2, 0, -1, -1])
+    assert open_source(str(path), SourceOptions(split="train")).labels == [0, 1, 2, 0]
+    with pytest.raises(UserError, match="2 labels are wrong: .*correct them, or add --no-labels"):
+        open_source(str(path), SourceOptions(split="test"))
+    assert len(open_source(str(path), SourceOptions(False, split="test")).indices) == 2
+
+
+def test_names_of_parquet_files_and_their_columns_must_both_say_it(tmp_path):
+    for name in ("train-0", "train-1", "test-0"):
+        parquet_with_splits(tmp_path / f"{name}.parquet", [0, 1, 2, 0, 1, 0])
+    assert len(open_source(str(tmp_path), SourceOptions(split="train")).indices) == 8
+    assert len(open_source(str(tmp_path), SourceOptions(split="all")).indices) == 18
+
+
+def parquet_with_splits(path, labels):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": encoded(pixels(i)), "path": None} for i in range(6)]
+    columns = {"image": images, "label": labels, "split": ["train"] * 4 + ["test"] * 2}
+    parquet.write_table(pyarrow.table(columns), path)
+    return path

@@ -342,3 +342,17 @@ def test_every_script_refuses_code_in_a_network(script, tmp_path, data16):
     assert "system" in result.output
     assert not canary.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_is_typed_twice_is_one_image(network, tmp_path):
+    result = invoke(f"--network={network}", "--seeds=3,3,1-3", f"--outdir={tmp_path}")
+    assert f"{tmp_path}: 3 images" in result.output
+    assert len(images(tmp_path)) == 3
+
+
+def test_no_centroids_at_all(network, tmp_path):
+    np.save(tmp_path / "c.npy", np.zeros([0, 32], np.float32))
+    result = invoke(f"--network={network}", "--seeds=1", "--trunc=0.5", f"--centroids-path={tmp_path}/c.npy",
+                    f"--outdir={tmp_path}")
+    assert result.exit_code == 2
+    assert "holds no centroids: compute them again" in result.output

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: every kind of input, files it writes, and one clear line with exit code 2 for every mistake."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 import calc_metrics
 from dnnlib import EasyDict, UserError
+from metrics.protocols import METRICS
 from tests.closeness import approx
 from tests.metrics.helpers import json_lines, random_images, write_folder
 from torch_utils import checkpoint
@@ -417,3 +419,21 @@ def test_all_images_that_there_are(data):
 def test_the_generator_itself_is_needed(data):
     refused("--metrics=ppl2_wend,eqr50k: measures the generator itself: name it with --network", f"--images={data}/gen",
             "--metrics=ppl2_wend,eqr50k,fid", f"--num={NUM}")
+
+
+def test_a_value_that_is_no_number_is_no_result(data, replace):
+    for mu, sigma in ((0, 1e308), (1e200, 1)):          # Finite, but not their products.
+        np.savez(data / "ref.npz", mu=np.full(16, float(mu)), sigma=np.eye(16) * sigma)
+        refused("which no features have: make the file again", f"--images={data}/gen", f"--ref={data}/ref.npz",
+                "--metrics=fid", *TINY)
+    kind = METRICS["fid"].kind
+    broken = dataclasses.replace(kind, compute=lambda *_: ({"fid": float("nan")}, {}))
+    replace(METRICS, "fid", dataclasses.replace(METRICS["fid"], kind=broken))
+    refused("fid: fid is nan: the numbers of one side are too large", f"--images={data}/gen", f"--ref={data}/real",
+            "--metrics=fid", *TINY)
+
+
+def test_nothing_to_compute(data):
+    for metrics in ("none", ""):
+        refused("--metrics=none: leaves nothing to compute: name a metric", f"--images={data}/gen",
+                f"--ref={data}/real", f"--metrics={metrics}")

@@ -23,7 +23,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.download import cache_dir
-from dnnlib.util import atomic_write_text, file_lock
+from dnnlib.util import atomic_write_text, file_lock, parse_json
 from torch_utils.ops import compilation
 
 KINDS = ("cuda",)           # Types of devices where forms are timed.
@@ -146,7 +146,7 @@ class Store:
     def _entries(self) -> dict[str, dict[str, Any]]:
         try:
             text = self.path.read_text(encoding="utf-8")
-            entries: dict[str, dict[str, Any]] = json.loads(text)["choices"]
+            entries: dict[str, dict[str, Any]] = parse_json(text)["choices"]
             if not all(isinstance(entry["form"], str) for entry in entries.values()):
                 raise ValueError("not a file of choices")
             return entries

@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from dnnlib.util import atomic_file, list_some
+from dnnlib.util import atomic_file, list_some, parse_json
 from training.data.stores import FolderStore, ZipStore
 
 SIZES_READ = 50_000         # Files of a folder whose size is asked for,
@@ -69,7 +69,7 @@ def write_inventory(path: Path, content: Inventory) -> None:
 def read_inventory(path: Path) -> Inventory | None:
     """What `write_inventory` wrote; None where it is missing or damaged."""
     try:
-        content = json.loads(gzip.decompress(path.read_bytes()))
+        content = parse_json(gzip.decompress(path.read_bytes()))
         labels, files = content["labels"], content["files"]
         return Inventory(labels=labels, files=files) if isinstance(labels, str) and isinstance(files, dict) else None
     except (OSError, ValueError, EOFError, KeyError, TypeError, zlib.error):

@@ -11,8 +11,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.classes import number_names, single, whole_number, with_several
-from dnnlib.util import list_some, normalized_name
+from dnnlib.classes import are_names, number_names, single, whole_number, with_several
+from dnnlib.util import list_some, normalized_name, parse_json, unique_keys
 
 IMAGE_SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jif", ".jp2", ".jpe", ".jpeg", ".jpg",
                   ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
@@ -75,8 +75,8 @@ class LabelledStore(Protocol):
 def json_object(where: str | os.PathLike[str], data: bytes, remedy: str) -> dict[str, object]:
     """The object in a JSON file inside a data set. Raises UserError if it is none."""
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as err:
+        content = parse_json(data, unique_keys)
+    except ValueError as err:
         raise UserError(f"{where}: not valid JSON ({err}): {remedy}") from err
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be an object: {remedy}")
@@ -153,8 +153,8 @@ def class_list(store: LabelledStore) -> list[str] | None:
     classes = store.metadata.get("classes")
     if classes is None:
         return None
-    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
-        raise UserError(f'{store.path}: {METADATA_NAME}: "classes" must be a list of names')
+    if not are_names(classes):
+        raise UserError(f'{store.path}: {METADATA_NAME}: "classes" must be a list of names, which are text')
     if len({normalized_name(name) for name in classes}) != len(classes):
         raise UserError(f'{store.path}: {METADATA_NAME}: "classes" lists a name twice: names must differ')
     return classes

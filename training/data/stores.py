@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.util import format_bytes
+from dnnlib.util import format_bytes, is_special
 from training.data.labels import IMAGE_SUFFIXES, METADATA_NAME, fingerprints, is_image_name, parse_metadata
 from training.data.wrapping import metadata_folder, put_in_folder
 from training.data.zip_index import Signature, ZipIndex, load_index, make_index, open_index, read_member, read_metadata
@@ -120,6 +120,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 def _walk(top: Path) -> Iterator[str]:
     """All files below a folder, by their names relative to it, with forward slashes.
 
@@ -127,7 +134,8 @@ def _walk(top: Path) -> Iterator[str]:
     folder that lies inside of itself.
 
     Raises:
-        UserError: links lead to one folder so often that there would be no end of it.
+        UserError: links lead to one folder so often that there would be no end of it, or a pipe or a device lies
+            among the files.
         OSError: a folder cannot be read.
     """
     visits: dict[str, int] = {}
@@ -144,6 +152,9 @@ def _walk(top: Path) -> Iterator[str]:
             for entry in entries:
                 if _is_folder(entry):
                     inside.append(entry.name)
+                elif not _is_file(entry) and is_special(entry.path) and not entry.name.startswith("."):
+                    raise UserError(f"{printable(entry.path)}: is a pipe, a socket or a device: move it out of the "
+                                    "folder")
                 else:
                     yield prefix + entry.name
         for name in inside:

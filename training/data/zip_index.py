@@ -26,7 +26,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.download import cache_dir
-from dnnlib.util import atomic_file, read_at
+from dnnlib.util import atomic_file, parse_json, read_at
 from training.data.labels import (
     METADATA_NAME,
     PLAIN_NAME,
@@ -344,7 +344,7 @@ def load_index(place: Path, signature: Signature) -> ZipIndex | None:
         if len(data) < head or data[:len(MAGIC)].tobytes() != MAGIC:
             return None
         header_bytes, crc = struct.unpack_from("<QQ", data[:head].tobytes(), len(MAGIC))
-        header = json.loads(data[head:head + header_bytes].tobytes())
+        header = parse_json(data[head:head + header_bytes].tobytes())
         if header["version"] != VERSION or header["signature"] != dataclasses.asdict(signature):
             return None
         if zlib.crc32(data[head:].data) != crc:

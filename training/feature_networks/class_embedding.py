@@ -22,7 +22,7 @@ import torch
 
 from dnnlib import UserError, cli
 from dnnlib.classes import Classes, is_unnamed
-from dnnlib.util import atomic_file, list_some
+from dnnlib.util import atomic_file, list_some, parse_json
 from torch_utils import checkpoint, misc, safe_pickle
 from torch_utils.arrays import open_npz, read_npy
 from torch_utils.images import from_uint8
@@ -165,7 +165,7 @@ def _named_classes(path: Path) -> list[str] | None:
     if path.suffix != ".safetensors":
         return None
     with open_safetensors(path) as file:
-        named = json.loads((file.metadata() or {}).get("classes", "null"))
+        named = parse_json((file.metadata() or {}).get("classes", "null"))
     nothing_or(items(text))(named, "its list of classes")
     classes: list[str] | None = named
     return classes

@@ -16,7 +16,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.classes import Classes
-from dnnlib.util import append_text, atomic_write_text, normalized_name
+from dnnlib.util import append_text, atomic_write_text, normalized_name, parse_json
 from torch_utils import checkpoint, distributed
 from training.config import GeneratorConfig, TrainConfig, from_dict, present_names, to_dict
 from training.data.inventory import Inventory, compare, inventory_fingerprint, read_inventory, write_inventory
@@ -164,7 +164,7 @@ def has_state(folder: Path) -> bool:
 def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
-        options = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
+        options = parse_json((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(options, dict):

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from dnnlib import UserError
-from dnnlib.util import try_lock
+from dnnlib.util import parse_json, try_lock
 
 LOCK_FILE = "run.lock"
 BEAT_SECONDS = 5.0          # Between two signs of life in the file.
@@ -46,7 +46,7 @@ def this_process() -> Owner:
 def _read(path: Path) -> Owner | None:
     """The owner in the file; None if it was left in order, or tells nothing."""
     try:
-        return Owner(**json.loads(path.read_bytes()[:RECORD_BYTES]))
+        return Owner(**parse_json(path.read_bytes()[:RECORD_BYTES]))
     except (OSError, ValueError, TypeError):
         return None
 

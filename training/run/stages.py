@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dnnlib import UserError
-from dnnlib.util import atomic_write_text
+from dnnlib.util import atomic_write_text, parse_json
 from torch_utils import distributed
 from training.run.folder import BEST_FILE
 from training.run.networks import Stem
@@ -34,7 +34,7 @@ def is_finished(folder: Path, total_kimg: float) -> bool:
     """Whether the stage ended, and is not to become longer than it was to be then."""
     try:
         text = (folder / FINISHED_FILE).read_text(encoding="utf-8")
-        return float(json.loads(text)["kimg"]) >= total_kimg
+        return float(parse_json(text)["kimg"]) >= total_kimg
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

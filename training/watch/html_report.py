@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import html
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ import numpy as np
 import PIL.Image
 
 from dnnlib import UserError, cli
-from dnnlib.util import atomic_write_text, format_time
+from dnnlib.util import atomic_write_text, format_time, parse_json
 from training.run.folder import OPTIONS_FILE, read_options
 from training.run.snapshots import images_shown
 
@@ -45,8 +44,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for text in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             continue
         if not isinstance(line, dict) or not isinstance(line.get("cur_nimg"), int):
             continue

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import append_text, atomic_write_text, first_line, format_bytes, format_time
+from dnnlib.util import append_text, atomic_write_text, first_line, format_bytes, format_time, parse_json
 from torch_utils import distributed
 from torch_utils.images import image_grid, save_image, to_uint8_sample
 from torch_utils.memory import peak_memory
@@ -100,7 +100,7 @@ def import_wandb(project: str) -> ModuleType:
 def read_wandb_id(path: Path) -> str:
     """The id in the file; one is made if there is none that can be read."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        return str(parse_json(path.read_text(encoding="utf-8"))["id"])
     except (OSError, ValueError, KeyError, TypeError):
         name = uuid.uuid4().hex[:8]
         atomic_write_text(path, json.dumps({"id": name}) + "\n")

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import atomic_file, atomic_write_text, first_line
+from dnnlib.util import atomic_file, atomic_write_text, first_line, parse_json
 from torch_utils.schema import Unfit, check_finite, check_tensors
 from transport.ttc.critic_sequence import FinishedCritic
 
@@ -50,7 +50,7 @@ def load_critic(folder: Path, number: int, make: Callable[[], torch.nn.Module]) 
     critic = make()
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER_KEY])
+            header = parse_json((file.metadata() or {})[HEADER_KEY])
             state = {name: file.get_tensor(name) for name in file.keys()}   # noqa: SIM118
         check_tensors(state, "its content", critic.state_dict())
         check_finite(state)
@@ -92,7 +92,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         atomic_write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as err:
         raise UserError(f"{path}: damaged ({err}): name a new --outdir") from err
     for name, value in json.loads(json.dumps(settings)).items():

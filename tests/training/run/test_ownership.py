@@ -42,6 +42,7 @@ from training.run.lock import LOCK_FILE, Owner, RunLock, owner_of, this_process
 from training.run.resume import check_state
 from training.run.snapshots import STATE_FORMAT
 from training.run.sources import Source, by_content, find_sources, keep_networks, with_kept_networks
+from training.run.stages import FINISHED_FILE, is_finished
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = "import sys, pathlib; from training.run.lock import RunLock; l = RunLock(pathlib.Path(sys.argv[1])); " \
@@ -317,3 +318,11 @@ def test_a_run_goes_on_without_the_files_that_it_began_with(tmp_path, data16):
     code, output = run(tmp_path / "runs", tmp_path / "moved_blobs.zip", "--kimg=0.032", *moved)
     assert code == 0, output
     assert "training_options.json is missing or damaged" in output
+
+
+def test_files_that_lie_too_deep_count_as_damaged(tmp_path):
+    """JSON nested deeper than the parser goes is no reason for a traceback."""
+    (tmp_path / OPTIONS_FILE).write_text("[" * 100_000)
+    (tmp_path / FINISHED_FILE).write_text('{"kimg":' * 100_000)
+    assert read_options(tmp_path) is None
+    assert not is_finished(tmp_path, 1)
