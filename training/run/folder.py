@@ -8,7 +8,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dnnlib import UserError
 from dnnlib.classes import Classes
 from dnnlib.util import append_text, atomic_write_text, normalized_name
 from torch_utils import checkpoint, distributed
+from torch_utils.schema import Unfit, entries, items, nothing_or, plain, record, text, whole
 from training.config import GeneratorConfig, TrainConfig, from_dict, present_names, to_dict
 from training.data.inventory import Inventory, compare, inventory_fingerprint, read_inventory, write_inventory
 from training.dataset import ImageDataset
@@ -46,6 +47,18 @@ FREE = ("total_kimg", "kimg_per_tick", "snapshot_ticks", "metrics", "restart_eve
 # Settings that change what is computed from here on, but not what there is: --continue-changed lets them.
 CHANGEABLE = ("batch", "precision", "feature_precision", "loss", "optim", "path_stem", "resume", "init_from",
               "embedding", DATA_CHANGED)
+
+# What is read of an options file, which people edit and disks damage. What was not known to older versions may be
+# missing, and what settings hold is compared with the command's, whatever it is.
+_GROUP = entries(plain)
+_OPTIONS = record({"data": _GROUP, "generator": _GROUP}, others=plain, optional={
+    "discriminator": _GROUP,
+    RUN_INFO: record({}, {
+        "starts": whole(), "world_size": whole(1), "data_fingerprint": nothing_or(text), "desc": nothing_or(text),
+        "class_names": nothing_or(items(text)), "forms": entries(text), FILES: entries(entries(plain)),
+        STEM_KEY: record({"generator_config": _GROUP}, {"class_names": nothing_or(items(text))}, others=plain),
+    }, others=plain),
+})
 
 #----------------------------------------------------------------------------
 # Comparing settings.
@@ -164,10 +177,9 @@ def has_state(folder: Path) -> bool:
 def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
-        options = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(options, dict):
+        options: dict[str, Any] = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
+        _OPTIONS(options, "")
+    except (OSError, ValueError, RecursionError, Unfit):
         return None
     if "discriminator" in options:
         options["discriminator"] = present_names(options["discriminator"])
@@ -184,10 +196,10 @@ def recorded_options(folder: Path) -> dict[str, Any] | None:
     if options is not None or not has_state(folder):
         return options
     for name in (STATE_FILE, PREVIOUS_STATE_FILE):
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, Unfit):
             options = checkpoint.load(folder / name, STATE_FORMAT, mmap=True).get(OPTIONS_KEY)
-            if isinstance(options, dict):
-                return options
+            _OPTIONS(options, "")
+            return options
     raise UserError(f"{folder / OPTIONS_FILE}: missing or damaged, and the training state does not tell the settings "
                     "either: bring the file back, or, to start a new run, move that folder elsewhere or give another "
                     "--desc")
@@ -306,6 +318,15 @@ def _refused(folder: Path, fatal: list[Change]) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _known_stems(outdir: Path, desc: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """--path_stem as it was typed and settings of that stem, of each run that can go on without it, newest first."""
+    for folder in sorted(outdir.iterdir(), reverse=True) if outdir.is_dir() else ():
+        known = (read_options(folder) or {}).get(RUN_INFO) or {}
+        typed = (known.get(FILES) or {}).get("path_stem", {}).get("typed")
+        if has_state(folder) and known.get("desc") == desc and STEM_KEY in known and isinstance(typed, str):
+            yield typed, known[STEM_KEY]
+
+
 def known_stem(outdir: Path, desc: str | None, path_stem: str) -> dict[str, Any] | None:
     """Settings of the generator and classes of a stem that is gone, from the newest run that can go on without it.
 
@@ -314,12 +335,12 @@ def known_stem(outdir: Path, desc: str | None, path_stem: str) -> dict[str, Any]
         desc: What the user typed for --desc.
         path_stem: What was typed for --path_stem, now and then.
     """
-    for folder in sorted(outdir.iterdir(), reverse=True) if outdir.is_dir() else ():
-        known = (read_options(folder) or {}).get(RUN_INFO) or {}
-        if (has_state(folder) and known.get("desc") == desc and isinstance(known.get(STEM_KEY), dict)
-                and (known.get(FILES) or {}).get("path_stem", {}).get("typed") == path_stem):
-            return dict(known[STEM_KEY])
-    return None
+    return next((dict(stem) for typed, stem in _known_stems(outdir, desc) if typed == path_stem), None)
+
+
+def typed_stem(outdir: Path, desc: str | None) -> str | None:
+    """What was typed for --path_stem in the newest run that can go on without it; None without such a run."""
+    return next((typed for typed, _ in _known_stems(outdir, desc)), None)
 
 
 def claim_run(find: Callable[[], RunChoice]) -> tuple[RunChoice, RunLock]:
