@@ -18,7 +18,6 @@ from dnnlib import UserError
 from dnnlib.classes import Classes
 from dnnlib.util import append_text, atomic_write_text, normalized_name
 from torch_utils import checkpoint, distributed
-from torch_utils.schema import Unfit, entries, items, nothing_or, plain, record, text, whole
 from training.config import GeneratorConfig, TrainConfig, from_dict, present_names, to_dict
 from training.data.inventory import Inventory, compare, inventory_fingerprint, read_inventory, write_inventory
 from training.dataset import ImageDataset
@@ -47,18 +46,6 @@ FREE = ("total_kimg", "kimg_per_tick", "snapshot_ticks", "metrics", "restart_eve
 # Settings that change what is computed from here on, but not what there is: --continue-changed lets them.
 CHANGEABLE = ("batch", "precision", "feature_precision", "loss", "optim", "path_stem", "resume", "init_from",
               "embedding", DATA_CHANGED)
-
-# What is read of an options file, which people edit and disks damage. What was not known to older versions may be
-# missing, and what settings hold is compared with the command's, whatever it is.
-_GROUP = entries(plain)
-_OPTIONS = record({"data": _GROUP, "generator": _GROUP}, others=plain, optional={
-    "discriminator": _GROUP,
-    RUN_INFO: record({}, {
-        "starts": whole(), "world_size": whole(1), "data_fingerprint": nothing_or(text), "desc": nothing_or(text),
-        "class_names": nothing_or(items(text)), "forms": entries(text), FILES: entries(entries(plain)),
-        STEM_KEY: record({"generator_config": _GROUP}, {"class_names": nothing_or(items(text))}, others=plain),
-    }, others=plain),
-})
 
 #----------------------------------------------------------------------------
 # Comparing settings.
@@ -178,8 +165,9 @@ def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
         options: dict[str, Any] = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-        _OPTIONS(options, "")
-    except (OSError, ValueError, RecursionError, Unfit):
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(options, dict) or not isinstance(options.get(RUN_INFO, {}), dict):
         return None
     if "discriminator" in options:
         options["discriminator"] = present_names(options["discriminator"])
@@ -196,10 +184,10 @@ def recorded_options(folder: Path) -> dict[str, Any] | None:
     if options is not None or not has_state(folder):
         return options
     for name in (STATE_FILE, PREVIOUS_STATE_FILE):
-        with contextlib.suppress(UserError, Unfit):
+        with contextlib.suppress(UserError):
             options = checkpoint.load(folder / name, STATE_FORMAT, mmap=True).get(OPTIONS_KEY)
-            _OPTIONS(options, "")
-            return options
+            if isinstance(options, dict):
+                return options
     raise UserError(f"{folder / OPTIONS_FILE}: missing or damaged, and the training state does not tell the settings "
                     "either: bring the file back, or, to start a new run, move that folder elsewhere or give another "
                     "--desc")
