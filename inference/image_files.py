@@ -14,7 +14,7 @@ from data_prep.sources.base import Source
 from dnnlib import UserError
 from dnnlib.util import list_some
 from training.data.images import Decoded, changes_in_words, decode, decode_pixels
-from training.data.loading import obey_parent_only, start_loading
+from training.data.loading import obey_parent_only, shared, start_loading
 from training.data.report import read_report
 from training.data.stores import content_fingerprint, read_file
 
@@ -154,7 +154,11 @@ def _stack(items: list[tuple[torch.Tensor, int] | UserError]) -> tuple[torch.Ten
             return item
         images.append(item[0])
         labels.append(item[1])
-    return torch.stack(images), torch.tensor(labels)
+    try:
+        batch = shared(torch.empty([len(images), *images[0].shape], dtype=images[0].dtype))
+        return torch.stack(images, out=batch), shared(torch.tensor(labels))
+    except UserError as err:
+        return err
 
 
 class DatasetSource:

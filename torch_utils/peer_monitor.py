@@ -28,6 +28,7 @@ SILENT_SECONDS = 60.0
 DEAD_BEATS = 2.5            # Without a beat for so many, a process is suspected when a connection broke.
 LOST_BEATS = 5              # Failed calls in a row after which the store counts as gone.
 GOODBYE_SECONDS = 10.0      # For so long the host of the store waits for others to read of its failure.
+LAST_WORDS_SECONDS = 1.0    # For what a process prints when it ends.
 FAILURE = "failure"
 EXIT_FAILED = 1
 
@@ -38,12 +39,23 @@ def silent_seconds() -> float:
 
 
 def end_process(message: str, code: int = EXIT_FAILED) -> None:
-    """Print to stderr and end this process at once, whatever its main thread is waiting for."""
-    with contextlib.suppress(OSError):      # A terminal may be gone.
-        if message:
-            print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    os._exit(code)
+    """Print to stderr and end this process at once, whatever its main thread is waiting for.
+
+    That may be a pipe which nobody reads (`| less`), so this waits only `LAST_WORDS_SECONDS` for what it prints itself.
+    """
+    def last_words() -> None:
+        with contextlib.suppress(OSError, ValueError):      # A terminal may be gone.
+            if message:
+                print(message, file=sys.stderr, flush=True)
+            if sys.stdout is not None:                      # It was closed before the start.
+                sys.stdout.flush()
+
+    try:
+        speaker = threading.Thread(target=last_words, daemon=True)
+        speaker.start()
+        speaker.join(timeout=LAST_WORDS_SECONDS)
+    finally:
+        os._exit(code)
 
 
 class PeerMonitor:

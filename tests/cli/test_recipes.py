@@ -245,6 +245,13 @@ def test_two_stages_killed_and_started_again(blobs, tmp_path, monkeypatch):
     assert "Stage 1 of 1 of small: 32 pixels" in longer
     assert "resuming at kimg" in longer
 
+    # The folder of the first stage is moved: the second has everything, and the first does not begin again.
+    (tmp_path / "out" / "stage16").rename(tmp_path / "moved")
+    alone = start("--kimg=0.032")
+    assert "Stage 2 of 2 of small: 32 pixels (of the stage before it no run is left" in alone
+    assert not (tmp_path / "out" / "stage16").exists()
+    assert open_snapshot(up)["progress"]["cur_nimg"] == 32
+
 
 @pytest.mark.slow
 def test_two_processes_go_through_the_stages_together(blobs, tmp_path):

@@ -39,13 +39,16 @@ def obey_parent_only(_worker: int) -> None:
     """
     if not hasattr(signal, "sigtimedwait"):     # macOS
         return
-    parent = os.getppid()
+    # Not the parent as the system has it: that may be a fork server, or, if the other one has just died, anybody.
+    trainer, parent = multiprocessing.parent_process(), os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def listen() -> None:
         while True:
             info = signal.sigtimedwait(STOP_SIGNALS, 1.0)
-            if os.getppid() != parent or (info and info.si_pid == parent and info.si_signo == signal.SIGTERM):
+            is_told = info is not None and info.si_signo == signal.SIGTERM and (
+                info.si_pid == (parent if trainer is None else trainer.pid))
+            if is_told or os.getppid() != parent or (trainer is not None and not trainer.is_alive()):
                 os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
@@ -62,7 +65,8 @@ def shared(tensor: torch.Tensor) -> torch.Tensor:
     if torch.utils.data.get_worker_info() is None:
         return tensor
     try:
-        return tensor.share_memory_()
+        there: torch.Tensor = tensor.share_memory_()
+        return there
     except RuntimeError as err:
         size = tensor.numel() * tensor.element_size()
         raise UserError(f"{no_shared_memory(size)} ({str(err).splitlines()[0]})") from err
@@ -88,16 +92,16 @@ class Loading:
         StoppedEarly: somebody asked to stop, and no batch comes.
     """
 
-    def __init__(self, loader: torch.utils.data.DataLoader, is_asked_to_stop: Callable[[], bool] = lambda: False):
+    def __init__(self, loader: torch.utils.data.DataLoader[Any], is_asked_to_stop: Callable[[], bool] = lambda: False):
         self._is_asked_to_stop = is_asked_to_stop
-        self._waited: float | None = None       # Seconds of the wait that goes on; None: nobody waits.
+        self._wait: object | None = None        # One for each wait, while it goes on; only the main thread writes it.
         self._reason: UserError | None = None   # Why the processes were ended.
         self._closed = threading.Event()
         before = set(multiprocessing.active_children())
         loader.timeout = POLL_SECONDS if loader.num_workers > 0 else 0
         try:
             with _signals_blocked():
-                self._batches: Iterator | None = iter(loader)
+                self._batches: Iterator[Any] | None = iter(loader)
         except OSError as err:
             raise UserError(f"--workers={loader.num_workers}: loader processes cannot be started ({err}): take fewer, "
                             f"or make room in {SHARED_MEMORY}") from err
@@ -109,7 +113,7 @@ class Loading:
         return self
 
     def __next__(self) -> Any:
-        self._waited = 0.0
+        self._wait = object()
         try:
             while self._batches is not None:
                 try:
@@ -118,7 +122,7 @@ class Loading:
                     self._explain(err)
             raise StopIteration
         finally:
-            self._waited = None
+            self._wait = None
 
     def _explain(self, err: Exception) -> None:
         """Raise what an error of the loader means; return if it is the end of one of many short waits."""
@@ -138,10 +142,12 @@ class Loading:
 
     def _look_on(self) -> None:
         """The thread. Time is counted while it runs: the whole job may be stopped for a while."""
+        wait, waited = self._wait, 0.0
         while not self._closed.wait(POLL_SECONDS):
-            if self._waited is not None:
-                self._waited += POLL_SECONDS
-                self._reason = self._reason or self._reason_to_end(self._waited)
+            before, wait = wait, self._wait
+            waited = waited + POLL_SECONDS if wait is before else 0.0
+            if wait is not None:
+                self._reason = self._reason or self._reason_to_end(waited)
             if self._reason is not None:
                 self._end_processes()
 
@@ -173,8 +179,8 @@ class Loading:
         self._processes = []
 
 
-def start_loading(loader: torch.utils.data.DataLoader,
-                  is_asked_to_stop: Callable[[], bool] = lambda: False) -> Iterator:
+def start_loading(loader: torch.utils.data.DataLoader[Any],
+                  is_asked_to_stop: Callable[[], bool] = lambda: False) -> Iterator[Any]:
     """Iterate over a loader to its end. It has `obey_parent_only` as its `worker_init_fn`."""
     loading = Loading(loader, is_asked_to_stop)
     try:

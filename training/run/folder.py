@@ -8,7 +8,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +164,10 @@ def has_state(folder: Path) -> bool:
 def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
-        options = parse_json((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
+        options: dict[str, Any] = parse_json((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) or not isinstance(options.get(RUN_INFO, {}), dict):
         return None
     if "discriminator" in options:
         options["discriminator"] = present_names(options["discriminator"])
@@ -306,6 +306,15 @@ def _refused(folder: Path, fatal: list[Change]) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _known_stems(outdir: Path, desc: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """--path_stem as it was typed and settings of that stem, of each run that can go on without it, newest first."""
+    for folder in sorted(outdir.iterdir(), reverse=True) if outdir.is_dir() else ():
+        known = (read_options(folder) or {}).get(RUN_INFO) or {}
+        typed = (known.get(FILES) or {}).get("path_stem", {}).get("typed")
+        if has_state(folder) and known.get("desc") == desc and STEM_KEY in known and isinstance(typed, str):
+            yield typed, known[STEM_KEY]
+
+
 def known_stem(outdir: Path, desc: str | None, path_stem: str) -> dict[str, Any] | None:
     """Settings of the generator and classes of a stem that is gone, from the newest run that can go on without it.
 
@@ -314,12 +323,12 @@ def known_stem(outdir: Path, desc: str | None, path_stem: str) -> dict[str, Any]
         desc: What the user typed for --desc.
         path_stem: What was typed for --path_stem, now and then.
     """
-    for folder in sorted(outdir.iterdir(), reverse=True) if outdir.is_dir() else ():
-        known = (read_options(folder) or {}).get(RUN_INFO) or {}
-        if (has_state(folder) and known.get("desc") == desc and isinstance(known.get(STEM_KEY), dict)
-                and (known.get(FILES) or {}).get("path_stem", {}).get("typed") == path_stem):
-            return dict(known[STEM_KEY])
-    return None
+    return next((dict(stem) for typed, stem in _known_stems(outdir, desc) if typed == path_stem), None)
+
+
+def typed_stem(outdir: Path, desc: str | None) -> str | None:
+    """What was typed for --path_stem in the newest run that can go on without it; None without such a run."""
+    return next((typed for typed, _ in _known_stems(outdir, desc)), None)
 
 
 def claim_run(find: Callable[[], RunChoice]) -> tuple[RunChoice, RunLock]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from dnnlib import UserError
 from dnnlib.util import atomic_write_text, parse_json
 from torch_utils import distributed
-from training.run.folder import BEST_FILE
+from training.run.folder import BEST_FILE, typed_stem
 from training.run.networks import Stem
 from training.run.options import TrainOptions
 from training.run.plan import RunPlan, SnapshotFinder, SnapshotReader, plan_run
@@ -67,6 +67,19 @@ def stem_of_first(options: TrainOptions, first: Stage) -> Path | None:
                         f"snapshot in {stage_dir(options.outdir, before)}: add {before.resolution} to --stages")
     return folder
 
+def stem_that_is_gone(stages: list[tuple[Stage, TrainOptions]]) -> tuple[int, Path | None]:
+    """The last stage that was begun on a stem which was moved or deleted since: its position among the stages, and its
+    stem. Its state has everything, so that it goes on; begun again, the stages before it would give another stem.
+
+    Returns:
+        0 and None where every stem is there.
+    """
+    for number, (_, options) in reversed(list(enumerate(stages))):
+        typed = typed_stem(Path(options.outdir), options.desc) if options.superres else None
+        if typed is not None:
+            return (0, None) if has_snapshot(Path(typed)) else (number, Path(typed))
+    return 0, None
+
 #----------------------------------------------------------------------------
 # Plans.
 
@@ -82,10 +95,14 @@ def plan_recipe(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
         UserError: as `stage_options` and `plan_run`; the stage below the first one was not trained.
     """
     stages = stage_options(options)
-    stem = distributed.broadcast_object(stem_of_first(options, stages[0][0]))
-    for number, (stage, plan) in enumerate(_plans(stages, stem, gpus, open_snapshot, find_snapshot), start=1):
-        title = f"Stage {number} of {len(stages)} of {options.recipe}: {stage.resolution} pixels"
+    first, gone = distributed.broadcast_object(stem_that_is_gone(stages) if distributed.rank() == 0 else None)
+    stem = gone or distributed.broadcast_object(stem_of_first(options, stages[0][0]))
+    note = f" (of the stage before it no run is left: this one goes on without {gone})" if gone else ""
+    plans = _plans(stages[first:], stem, gpus, open_snapshot, find_snapshot)
+    for number, (stage, plan) in enumerate(plans, start=first + 1):
+        title = f"Stage {number} of {len(stages)} of {options.recipe}: {stage.resolution} pixels{note}"
         yield dataclasses.replace(plan, title=title)
+        note = ""
 
 
 def plan_untrained(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,

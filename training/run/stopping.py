@@ -195,7 +195,8 @@ def unbreakable_output() -> Iterator[None]:
     """In the block, a terminal that is closed, or a program behind a pipe that ended, does not end this one: it has
     something to save."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Output(stream)) for stream in before)
+    # A stream that was closed before the start is None, to which `print` writes nothing.
+    sys.stdout, sys.stderr = (stream and cast(TextIO, _Output(stream)) for stream in before)
     try:
         yield
     finally:

@@ -66,6 +66,68 @@ def test_a_wait_has_an_end(stream, monkeypatch):
         next(stream)
 
 
+def test_time_between_two_waits_counts_for_none(stream, monkeypatch):
+    """Metrics take long, and nobody waits meanwhile; what the thread sees of a wait that just ended is not kept."""
+    monkeypatch.setenv("STYLESAN_DATA_SECONDS", "0.3")
+    next(stream)
+    looks, waits = [], iter([object(), None, None, None, None, object(), object()])
+
+    class Looking(loading.Loading):
+        _wait = property(lambda self: next(waits, None), lambda self, value: None)
+
+        def _reason_to_end(self, waited):
+            looks.append(waited)
+
+    looking = Looking.__new__(Looking)
+    looking._reason, looking._closed = None, type("Closed", (), {"wait": lambda self, seconds: len(looks) >= 2})()
+    looking._look_on()
+    assert looks == [0.0, 0.0]
+
+
+def test_a_loader_process_knows_its_trainer_whatever_the_start_method(monkeypatch):
+    """A fork server's processes have the server for their parent; only the signal of the trainer counts."""
+    steps = iter([(11, signal.SIGTERM), (7, signal.SIGINT), None, (5, signal.SIGTERM)])
+    started, ends = [], []
+    info = dataclasses.make_dataclass("Info", ["si_pid", "si_signo"])
+
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        ends.append(code)
+        raise Ended
+    trainer = type("Trainer", (), {"pid": 5, "is_alive": lambda self: True})()
+    monkeypatch.setattr(loading.multiprocessing, "parent_process", lambda: trainer)
+    monkeypatch.setattr(loading.os, "getppid", lambda: 11)
+    monkeypatch.setattr(loading.os, "_exit", end)
+    monkeypatch.setattr(loading.signal, "pthread_sigmask", lambda *args: None)
+    monkeypatch.setattr(loading.signal, "sigtimedwait", lambda *args: (s := next(steps)) and info(*s))
+    monkeypatch.setattr(loading.threading, "Thread", lambda target, daemon: started.append(target) or trainer)
+    trainer.__class__.start = lambda self: None
+    loading.obey_parent_only(0)
+    with pytest.raises(Ended):
+        started[0]()
+    assert (ends, next(steps, "all were looked at")) == ([0], "all were looked at")
+
+
+def test_metrics_put_batches_into_shared_memory_themselves(monkeypatch):
+    """A full one is then an answer of the loader process, and not lost by a thread of its queue."""
+    from inference import image_files
+    items = [(torch.full([3, 4, 4], i, dtype=torch.uint8), i) for i in range(2)]
+    assert not image_files._stack(items)[0].is_shared()
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "one")
+    images, labels = image_files._stack(items)
+    assert images.is_shared()
+    assert labels.is_shared()
+    assert images[1].unique().tolist() == [1]
+    assert labels.tolist() == [0, 1]
+
+    def full(self):
+        raise RuntimeError("No space left on device (28)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    assert "--workers" in str(image_files._stack(items))
+
+
 def test_slow_images_are_waited_for(stream, monkeypatch):
     original = ImageDataset.__getitem__
     monkeypatch.setattr(ImageDataset, "__getitem__", lambda self, i: (time.sleep(0.1), original(self, i))[1])

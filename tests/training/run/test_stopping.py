@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 
 import train
 from tests.training.test_loop import SMALL, assert_equal_states, only_run
-from torch_utils import checkpoint, distributed
+from torch_utils import checkpoint, distributed, peer_monitor
 from training import trainer
 from training.data.loading import start_loading
 from training.run import stopping
@@ -101,6 +102,30 @@ def test_output_that_ends_does_not_end_the_run(monkeypatch):
             print("lost, too", flush=True)
             assert sys.stdout.encoding == broken.encoding
         assert sys.stdout is broken
+
+
+def test_output_that_was_closed_before_the_start(monkeypatch):
+    """`train.py >&-`: Python has None in place of the stream."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with stopping.unbreakable_output():
+        print("nowhere", flush=True)
+    assert sys.stdout is None
+
+
+@pytest.mark.parametrize("stream", [None, "stuck", "closed"])
+def test_a_process_ends_whatever_its_output_does(monkeypatch, stream):
+    """The main thread may hold stdout's lock for ever: it writes into `less`, which does not read."""
+    class Stream:
+        def flush(self):
+            if stream == "closed":
+                raise ValueError("I/O operation on closed file")
+            threading.Event().wait()
+    codes = []
+    monkeypatch.setattr(peer_monitor, "LAST_WORDS_SECONDS", 0.05)
+    monkeypatch.setattr(peer_monitor.os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "stdout", stream and Stream())
+    peer_monitor.end_process("", 7)
+    assert codes == [7]
 
 
 def test_out_of_time(monkeypatch):
