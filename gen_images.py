@@ -21,7 +21,7 @@ from torch_utils.ops import dispatch
 
 SHEET_CLASSES = 40          # Rows of a sheet at most.
 SHEET_CELL = 64             # Smaller images are enlarged to about this many pixels.
-SHEET_PIXELS = 1 << 27      # Of a whole sheet at most; Pillow warns of larger pictures when it opens them.
+SHEET_PIXELS = 1 << 27      # A whole sheet has no more; Pillow warns of larger pictures when it opens them.
 NAME_WIDTH = 96             # Room for class names, in pixels.
 
 #----------------------------------------------------------------------------

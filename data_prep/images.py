@@ -31,7 +31,7 @@ class Outcome:
 
     pngs: tuple[bytes, ...] = ()        # One per size.
     digests: tuple[bytes, ...] = ()     # SHA-256 of the pixels of each.
-    size: tuple[int, int] = (0, 0)      # Of the first.
+    size: tuple[int, int] = (0, 0)      # The first one's.
     source_size: tuple[int, int] = (0, 0)       # Upright, before the transform.
     reason: str = ""                    # Cannot be read.
     refused: str = ""                   # Can be read, but does not fit the options.

@@ -29,7 +29,7 @@ from training.data.report import REPORT_NAME
 
 COMMIT_IMAGES = 1000            # Files between two commits to the journal,
 COMMIT_SECONDS = 10             # or time, whichever comes first.
-FORMAT = 1                      # Of unfinished runs; another one cannot be continued.
+FORMAT = 1                      # Unfinished runs say theirs; those of another one cannot be continued.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Run:
             for dest in self.job.dests:
                 if sinks.partial_path(dest).exists():       # Else it got its name before this run was broken off.
                     sinks.publish(dest)
-                dest.with_name(dest.name + ".report.json").unlink(missing_ok=True)      # Of an older version.
+                dest.with_name(dest.name + ".report.json").unlink(missing_ok=True)      # An older version wrote it.
             self.journal.remove()
             return reports
         except BaseException as err:

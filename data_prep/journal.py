@@ -43,7 +43,7 @@ class Progress:
     conversions: dict[str, int] = dataclasses.field(default_factory=dict)
     dropped: list[int] = dataclasses.field(default_factory=list)                # Places in the source.
     skipped: list[tuple[int, str]] = dataclasses.field(default_factory=list)    # Places and reasons.
-    shapes: list[list[int]] = dataclasses.field(default_factory=list)   # Of the source images, where asked for.
+    shapes: list[list[int]] = dataclasses.field(default_factory=list)   # Those of the source images, where asked for.
     sealed: bool = False                # Everything is written; only names are to be given.
 
     def line(self, before: "Counts") -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Report:
     conversions: dict[str, int]             # What was done, to how many images.
     dropped_grayscale: int
     skipped: list[dict[str, str]]           # {"file": name in the source, "reason": ...}
-    content_sha256: str                     # Of pixels, labels and names of classes, in order.
+    content_sha256: str                     # Covers pixels, labels and names of classes, in order.
     versions: dict[str, str]
 
     def to_json(self) -> str:

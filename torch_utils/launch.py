@@ -43,7 +43,7 @@ class Launch:
     rank: int                   # 0 to world_size - 1.
     world_size: int
     local_rank: int             # On this node.
-    master_addr: str            # Of the store where processes find each other.
+    master_addr: str            # Where the store is in which processes find each other.
     master_port: int
     hosts_store: bool           # Whether this process serves the store; torchrun's agent usually does.
 

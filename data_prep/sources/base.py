@@ -27,7 +27,7 @@ class ImageStore(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the files, sorted."""
+        """The names of the files, sorted."""
         ...
 
     @property

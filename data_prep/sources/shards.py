@@ -16,7 +16,7 @@ from dnnlib.util import list_some, parse_json
 from training.data.labels import METADATA_NAME, is_image_name, parse_metadata
 from training.data.wrapping import metadata_folder, put_in_folder
 
-MAX_SIDE_FILE = 1 << 20             # Of a .cls or .json beside an image.
+MAX_SIDE_FILE = 1 << 20             # A .cls or .json beside an image is not larger.
 MAX_METADATA = 1 << 30
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index", "class_name")
 MAX_SHARDS = 1_000_000

@@ -108,8 +108,8 @@ class ParquetStore(NoMetadata):
     def __init__(self, path: str | os.PathLike[str], files: Sequence[Path]):
         self.path, self._files = Path(path), list(files)
         _need("pyarrow", path)
-        self.values: list[Any] = []                 # Of the column of labels.
-        self.splits: list[str | None] = []          # Of the column of splits, if there is one.
+        self.values: list[Any] = []                 # What the column of labels holds.
+        self.splits: list[str | None] = []          # What the column of splits holds, if there is one.
         self.classes: list[str] | None = None
         self.column = ""
         self.label_column: str | None = None

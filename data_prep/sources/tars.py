@@ -36,7 +36,7 @@ class Member(NamedTuple):
     """A regular file inside a tar."""
 
     name: str           # Clean: relative, forward slashes. Of a tar in a tar: 'n01440764/n01440764_10026.JPEG'.
-    offset: int         # Of its content in the outermost file.
+    offset: int         # Where its content begins in the outermost file.
     size: int
 
 #----------------------------------------------------------------------------

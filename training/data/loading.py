@@ -21,7 +21,7 @@ from dnnlib import UserError
 from dnnlib.errors import StoppedEarly
 from torch_utils.launch import STOP_SIGNALS, state_of
 
-POLL_SECONDS = 1.0          # Of one wait for a batch, after which is looked at what may be wrong.
+POLL_SECONDS = 1.0          # After one wait for a batch of this length it is looked at what may be wrong.
 WAIT_SECONDS = 600.0        # For a batch, in all; $STYLESAN_DATA_SECONDS goes first.
 STOPPED_SECONDS = 60.0      # For a batch, where a loader process is stopped.
 STOP_SECONDS = 20.0         # For a batch, when somebody has asked to stop.

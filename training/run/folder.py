@@ -18,6 +18,7 @@ from dnnlib import UserError
 from dnnlib.classes import Classes
 from dnnlib.util import append_text, atomic_write_text, normalized_name, parse_json
 from torch_utils import checkpoint, distributed
+from torch_utils.schema import Unfit, entries, items, nothing_or, plain, record, text, whole
 from training.config import GeneratorConfig, TrainConfig, from_dict, present_names, to_dict
 from training.data.inventory import Inventory, compare, inventory_fingerprint, read_inventory, write_inventory
 from training.dataset import ImageDataset
@@ -33,7 +34,7 @@ RUN_INFO = "run"                # Key in the options file: what is known of the 
 
 MOVED = "moved."                # Before the name of a setting: its file has another path and the same content.
 DATA_CHANGED = "data_content"   # The data grew or were repaired.
-OPTIONS_KEY = "options"         # Of a state: the settings that it was made with, as in the options file.
+OPTIONS_KEY = "options"         # A state keeps the settings that it was made with here, as in the options file.
 STEM_KEY = "stem_generator"     # In what is known of a run: settings of its stem's generator, should the file go.
 DATA_FILE = "data-files.json.gz"    # What the data consist of.
 CLAIMS = 5                      # Attempts to take a run while other processes begin and end there.
@@ -46,6 +47,18 @@ MAY_DIFFER = ("total_kimg", "kimg_per_tick", "snapshot_ticks", "metrics", "resta
 # Settings that change what is computed from here on, but not what there is: --continue-changed lets them.
 MAY_CHANGE_IF_ASKED = ("batch", "precision", "feature_precision", "loss", "optim", "path_stem", "resume", "init_from",
                        "embedding", DATA_CHANGED)
+
+# What is read of an options file, which people edit and disks damage. What was not known to older versions may be
+# missing, and what settings hold is compared with the command's, whatever it is.
+_GROUP = entries(plain)
+_OPTIONS = record({"data": _GROUP, "generator": _GROUP}, others=plain, optional={
+    "discriminator": _GROUP,
+    RUN_INFO: record({}, {
+        "starts": whole(), "world_size": whole(1), "data_fingerprint": nothing_or(text), "desc": nothing_or(text),
+        "class_names": nothing_or(items(text)), "forms": entries(text), FILES: entries(entries(plain)),
+        STEM_KEY: record({"generator_config": _GROUP}, {"class_names": nothing_or(items(text))}, others=plain),
+    }, others=plain),
+})
 
 #----------------------------------------------------------------------------
 # Comparing settings.
@@ -165,9 +178,8 @@ def read_options(folder: Path) -> dict[str, Any] | None:
     """The settings in a run's folder; None without readable ones."""
     try:
         options: dict[str, Any] = parse_json((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(options, dict) or not isinstance(options.get(RUN_INFO, {}), dict):
+        _OPTIONS(options, "")
+    except (OSError, ValueError, Unfit):
         return None
     if "discriminator" in options:
         options["discriminator"] = present_names(options["discriminator"])
@@ -184,10 +196,10 @@ def recorded_options(folder: Path) -> dict[str, Any] | None:
     if options is not None or not has_state(folder):
         return options
     for name in (STATE_FILE, PREVIOUS_STATE_FILE):
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, Unfit):
             options = checkpoint.load(folder / name, STATE_FORMAT, mmap=True).get(OPTIONS_KEY)
-            if isinstance(options, dict):
-                return options
+            _OPTIONS(options, "")
+            return options
     raise UserError(f"{folder / OPTIONS_FILE}: missing or damaged, and the training state does not tell the settings "
                     "either: bring the file back, or, to start a new run, move that folder elsewhere or give another "
                     "--desc")
@@ -199,7 +211,7 @@ class Given:
 
     info: dict[str, Any] = dataclasses.field(default_factory=dict)          # `run_info()` of this start.
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)    # `find_sources` of its settings.
-    inventory: Callable[[], Inventory] | None = None                        # Of its data.
+    inventory: Callable[[], Inventory] | None = None                        # Gives that of its data.
 
 
 def find_run(outdir: Path, desc: str, config: TrainConfig, given: Given, continue_changed: bool = False) -> RunChoice:

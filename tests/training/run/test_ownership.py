@@ -163,7 +163,10 @@ def test_names_in_two_spellings_are_one_name(tmp_path):
 #----------------------------------------------------------------------------
 # Damaged settings.
 
-@pytest.mark.parametrize("content", ["", "{", "[]", None, '{"run": 5}', pytest.param("[" * 20_000, id="deep")])
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", None, "{}", '{"data": {}, "generator": null}', '{"data": {}, "generator": {}, "run": 5}',
+    '{"data": {}, "generator": {}, "run": {"class_names": 5}}', '{"data": {}, "generator": {}, "run": {"starts": "x"}}',
+    '{"data": {}, "generator": {}, "run": {"files": [1]}}', pytest.param("[" * 20_000, id="deep")])
 def test_damaged_settings_are_those_of_the_state(tmp_path, content):
     folder = make_run(tmp_path, 0, settings())
     checkpoint.save(folder / STATE_FILE, {"format": STATE_FORMAT, OPTIONS_KEY: read_options(folder)})
