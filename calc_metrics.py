@@ -11,7 +11,7 @@ import torch
 from click.core import ParameterSource
 
 import dnnlib.cli
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
 from dnnlib.classes import Classes, match
 from dnnlib.download import local_file
 from inference import image_inputs
@@ -27,6 +27,40 @@ from torch_utils.ops import dispatch
 CUDA_WORKERS = 3        # Decoding processes where a GPU would wait for images.
 OFFICIAL = [name for name in protocols.METRICS if protocols.METRICS[name].is_official]
 FREE = [name for name in protocols.METRICS if not protocols.METRICS[name].is_official]
+
+#----------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions:
+    """What a command line says; `calc_metrics.py --help` explains each."""
+
+    paths: tuple[str, ...]
+    metrics: list[str]
+    network: str | None
+    images: str | None
+    images_split: str | None
+    data: str | None
+    ref: str | None
+    split: str | None
+    save_ref: str | None
+    save_ref_images: int | None
+    detector: str | None
+    num: int | None
+    seed: int
+    labels: str
+    trunc: float
+    mirror: bool
+    batch: int
+    gpus: int
+    workers: int | None
+    precision: str
+    device: str
+    weights: str | None
+    offline: bool
+    allow_unverified_weights: bool
+    no_cache: bool
+    out: str | None
+    verbose: bool
 
 #----------------------------------------------------------------------------
 # The two sides.
@@ -61,7 +95,7 @@ def say_source(path: str, source: image_inputs.DatasetSource) -> None:
     say_kind(path, "; ".join(part for part in said if part))
 
 
-def label_probs(opts: EasyDict, network: Any, reference: Reference | None) -> np.ndarray | None:
+def label_probs(opts: ScoreOptions, network: Any, reference: Reference | None) -> np.ndarray | None:
     """Shares of the network's classes in the reference data set, float64 [c_dim]; None where no class is drawn by them.
 
     Raises:
@@ -88,7 +122,7 @@ def label_probs(opts: EasyDict, network: Any, reference: Reference | None) -> np
     return shares
 
 
-def network_source(opts: EasyDict, network: Any, reference: Reference | None) -> metric_main.SourceFactory:
+def network_source(opts: ScoreOptions, network: Any, reference: Reference | None) -> metric_main.SourceFactory:
     """Makes sources of images from the loaded network."""
     from inference.sampling import GeneratorSource
 
@@ -104,8 +138,9 @@ def network_source(opts: EasyDict, network: Any, reference: Reference | None) ->
     return make
 
 
-def image_source(opts: EasyDict, names: list[str], workers: int) -> ImageSource:
+def image_source(opts: ScoreOptions, names: list[str], workers: int) -> ImageSource:
     """The images that are to be scored."""
+    assert opts.images is not None, "check_options has seen it"
     if image_inputs.kind_of(opts.images) == "statistics" and not image_inputs.has_samples(opts.images):
         raise UserError(f"--images={opts.images}: holds statistics, not images: give them by --ref")
     source = image_inputs.open_images(opts.images, metric_main.needs_labels(names), workers, opts.images_split,
@@ -119,24 +154,24 @@ def image_source(opts: EasyDict, names: list[str], workers: int) -> ImageSource:
 #----------------------------------------------------------------------------
 # The command.
 
-def adopt_paths(opts: EasyDict, has_metrics: bool) -> None:
-    """`REF SAMPLES`, as ADM's evaluator takes them, into --ref, --images and --metrics=adm. Raises UserError."""
+def adopt_paths(opts: ScoreOptions, has_metrics: bool) -> ScoreOptions:
+    """The options with `REF SAMPLES`, as ADM's evaluator takes them, in --ref, --images and --metrics=adm. Raises
+    UserError."""
     if not opts.paths:
-        return
+        return opts
     if len(opts.paths) != 2:
         raise UserError(f"{' '.join(opts.paths)}: without flags there are two files, REF SAMPLES: the reference, then "
                         "the images to score")
     for name in ("network", "images", "data", "ref", "save_ref"):
-        if opts[name] is not None:
-            raise UserError(f"--{name.replace('_', '-')}={opts[name]}: does not go with REF SAMPLES: name all by flags")
+        if (value := getattr(opts, name)) is not None:
+            raise UserError(f"--{name.replace('_', '-')}={value}: does not go with REF SAMPLES: name all by flags")
     if has_metrics:
         raise UserError(f"--metrics={','.join(opts.metrics)}: REF SAMPLES stands for --metrics=adm: name the files by "
                         "--ref and --images for other metrics")
-    opts.ref, opts.images = opts.paths
-    opts.metrics = ["adm"]
+    return dataclasses.replace(opts, ref=opts.paths[0], images=opts.paths[1], metrics=["adm"])
 
 
-def check_options(opts: EasyDict) -> None:
+def check_options(opts: ScoreOptions) -> None:
     """Refuse flags that do not go together. Raises UserError."""
     if opts.network is not None and opts.images is not None:
         raise UserError("--network and --images: name one of them, the generator or the images to score")
@@ -152,8 +187,8 @@ def check_options(opts: EasyDict) -> None:
     if opts.save_ref is not None and reference is None:
         raise UserError(f"--save-ref={opts.save_ref}: name the images to take statistics of by --data or --ref")
     for split, paths in (("split", ("data", "ref")), ("images_split", ("images",))):
-        if opts[split] is not None and not any(opts[name] for name in paths):
-            raise UserError(f"--{split.replace('_', '-')}={opts[split]}: has no effect without "
+        if getattr(opts, split) is not None and not any(getattr(opts, name) for name in paths):
+            raise UserError(f"--{split.replace('_', '-')}={getattr(opts, split)}: has no effect without "
                             f"{' or '.join('--' + name for name in paths)}: leave it out")
     if opts.network is None and opts.trunc != 1:
         raise UserError(f"--trunc={opts.trunc}: has no effect without --network: leave it out")
@@ -164,7 +199,7 @@ def check_options(opts: EasyDict) -> None:
         raise UserError(f"--gpus={opts.gpus}: torchrun started {launched} processes: leave --gpus out")
 
 
-def metric_options(opts: EasyDict, device: torch.device, network: Any) -> MetricOptions:
+def metric_options(opts: ScoreOptions, device: torch.device, network: Any) -> MetricOptions:
     """Flags as the metrics take them."""
     record = {} if network is None else {"snapshot_pkl": str(network.path), "network_sha256": network.sha256}
     return MetricOptions(
@@ -173,8 +208,9 @@ def metric_options(opts: EasyDict, device: torch.device, network: Any) -> Metric
         mirror=opts.mirror, out_dir=opts.out, verbose=opts.verbose, use_cache=not opts.no_cache, record=record)
 
 
-def save_reference(opts: EasyDict, reference: Reference, options: MetricOptions) -> None:
+def save_reference(opts: ScoreOptions, reference: Reference, options: MetricOptions) -> None:
     """What the named metrics need of the reference images, to a file: statistics, and images for adm_pr50k."""
+    assert opts.save_ref is not None, "run has seen it"
     if reference.source is None or reference.statistics:
         raise UserError(f"--save-ref={opts.save_ref}: {opts.data or opts.ref} holds statistics already: name images")
     statistics, resize = [], {}
@@ -192,14 +228,14 @@ def save_reference(opts: EasyDict, reference: Reference, options: MetricOptions)
         print(f"{opts.save_ref}: statistics of {statistics[0].num_images} images by {names}", file=sys.stderr)
 
 
-def preflight(opts: EasyDict) -> list[str]:
-    """Everything that can be refused cheaply; returns the metrics to compute.
+def preflight(opts: ScoreOptions) -> tuple[ScoreOptions, list[str]]:
+    """Everything that can be refused cheaply; returns the options, an address fetched, and the metrics to compute.
 
     Raises:
         UserError: a path where nothing is, an unknown name, weights that cannot be had.
     """
     if opts.ref is not None:
-        opts.ref = str(local_file(opts.ref))        # From now on, if it was an address.
+        opts = dataclasses.replace(opts, ref=str(local_file(opts.ref)))
     for path in (opts.images, opts.data, opts.ref):
         if path is not None:
             image_inputs.kind_of(path)
@@ -210,16 +246,16 @@ def preflight(opts: EasyDict) -> list[str]:
     for name in metric_main.needs_generator(names):
         check_untruncated(opts.trunc, name)
     metric_main.preflight(names, metric_options(opts, torch.device("cpu"), None))
-    return names
+    return opts, names
 
 
-def run(opts: EasyDict, device: torch.device) -> list[dict[str, Any]]:
+def run(opts: ScoreOptions, device: torch.device) -> list[dict[str, Any]]:
     """Everything after the flags are read. All processes call it.
 
     Raises:
         UserError: see `preflight` and `metrics.metric_main.evaluate`.
     """
-    names = preflight(opts)
+    opts, names = preflight(opts)
     workers = opts.workers if opts.workers is not None else CUDA_WORKERS if device.type == "cuda" else 0
     network = None
     if opts.network is not None:
@@ -330,8 +366,7 @@ def main(ctx: click.Context, /, **kwargs: Any) -> None:
       python calc_metrics.py --data=data.zip --detector=judge.safetensors --save-ref=ref.npz
       python calc_metrics.py --images=out.npz --ref=ref.npz --detector=judge.safetensors --metrics=fid --num=1000
     """
-    opts = EasyDict(kwargs)
-    adopt_paths(opts, ctx.get_parameter_source("metrics") is not ParameterSource.DEFAULT)
+    opts = adopt_paths(ScoreOptions(**kwargs), ctx.get_parameter_source("metrics") is not ParameterSource.DEFAULT)
     check_options(opts)
     if opts.gpus > 1 and distributed.launched_world_size() is None:
         preflight(opts)     # Once and in one line, before several processes fail with as many.

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import torch
 
-from dnnlib import EasyDict, UserError, cli
+from dnnlib import UserError, cli
 from dnnlib.classes import Classes
 from legacy import find_snapshot, open_snapshot
 from torch_utils import misc
@@ -103,7 +103,22 @@ def load_data(path: str, G: Generator, class_names: Sequence[str] | None) -> Ima
     return dataset
 
 
-def settings_of(snapshot: dict[str, Any], D: ProjectedDiscriminator, opts: EasyDict) -> Settings:
+@dataclasses.dataclass(frozen=True)
+class DiagnoseOptions:
+    """What a command line says; `python -m transport.diagnose --help` explains each."""
+
+    network: str
+    data: str
+    which: str
+    backbones: list[str]
+    num: int
+    batch: int | None
+    seed: int
+    device: str
+    outdir: str | None
+
+
+def settings_of(snapshot: dict[str, Any], D: ProjectedDiscriminator, opts: DiagnoseOptions) -> Settings:
     """Settings that do to images what the run did at this snapshot, as far as the file says it."""
     options = snapshot.get("options") or {}
     batch = opts.batch or options.get("batch_gpu") or D.config.ghost_batch or DEFAULT_BATCH
@@ -161,7 +176,7 @@ def draw(diagnosis: Diagnosis, path: Path) -> Path:
 
 #----------------------------------------------------------------------------
 
-def run(opts: EasyDict) -> tuple[Diagnosis, dict[str, Any]]:
+def run(opts: DiagnoseOptions) -> tuple[Diagnosis, dict[str, Any]]:
     """The diagnosis that the options ask for, and the facts about the snapshot that stand beside it."""
     file, device = find_snapshot(opts.network), torch.device(misc.select_device(opts.device))
     snapshot = open_snapshot(file)
@@ -197,7 +212,7 @@ def main(**kwargs: Any) -> None:
 
     The table goes to stderr, one line of JSON to stdout; docs/transport.md explains the numbers.
     """
-    opts = EasyDict(kwargs)
+    opts = DiagnoseOptions(**kwargs)
     diagnosis, about = run(opts)
     click.echo(table(diagnosis), err=True)
     if opts.outdir is not None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import unicodedata
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import calc_metrics
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
 from metrics.protocols import METRICS
 from tests.closeness import approx
 from tests.metrics.helpers import json_lines, random_images, write_folder
@@ -185,8 +186,8 @@ class TestClasses:
     def test_shares_of_the_data(self, tmp_path, names, folders, expected):
         write_folder(tmp_path / "real", random_images(len(folders), 16), folders)
         reference = calc_metrics.open_reference(str(tmp_path / "real"), True, 0)
-        opts = EasyDict(labels="dataset", data=str(tmp_path / "real"), ref=None, network="net.pkl")
-        network = EasyDict(G_ema=EasyDict(c_dim=len(expected)), class_names=names)
+        opts = types.SimpleNamespace(labels="dataset", data=str(tmp_path / "real"), ref=None, network="net.pkl")
+        network = types.SimpleNamespace(G_ema=types.SimpleNamespace(c_dim=len(expected)), class_names=names)
         assert calc_metrics.label_probs(opts, network, reference).tolist() == expected
         network.class_names = [f"k{i}" for i in range(len(expected))]
         if folders[0] in "cx":
