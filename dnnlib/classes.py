@@ -134,15 +134,24 @@ class Classes:
         self.has_names = bool(names)
         self.names = [str(name) for name in names] if names else [str(i) for i in range(count)]
         self.are_numbers = are_numbers(self.names)
-        self._by_name = {normalized_name(name): i for i, name in enumerate(self.names)}
+        composed = [normalized_name(name) for name in self.names]
+        self._by_name = {name: i for i, name in enumerate(composed)}
+        self._twice = {name for name, count in collections.Counter(composed).items() if count > 1}
         self._by_number = {whole_number(name): i for i, name in enumerate(self.names)} if self.are_numbers else {}
 
     def __len__(self) -> int:
         return len(self.names)
 
     def find(self, name: str) -> int | None:
-        """Index of the class that a name or a number in text means; None if there is none."""
+        """Index of the class that a name or a number in text means; None if there is none.
+
+        Raises:
+            UserError: two classes have this name, as files of others may say it.
+        """
         found = self._by_name.get(normalized_name(name))
+        if normalized_name(name) in self._twice:
+            places = [i for i, other in enumerate(self.names) if normalized_name(other) == normalized_name(name)]
+            raise UserError(f"{name}: the classes {list_some(places)} have this name: call them by these numbers")
         number = whole_number(name)
         if found is not None or number is None:
             return found
@@ -150,7 +159,8 @@ class Classes:
 
     def find_all(self, names: Sequence[str]) -> list[int | None]:
         """Indices of the classes that all names of another side mean. Numbers are indices only if all of them are."""
-        by_name = [self._by_name.get(normalized_name(name)) for name in names]
+        by_name = [self.find(name) if normalized_name(name) in self._twice else
+                   self._by_name.get(normalized_name(name)) for name in names]
         if not are_numbers(names):
             return by_name
         if self.are_numbers or all(i is None for i in by_name):

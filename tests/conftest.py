@@ -3,6 +3,7 @@ import collections
 import dataclasses
 import json
 import os
+import signal
 import zipfile
 from pathlib import Path
 
@@ -26,7 +27,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    """Native operations are compiled once, not by every test that starts a script."""
+    """Native operations are compiled once, not by every test that starts a script. Signals that the shell has this
+    program ignore, as it does in the background and under nohup, end it as usual: tests send them, and so do the
+    programs that they start."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     if "STYLESAN_OPS_CACHE" not in os.environ and getattr(config, "cache", None) is not None:
         os.environ["STYLESAN_OPS_CACHE"] = str(config.cache.mkdir("ops"))
     # The processes of pytest-xdist send their reports to the one that started them, which alone writes the file.

@@ -112,3 +112,12 @@ def test_labels_of_several_values():
     assert with_several(["cat", "dog", "['cat', 'dog']"]) == ["['cat', 'dog']"]
     assert with_several(["1 5", "3;4", "[1, 2]", "3"]) == ["1 5", "3;4", "[1, 2]"]
     assert with_several([[1, 2], 3, {"a": 1}]) == [[1, 2], {"a": 1}]
+
+
+def test_a_name_of_two_classes_is_asked_back():
+    """Files of others may have such: which of them is meant, nobody knows."""
+    known = Classes(["cat", "dog", "cat"])
+    assert (known.find("dog"), known.find("2")) == (1, 2)
+    for ask in (lambda: known.find("cat"), lambda: known.find_all(["dog", "cat"])):
+        with pytest.raises(UserError, match="cat: the classes 0, 2 have this name: call them by these numbers"):
+            ask()

@@ -287,7 +287,8 @@ def open_store(path: str | os.PathLike[str]) -> FolderStore | ZipStore:
     except OSError as err:
         raise UserError(f"{path}: cannot be read ({err.strerror or err}): check the path and its permissions") from err
     if not store.names:
-        raise UserError(f"{path}: no images in it: files must end in {', '.join(IMAGE_SUFFIXES)}")
+        raise UserError(f"{path}: no images in it: files must end in {', '.join(IMAGE_SUFFIXES)}; of data of another "
+                        f"kind make a data set with dataset_tool.py --source={path}")
     return store
 
 

@@ -67,10 +67,11 @@ def owner_of(folder: Path) -> Owner | None:
 
 def refusal(folder: Path, owner: Owner) -> UserError:
     """The line for somebody who wants what another process has."""
-    remedy = f"stop it (kill {owner.pid})" if owner.host == socket.gethostname() else "stop it there"
+    is_here = owner.host == socket.gethostname()
+    remedy = f"stop it (kill {owner.pid})" if is_here else "stop it there"
+    lost = "" if is_here else f". If that machine is off, delete {folder / LOCK_FILE}"
     return UserError(f"{folder} is in use by {owner}: wait until it ends, or {remedy}; for a second run with the same "
-                     "settings give another --desc or --outdir. If that machine is off, delete "
-                     f"{folder / LOCK_FILE} there")
+                     f"settings give another --desc or --outdir{lost}")
 
 #----------------------------------------------------------------------------
 
@@ -127,7 +128,21 @@ class RunLock:
         while not self._stop.wait(BEAT_SECONDS):
             self._owner = dataclasses.replace(self._owner, beats=self._owner.beats + 1)
             with contextlib.suppress(OSError):      # A full disk or a lost network: whoever needs the disk says so.
+                self._hold_again()
                 self._write()
+
+    def _hold_again(self) -> None:
+        """If somebody deleted the file although its owner lives, make it and lock it anew."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                return
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        if try_lock(fd) is False:       # Another process was faster: what it has is its own.
+            os.close(fd)
+            return
+        with self._writing:
+            old, self._fd = self._fd, fd
+            os.close(old)
 
     def release(self) -> None:
         """Give the folder back. The file stays: whoever waits for it has it open."""
