@@ -36,7 +36,7 @@ def folder(tmp_path):
     folder = tmp_path / "00000-a<b>"
     folder.mkdir()
     options = {"total_kimg": 10.0, "metrics": ["fid"], "generator": {"layers": [{"name": "L0"}, {"name": "L1"}]},
-               "resume": None, "optim": {"G_lr": 0.0025}}
+               "data": {"path": "blobs.zip"}, "resume": None, "optim": {"G_lr": 0.0025}}
     (folder / "training_options.json").write_text(json.dumps(options))
     with open(folder / "stats.jsonl", "w") as f:
         for tick in range(1, 11):
@@ -88,7 +88,7 @@ def test_every_curve_is_drawn(folder):
 
 
 def test_report_of_a_run_that_has_only_begun(tmp_path):
-    (tmp_path / "training_options.json").write_text("{}")
+    (tmp_path / "training_options.json").write_text('{"data": {}, "generator": {}}')
     text = write_report(tmp_path).read_text()
     assert "No ticks yet" in text
     assert not pictures(text)
@@ -97,7 +97,7 @@ def test_report_of_a_run_that_has_only_begun(tmp_path):
 def test_verdicts_and_dumps_are_shown(folder):
     (folder / "health.jsonl").write_text(json.dumps({"cur_nimg": 3000, "verdict": "collapse", "is_bad": True,
                                                      "text": "1 < 2"}) + "\n")
-    (folder / "nonfinite-000007.json").write_text("{}")
+    (folder / "nonfinite-000007.json").write_text('{"data": {}, "generator": {}}')
     text = write_report(folder).read_text()
     assert "kimg 3: collapse: 1 &lt; 2" in text
     assert "nonfinite-000007.json" in text
