@@ -43,7 +43,8 @@ from training.config import (  # noqa: E402
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402
 from training.generator.layer_schedule import stem_config, superres_config  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402
-from training.run.snapshots import STATE_FORMAT, training_state  # noqa: E402
+from training.run.formats import STATE_FORMAT  # noqa: E402
+from training.run.snapshots import training_state  # noqa: E402
 from training.trainer import Trainer  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "distributed.md"

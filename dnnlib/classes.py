@@ -148,19 +148,23 @@ class Classes:
         Raises:
             UserError: two classes have this name, as files of others may say it.
         """
-        found = self._by_name.get(normalized_name(name))
-        if normalized_name(name) in self._twice:
-            places = [i for i, other in enumerate(self.names) if normalized_name(other) == normalized_name(name)]
-            raise UserError(f"{name}: the classes {list_some(places)} have this name: call them by these numbers")
+        found = self._named(name)
         number = whole_number(name)
         if found is not None or number is None:
             return found
         return self._by_number.get(number) if self.are_numbers else self.index(number)
 
+    def _named(self, name: str) -> int | None:
+        """Index of the class that is called so. Raises UserError if two are."""
+        composed = normalized_name(name)
+        if composed in self._twice:
+            places = [i for i, other in enumerate(self.names) if normalized_name(other) == composed]
+            raise UserError(f"{name}: the classes {list_some(places)} have this name: call them by these numbers")
+        return self._by_name.get(composed)
+
     def find_all(self, names: Sequence[str]) -> list[int | None]:
         """Indices of the classes that all names of another side mean. Numbers are indices only if all of them are."""
-        by_name = [self.find(name) if normalized_name(name) in self._twice else
-                   self._by_name.get(normalized_name(name)) for name in names]
+        by_name = [self._named(name) for name in names]
         if not are_numbers(names):
             return by_name
         if self.are_numbers or all(i is None for i in by_name):

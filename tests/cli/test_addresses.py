@@ -20,7 +20,7 @@ from torch_utils import checkpoint
 from training.config import to_dict
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
-from training.run.snapshots import NETWORK_FORMAT
+from training.run.formats import NETWORK_FORMAT
 
 CONTENT = bytes(range(256)) * 100
 

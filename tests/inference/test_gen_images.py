@@ -22,7 +22,7 @@ from training.config import to_dict
 from training.generator import layer_schedule
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
-from training.run.snapshots import NETWORK_FORMAT
+from training.run.formats import NETWORK_FORMAT
 
 
 @pytest.fixture(scope="module")

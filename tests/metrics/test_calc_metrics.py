@@ -242,7 +242,7 @@ class TestNetwork:
         from training.config import to_dict
         from training.generator.layer_schedule import stem_config
         from training.networks_stylegan3 import Generator
-        from training.run.snapshots import NETWORK_FORMAT, VERSION
+        from training.run.formats import NETWORK_FORMAT, VERSION
         torch.manual_seed(0)
         config = stem_config(16, 6, 256, 16, c_dim=3)
         checkpoint.save(tmp_path / "net.pkl", {

@@ -37,7 +37,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def network(tmp_path):
     from training.config import to_dict
-    from training.run.snapshots import NETWORK_FORMAT, VERSION
+    from training.run.formats import NETWORK_FORMAT, VERSION
     G = stem(False, 16, 6, c_dim=3)
     checkpoint.save(tmp_path / "net.pkl", {
         "format": NETWORK_FORMAT, "version": VERSION, "generator_config": to_dict(G.config),

@@ -17,7 +17,8 @@ from train import main
 from training.data.randomness import CounterRNG
 from training.dataset import EpochOrder, ImageDataset, TrainingStream
 from training.run.folder import STATE_FILE
-from training.run.snapshots import STATE_FORMAT, build_generator
+from training.run.formats import STATE_FORMAT
+from training.run.snapshots import build_generator
 from training.step.batches import BatchSource
 from training.step.phases import Phase
 

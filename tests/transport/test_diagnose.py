@@ -10,7 +10,7 @@ from tests.training.test_loop import only_run
 from tests.training.test_loop import train as train_small
 from torch_utils import checkpoint
 from torch_utils.own_network import OwnNetwork, own_config, save_own_network
-from training.run.snapshots import NETWORK_FORMAT
+from training.run.formats import NETWORK_FORMAT
 from transport.diagnose import main
 
 

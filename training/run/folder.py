@@ -22,8 +22,8 @@ from torch_utils.schema import Unfit, entries, items, nothing_or, plain, record,
 from training.config import GeneratorConfig, TrainConfig, from_dict, present_names, to_dict
 from training.data.inventory import Inventory, compare, inventory_fingerprint, read_inventory, write_inventory
 from training.dataset import ImageDataset
+from training.run.formats import STATE_FORMAT
 from training.run.lock import RunLock, owner_of, refusal
-from training.run.snapshots import STATE_FORMAT
 from training.run.sources import FILES, Source, by_content, keep_networks, record_sources
 
 OPTIONS_FILE = "training_options.json"

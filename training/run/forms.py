@@ -41,7 +41,7 @@ def settle_forms(trainer: Trainer, folder: Path, resumed: bool, say: Callable[[s
             say(choices.describe())
             if choices.store is not None:
                 began = time.perf_counter()
-                # As in training, where cuDNN may choose algorithms, too.
+                # cuDNN may choose algorithms here if it may in training, so that the times are those of training.
                 algorithms = misc.autotuning(autotunes(config, trainer.progress.cur_nimg, device))
                 with algorithms, explained_memory_errors("rehearsal", config, device):
                     rehearse(trainer.G, config)

@@ -51,6 +51,11 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
+def _open(path: Path) -> int:
+    """The descriptor of the file, which is made if it is missing. Raises OSError."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+
 def owner_of(folder: Path) -> Owner | None:
     """Who holds the lock of a run folder now; None where nobody does, as far as the system can tell. Writes nothing."""
     path = folder / LOCK_FILE
@@ -90,7 +95,7 @@ class RunLock:
         self._writing = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            self._fd = _open(self.path)
         except OSError as err:
             raise UserError(f"--outdir: cannot write to {folder} ({os.strerror(err.errno or 0)}): "
                             "name a folder that you may write to") from err
@@ -133,14 +138,16 @@ class RunLock:
 
     def _hold_again(self) -> None:
         """If somebody deleted the file although its owner lives, make it and lock it anew."""
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
-                return
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        if try_lock(fd) is False:       # Another process was faster: what it has is its own.
-            os.close(fd)
-            return
         with self._writing:
+            if self._fd < 0:                # It was released meanwhile.
+                return
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                    return
+            fd = _open(self.path)
+            if try_lock(fd) is False:       # Another process was faster: what it has is its own.
+                os.close(fd)
+                return
             old, self._fd = self._fd, fd
             os.close(old)
 

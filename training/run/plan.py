@@ -109,12 +109,11 @@ def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
     if options.superres and "syn_layers" in options.given:
         distributed.print0("NOTE: --syn_layers has no effect with --superres: the kept layers are those of --path_stem")
     dataset = _open_dataset(options)
-    stem = None
-    if options.superres:
-        assert options.path_stem is not None, "check_options has seen it"
-        stem = planned_stem or _open_stem(options, open_snapshot)
+    stem, no_stem = (planned_stem, None) if planned_stem or not options.superres else _open_stem(options, open_snapshot)
+    if stem is not None:
         follow_stem(dataset, stem)
-    start, missing = _open_start(options, open_snapshot)
+    beginning = options.init_from or options.resume
+    start, no_start = _opened(beginning, open_snapshot) if beginning else (None, None)
     config = _settings(options, preset, dataset, stem, gpus)
     transfer = check_generator(config, start, dataset.class_names) if start is not None else ""
     name = run_description([str(options.cfg), dataset.name, f"gpus{gpus}", f"batch{config.batch}"], options.desc)
@@ -122,15 +121,13 @@ def plan_run(options: TrainOptions, gpus: int, open_snapshot: SnapshotReader,
     if stem is not None:
         info[STEM_KEY] = {"generator_config": to_dict(stem.config), "class_names": list(stem.class_names)}
     given = Given(info, find_sources(config, find_snapshot), dataset.inventory)
-    # With the settings as they are asked for, and not as they are below.
+    # Runs are compared with the settings that were asked for, before networks in a run's folder take their place.
     find = functools.partial(find_run, Path(options.outdir), name, config, given, options.continue_changed)
     choice: RunChoice = distributed.broadcast_object(find() if distributed.rank() == 0 else None)
     if choice.resumed:
         config = _with_kept_networks(config, choice.folder, given)
-    elif missing is not None:
+    elif (missing := no_start or no_stem) is not None:
         raise missing
-    elif stem is not None and stem.snapshot is None and planned_stem is None:
-        open_snapshot(str(options.path_stem))       # Says what is wrong with it.
     return RunPlan(config, dataset, stem, start, transfer, choice, find, given, options)
 
 
@@ -144,17 +141,24 @@ def _open_dataset(options: TrainOptions) -> ImageDataset:
     return dataset
 
 
-def _open_stem(options: TrainOptions, open_snapshot: SnapshotReader) -> Stem:
-    """The snapshot of --path_stem; where that is gone, what a run that was begun with it knows of it."""
-    assert options.path_stem is not None, "check_options has seen it"
+def _opened(path: str, open_snapshot: SnapshotReader,
+            mmap: bool = False) -> tuple[Snapshot, None] | tuple[None, UserError]:
+    """The snapshot, or why it cannot be had: a run that has a state does without it."""
     try:
-        snapshot = open_snapshot(options.path_stem, mmap=True)      # Only G_ema of it is read.
-    except UserError:
-        known = known_stem(Path(options.outdir), options.desc, options.path_stem)
-        if known is None:
-            raise
-        return Stem(generator_config(known), tuple(known.get("class_names") or ()))
-    return Stem(generator_config(snapshot), tuple(snapshot.get("class_names") or ()), snapshot)
+        return open_snapshot(path, mmap=mmap), None
+    except UserError as err:
+        return None, err
+
+
+def _open_stem(options: TrainOptions, open_snapshot: SnapshotReader) -> tuple[Stem, UserError | None]:
+    """The snapshot of --path_stem; where it cannot be had, why, and what a run that was begun with it knows of it."""
+    assert options.path_stem is not None, "check_options has seen it"
+    snapshot, missing = _opened(options.path_stem, open_snapshot, mmap=True)        # Only G_ema of it is read.
+    known = snapshot or known_stem(Path(options.outdir), options.desc, options.path_stem)
+    if known is None:
+        assert missing is not None, "there would be a snapshot"
+        raise missing
+    return Stem(generator_config(known), tuple(known.get("class_names") or ()), snapshot), missing
 
 
 def follow_stem(dataset: ImageDataset, stem: Stem) -> None:
@@ -175,17 +179,6 @@ def follow_stem(dataset: ImageDataset, stem: Stem) -> None:
     note = follow_classes(dataset, "the stem of --path_stem", Classes(stem.class_names, there))
     if note:
         distributed.print0(f"NOTE: {note}")
-
-
-def _open_start(options: TrainOptions, open_snapshot: SnapshotReader) -> tuple[Snapshot | None, UserError | None]:
-    """The snapshot of --init-from or --resume, or why it cannot be had: a run that has a state does without it."""
-    path = options.init_from or options.resume
-    if not path:
-        return None, None
-    try:
-        return open_snapshot(path), None
-    except UserError as err:
-        return None, err
 
 
 def _with_kept_networks(config: TrainConfig, folder: Path, given: Given) -> TrainConfig:

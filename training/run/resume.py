@@ -22,8 +22,8 @@ from training.run.folder import (
     changes,
     has_state,
 )
-from training.run.formats import RunShape, read_state
-from training.run.snapshots import STATE_FORMAT, generator_config
+from training.run.formats import STATE_FORMAT, RunShape, read_state
+from training.run.snapshots import generator_config
 from training.trainer import Progress, Trainer
 
 

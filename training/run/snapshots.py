@@ -11,9 +11,7 @@ from typing import Any
 from dnnlib import UserError
 from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
 from training.networks_stylegan3 import Generator
-from training.run.formats import NETWORK_FORMAT as NETWORK_FORMAT
-from training.run.formats import STATE_FORMAT as STATE_FORMAT
-from training.run.formats import VERSION as VERSION
+from training.run.formats import NETWORK_FORMAT, STATE_FORMAT, VERSION
 
 Snapshot = dict[str, Any]       # What a file of this format holds: see `network_snapshot`.
 

@@ -69,6 +69,7 @@ class SnapshotTaker:
             self.report.snapshot(sheet, progress.cur_nimg)
         distributed.barrier()
 
+
 class Ticks:
     """What hangs on the training loop. Every process makes the same calls; rank 0 writes.
 

@@ -24,8 +24,8 @@ from torch_utils.ops import tune
 from training.config import LossConfig
 from training.networks_stylegan3 import Generator
 from training.run.folder import OPTIONS_FILE, PREVIOUS_STATE_FILE, RUN_INFO, STATE_FILE
+from training.run.formats import STATE_FORMAT
 from training.run.forms import path_length_samples, rehearse, settle_forms
-from training.run.snapshots import STATE_FORMAT
 from training.trainer import Progress
 
 CPU = torch.device("cpu")

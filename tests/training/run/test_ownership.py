@@ -38,9 +38,9 @@ from training.run.folder import (
     read_options,
     run_description,
 )
+from training.run.formats import STATE_FORMAT
 from training.run.lock import LOCK_FILE, Owner, RunLock, owner_of, this_process
 from training.run.resume import check_state
-from training.run.snapshots import STATE_FORMAT
 from training.run.sources import Source, by_content, find_sources, keep_networks, with_kept_networks
 from training.run.stages import FINISHED_FILE, is_finished
 

@@ -41,8 +41,8 @@ from training.run.folder import (
     find_run,
     run_start,
 )
+from training.run.formats import STATE_FORMAT
 from training.run.resume import share
-from training.run.snapshots import STATE_FORMAT
 
 ROOT = Path(__file__).resolve().parents[3]
 

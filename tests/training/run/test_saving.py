@@ -24,6 +24,7 @@ from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 from training.run import saving
 from training.run.folder import BEST_FILE, PREVIOUS_STATE_FILE, STATE_FILE
+from training.run.formats import NETWORK_FORMAT, STATE_FORMAT
 from training.run.resume import load_state
 from training.run.saving import (
     NonFiniteState,
@@ -35,7 +36,7 @@ from training.run.saving import (
     superfluous,
     update_best,
 )
-from training.run.snapshots import NETWORK_FORMAT, STATE_FORMAT, images_shown, snapshot_name
+from training.run.snapshots import images_shown, snapshot_name
 from training.trainer import Progress
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -19,7 +19,7 @@ from training import trainer
 from training.data.loading import start_loading
 from training.run import stopping
 from training.run.folder import STATE_FILE
-from training.run.snapshots import STATE_FORMAT
+from training.run.formats import STATE_FORMAT
 from training.run.stopping import STOP_FILE, StopRequests
 
 ROOT = Path(__file__).resolve().parents[3]

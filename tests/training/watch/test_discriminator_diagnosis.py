@@ -21,7 +21,7 @@ from training.discriminators.projected import ProjectedDiscriminator
 from training.generator.layer_schedule import stem_config
 from training.networks_stylegan3 import Generator
 from training.run.folder import STATE_FILE
-from training.run.snapshots import STATE_FORMAT
+from training.run.formats import STATE_FORMAT
 from training.watch import discriminator_diagnosis
 from training.watch.discriminator_diagnosis import (
     Samples,

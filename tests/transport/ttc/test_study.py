@@ -19,7 +19,7 @@ from tests.metrics.generators import stem
 from torch_utils import checkpoint
 from torch_utils.own_network import OwnNetwork, own_config, save_own_network
 from training.config import to_dict
-from training.run.snapshots import NETWORK_FORMAT, VERSION
+from training.run.formats import NETWORK_FORMAT, VERSION
 from transport.common.study import seeded
 from transport.ttc import misalignment, moves
 from transport.ttc.critic_sequence import move, push
