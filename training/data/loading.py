@@ -129,8 +129,11 @@ class Loading:
         if self._reason is not None:
             raise self._reason from err
         timed_out = str(err).startswith("DataLoader timed out")
-        if not timed_out and self._processes:       # Their end may show a moment after the broken connection.
-            multiprocessing.connection.wait([p.sentinel for p in self._processes], timeout=1)
+        if not timed_out and self._processes:       # Their end may show a moment after the broken connection,
+            ended = multiprocessing.connection.wait([p.sentinel for p in self._processes], timeout=1)
+            for process in self._processes:         # and a moment after that the system says how they ended.
+                if process.sentinel in ended:
+                    process.join(1)
         if dead := [p for p in self._processes if not p.is_alive()]:
             self._end_processes()
             how = ", ".join(f"{p.pid} ({_ending(p.exitcode)})" for p in dead)
