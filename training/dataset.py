@@ -13,7 +13,7 @@ import torch.utils.data
 
 from dnnlib import UserError
 from dnnlib.classes import Classes, match
-from training.data.credit import Credit, credit_of
+from training.data.credit import credit_of
 from training.data.images import Decoded, changes_in_words, decode, decode_pixels
 from training.data.inventory import Inventory, inventory
 from training.data.labels import METADATA_NAME, read_labels
@@ -52,6 +52,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
         self.xflip = xflip
         self._store = open_store(path)
         self._check_splits()
+        self.credit = credit_of(f"{path}: {METADATA_NAME}", self._store.metadata)       # Who is to be named.
         self._use_labels = use_labels
         self._image_labels: np.ndarray | None = None
         self.class_names: list[str] = []
@@ -144,11 +145,6 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
     def file_name(self, i: int) -> str:
         """Name of item i's file inside the data set."""
         return self._store.names[int(self._chosen[i % len(self._chosen)])]
-
-    @property
-    def credit(self) -> Credit | None:
-        """Who is to be named for the images."""
-        return credit_of(f"{self.path}: {METADATA_NAME}", self._store.metadata)
 
     def close(self) -> None:
         """Close the archive; it opens again when needed."""
