@@ -105,9 +105,9 @@ DEMOS = {
     "emoji": Demo(
         title="emoji", source="openmoji", archive="emoji", data_seconds=90, resumes=True,
         nets=(OwnNet("guide", 32, "64,128,256", "0/2"),),
-        options=("--cfg=stylegan3-t", "--preset=small", "--batch=32", "--cond=1", "--mirror=1", "--diversity=0",
+        options=("--cfg=stylegan3-t", "--preset=light", "--cond=1", "--mirror=1", "--diversity=0",
                  "--backbones=tf_efficientnet_lite0", "--metrics=none", "--snap=25"),
-        stages=(Stage(16, "stage16", ("--cbase=4096", "--cmax=64", "--syn_layers=6"), 3.5),
+        stages=(Stage(16, "stage16", (), 3.5),
                 Stage(32, "stage32", EMOJI_GUIDED, 4.5), Stage(64, "stage64", EMOJI_GUIDED, 6.0)),
         detector="timm:tf_efficientnet_lite2", metrics_at_start="fd", metrics="fd,kid,pr,probe_accuracy",
         rows=(("FD (lite2) at start", "fd_init", "fd", ".1f"), ("FD (lite2) now", "fd", "fd", ".1f"),
