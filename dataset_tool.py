@@ -94,7 +94,7 @@ def main() -> None:
 @click.option("--source", metavar="PATH", type=dnnlib.cli.PathType(), required=True,
               help="Folder, zip or tar of images, ImageNet's root folder or ILSVRC2012_img_train.tar, WebDataset "
                    "shards such as 's/{000..099}.tar', Parquet files, the folder or archive of CIFAR or MNIST, an LSUN "
-                   "database, .npz or .npy arrays, or sklearn:digits")
+                   "database, .npz or .npy arrays, sklearn:digits, or openmoji")
 @click.option("--dest", metavar="PATH", type=dnnlib.cli.PathType(), required=True,
               help="Archive (ending in .zip) or folder to make; with --resolutions the beginning of archive names")
 @click.option("--resolution", type=SizeType(), default=None,

@@ -36,7 +36,7 @@ FORMAT = 1                      # Unfinished runs say theirs; those of another o
 class Job:
     """All that decides the content of the data sets."""
 
-    source: str                                 # Folder, archive, pattern of shards or 'sklearn:digits'.
+    source: str                                 # As `sources.open_source` takes it.
     dests: tuple[Path, ...]                     # An archive (.zip) or folder for every size.
     sizes: tuple[Size, ...] = ()                # Empty: one data set, of the size that the images have.
     transform: str | None = None                # A name in transforms.TRANSFORMS; None takes square images only.
@@ -78,14 +78,20 @@ def make_datasets(
         raise UserError(f"--dest={first}: cannot be written ({err.strerror or err}): choose another place") from err
 
 
-def check_dest(source: str, dest: Path, overwrite: bool) -> None:
-    """Refuse a destination that would do harm. Raises UserError."""
+def _check_apart(source: str, dest: Path) -> None:
+    """Refuse a destination that is the source, lies in it or around it. Raises UserError."""
     origin, target = Path(source).resolve(), dest.resolve()
     if target == origin or target in origin.parents:
         raise UserError(f"--dest={dest}: would replace --source={source}: choose another place")
     if origin.is_dir() and origin in target.parents:
         raise UserError(f"--dest={dest}: lies inside of --source={source}, which it would be a part of the next time: "
                         "choose a place outside")
+
+
+def check_dest(source: str, dest: Path, overwrite: bool) -> None:
+    """Refuse a destination that would do harm. Raises UserError."""
+    if not sources.is_named(source):
+        _check_apart(source, dest)
     if dest.suffix.lower() in (".tar", ".gz", ".tgz", ".7z", ".rar", ".npz", ".json", ".parquet"):
         raise UserError(f"--dest={dest}: name a .zip archive or a folder")
     archive = sinks.is_archive(dest)

@@ -14,6 +14,7 @@ from data_prep.sinks import image_name
 from data_prep.sources.base import Source, class_counts, printable, splits_in_words
 from dnnlib.util import list_some
 from dnnlib.util import printable as one_line
+from training.data.credit import CREDIT_KEY
 from training.data.report import REPORT_NAME
 
 LABELS_FROM = {"folders": "one sub-folder per class", "imagenet": "ImageNet's folders", "dataset.json": "labels in "
@@ -23,7 +24,8 @@ SHOWN_CLASSES = 20
 
 def library_versions() -> dict[str, str]:
     """Versions of what pixels depend on."""
-    codecs = {name: PIL.features.version(name) for name in ("jpg", "webp", "zlib", "avif", "libtiff", "jpg_2000")}
+    names = ("jpg", "webp", "zlib", "avif", "libtiff", "jpg_2000", "freetype2", "raqm")
+    codecs = {name: PIL.features.version(name) for name in names}
     return {"python": platform.python_version(), "pillow": PIL.__version__,
             **{name: version for name, version in codecs.items() if version}}
 
@@ -45,6 +47,7 @@ class Report:
     skipped: list[dict[str, str]]           # {"file": name in the source, "reason": ...}
     content_sha256: str                     # Covers pixels, labels and names of classes, in order.
     versions: dict[str, str]
+    credit: dict[str, str] | None = None    # Who is to be named, as in dataset.json.
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -59,6 +62,8 @@ def understood(path: str, source: Source) -> list[str]:
         lines.append(f"  {splits_in_words(source)}")
     counts = class_counts(source.labels, source.classes)
     lines.append(f"  {len(counts)} classes: {_in_words(counts)}" if counts else "  no labels")
+    if source.credit is not None:
+        lines.append(f"  {source.credit}")
     if source.not_read:
         lines.append(f"  not read: {list_some(source.not_read)}")
     return lines
@@ -86,7 +91,8 @@ def make_report(source: Source, written: list[int], level: Level, progress: Prog
         conversions=conversions, dropped_grayscale=len(progress.dropped),
         skipped=[{"file": printable(source.store.names[source.indices[place]]), "reason": reason}
                  for place, reason in progress.skipped],
-        content_sha256=last_link(level.chain, source.classes), versions=library_versions())
+        content_sha256=last_link(level.chain, source.classes), versions=library_versions(),
+        credit=dataclasses.asdict(source.credit) if source.credit is not None else None)
 
 
 def make_metadata(source: Source, progress: Progress) -> str:
@@ -96,6 +102,8 @@ def make_metadata(source: Source, progress: Progress) -> str:
         found["labels"] = [[image_name(i), source.labels[place]] for i, place in enumerate(progress.places())]
     if source.classes is not None:
         found["classes"] = source.classes
+    if source.credit is not None:
+        found[CREDIT_KEY] = dataclasses.asdict(source.credit)
     if progress.shapes:
         found["source_sizes"] = progress.shapes
     return json.dumps(found)

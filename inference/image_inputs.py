@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources import SourceOptions, open_source
+from data_prep.sources import SourceOptions, is_named, open_source
 from data_prep.sources.base import Source, class_counts, splits_in_words
 from data_prep.sources.kinds import kind_of_file
 from data_prep.sources.shards import is_pattern
@@ -29,7 +29,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         UserError: nothing is there, or it is neither.
     """
     name = os.fspath(path)
-    if os.path.isdir(path) or name.startswith("sklearn:") or is_pattern(name):
+    if os.path.isdir(path) or is_named(name) or is_pattern(name):
         return "images"
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file or folder: check the path")

@@ -13,6 +13,7 @@ import torch.utils.data
 
 from dnnlib import UserError
 from dnnlib.classes import Classes, match
+from training.data.credit import credit_of
 from training.data.images import Decoded, changes_in_words, decode, decode_pixels
 from training.data.inventory import Inventory, inventory
 from training.data.labels import METADATA_NAME, read_labels
@@ -51,6 +52,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
         self.xflip = xflip
         self._store = open_store(path)
         self._check_splits()
+        self.credit = credit_of(f"{path}: {METADATA_NAME}", self._store.metadata)       # Who is to be named.
         self._use_labels = use_labels
         self._image_labels: np.ndarray | None = None
         self.class_names: list[str] = []

@@ -7,15 +7,16 @@ test) is never taken whole unasked: one must be chosen.
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_prep import labels
-from data_prep.sources import arrays, numpy_files, shards, tables
+from data_prep.sources import arrays, numpy_files, openmoji, shards, tables
 from data_prep.sources.base import Source, chain, printable
 from data_prep.sources.kinds import KINDS, is_image_file, is_worth_a_word, kind_of_file, may_be_data
 from dnnlib import UserError
 from dnnlib.util import list_some
+from training.data.credit import credit_of
 from training.data.labels import IMAGE_SUFFIXES, METADATA_NAME, is_image_name
 from training.data.splits import Splits, choose, find_splits, in_order, split_of_file
 from training.data.stores import FolderStore, ZipStore
@@ -25,6 +26,15 @@ MAX_LOOKED_AT = 200             # Files without images in a folder whose first b
 WNID_FOLDER = re.compile(r"n\d{8}/").match
 # Folders that only hold a thousand files each and are no classes: of official data sets, and of EDM2's samples.
 NUMBERED = (re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+"), re.compile(r"(.*/)?(\d{3})000/\2\d{3}\.\w+"))
+
+
+# Sources that are no files: installed packages hold them.
+NAMED: dict[str, Callable[[], Source]] = {"sklearn:digits": arrays.digits, openmoji.NAME: openmoji.openmoji}
+
+
+def is_named(path: str) -> bool:
+    """Whether a path means a source of that name instead of a file or folder."""
+    return path in NAMED or path.startswith("sklearn:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +57,7 @@ def open_source(path: str, options: SourceOptions | None = None) -> Source:
     """List the images and labels of a source.
 
     Args:
-        path: A folder, an archive, a pattern of shards, or 'sklearn:digits'.
+        path: A folder, an archive, a pattern of shards, or one of NAMED.
         options: See SourceOptions.
 
     Raises:
@@ -72,10 +82,13 @@ def open_source(path: str, options: SourceOptions | None = None) -> Source:
 #----------------------------------------------------------------------------
 
 def _open(path: str, options: SourceOptions) -> Source:
-    if path.startswith("sklearn:"):
-        if path != "sklearn:digits":
-            raise UserError(f"{path}: unknown: choose sklearn:digits, a folder or an archive")
-        return arrays.digits()
+    if is_named(path):
+        if path not in NAMED:
+            raise UserError(f"{path}: unknown: choose {' or '.join(NAMED)}, a folder or an archive")
+        if os.path.lexists(path):
+            raise UserError(f"{path}: may be the source of that name, or the file or folder that is here: write "
+                            f"{os.path.join(os.curdir, path)} for what is here, or work in another folder")
+        return NAMED[path]()
     if shards.is_pattern(path):
         return _open_matching(path, options)
     place = Path(path)
@@ -260,7 +273,8 @@ def _with_labels(store: FolderStore | ZipStore | shards.TarStore, path: str, kin
         if options.own_labels:
             found = labels.from_metadata(f"{path}: {METADATA_NAME}", store.metadata, [store.names[i] for i in indices],
                                          options.allow_gaps)
-        return dataclasses.replace(source, labels=found[0], classes=found[1], layout=METADATA_NAME)
+        return dataclasses.replace(source, labels=found[0], classes=found[1], layout=METADATA_NAME,
+                                   credit=credit_of(f"{path}: {METADATA_NAME}", store.metadata))
     values = shards.web_values(store) if isinstance(store, shards.TarStore) else None
     if values is not None:
         if options.own_labels:
@@ -295,6 +309,8 @@ def _folder_labels(path: str, inner: Sequence[str], indices: Sequence[int],
 
 def source_stamp(path: str) -> list[int]:
     """Size and time of a source that is one file: what has changed cannot be continued."""
+    if path == openmoji.NAME:
+        path = os.fspath(openmoji.font_file())
     if os.path.isfile(path):
         stat = os.stat(path)
         return [stat.st_size, stat.st_mtime_ns]

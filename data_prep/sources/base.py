@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dnnlib import UserError
+from training.data.credit import Credit
 from training.data.png import encode_plain_png
 from training.data.splits import in_words
 from training.data.stores import printable as printable
@@ -85,6 +86,7 @@ class Source:
     split_unit: str = "images"              # which are numbers of these.
     chosen: tuple[str, ...] = ()            # Which splits are taken.
     not_read: tuple[str, ...] = ()          # What lies beside the images and is none, as far as it is worth a word.
+    credit: Credit | None = None            # Who is to be named; goes into what is made of it.
 
     @property
     def is_imagenet(self) -> bool:

@@ -55,7 +55,7 @@ _OPTIONS = record({"data": _GROUP, "generator": _GROUP}, others=plain, optional=
     "discriminator": _GROUP,
     RUN_INFO: record({}, {
         "starts": whole(), "world_size": whole(1), "data_fingerprint": nothing_or(text), "desc": nothing_or(text),
-        "class_names": nothing_or(items(text)), "forms": entries(text), FILES: entries(entries(plain)),
+        "class_names": nothing_or(items(text)), "credit": text, "forms": entries(text), FILES: entries(entries(plain)),
         STEM_KEY: record({"generator_config": _GROUP}, {"class_names": nothing_or(items(text))}, others=plain),
     }, others=plain),
 })
@@ -375,12 +375,12 @@ def code_version() -> str:
 
 
 def run_info(dataset: ImageDataset, device: str = "", desc: str | None = None) -> dict[str, Any]:
-    """Code version, torch, processes, device, content of the data, classes, and what the user typed for --desc."""
+    """Code version, torch, processes, device, content of the data, classes, credit, what was typed as --desc."""
     fingerprint = dataset.fingerprint if os.path.isfile(dataset.path) else inventory_fingerprint(   # Not read whole.
         dataset.inventory(), dataset.xflip)
     return {"code": code_version(), "torch": torch.__version__, "world_size": distributed.world_size(),
             "device": device, "data_fingerprint": fingerprint, "desc": desc,
-            "class_names": dataset.class_names}
+            "class_names": dataset.class_names, "credit": str(dataset.credit or "")}
 
 
 def create_run(choice: RunChoice, config: TrainConfig, given: Given) -> None:

@@ -18,7 +18,7 @@ import PIL.Image
 
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write_text, format_time, parse_json
-from training.run.folder import OPTIONS_FILE, read_options
+from training.run.folder import OPTIONS_FILE, RUN_INFO, read_options
 from training.run.snapshots import images_shown
 
 REPORT_FILE = "report.html"
@@ -347,6 +347,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
         rows += [(label, show(last[name])) for label, name, show in known if name in last]
     rows += [(name, f"{values[-1]:.4g} (kimg {kimg[-1]:g}); lowest {values.min():.4g}, highest {values.max():.4g}")
              for name, (kimg, values) in run.metrics.items()]
+    credit = (run.options.get(RUN_INFO) or {}).get("credit")
+    if credit:
+        rows.append(("images", credit))
     rows.append(("drawn", datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")))
     return rows
 

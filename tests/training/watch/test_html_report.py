@@ -94,6 +94,12 @@ def test_report_of_a_run_that_has_only_begun(tmp_path):
     assert not pictures(text)
 
 
+def test_who_made_the_images_is_said(tmp_path):
+    options = {"data": {}, "generator": {}, "run": {"credit": "By <Ada>, CC BY-SA 4.0"}}
+    (tmp_path / "training_options.json").write_text(json.dumps(options))
+    assert "<td>images</td><td>By &lt;Ada&gt;, CC BY-SA 4.0</td>" in write_report(tmp_path).read_text()
+
+
 def test_verdicts_and_dumps_are_shown(folder):
     (folder / "health.jsonl").write_text(json.dumps({"cur_nimg": 3000, "verdict": "collapse", "is_bad": True,
                                                      "text": "1 < 2"}) + "\n")
