@@ -221,8 +221,8 @@ def option(names: str, help: str, **settings: Any) -> Callable[[Command], Comman
 # Misc.
 @option("--desc", "String to include in the folder name", metavar="STR", type=str)
 @option("--metrics", "Quality metrics at snapshots", metavar="[NAME|A,B,C|none]", type=cli.StrList())
-@option("--detector", "Network for the metrics fid, kid, pr, is, sfid, accuracy, fd, probe_accuracy", metavar="NAME|FILE",
-        type=cli.PathType(addresses=True))
+@option("--detector", "Network for the metrics fid, kid, pr, is, sfid, accuracy, fd, probe_accuracy",
+        metavar="NAME|FILE", type=cli.PathType(addresses=True))
 @option("--num", "Images that metrics generate, instead of the number that a name such as fid50k_full says",
         metavar="INT", type=cli.IntRange(min=1))
 @option("--kimg", "Total training duration", metavar="KIMG", type=cli.FloatRange(min=0))
