@@ -2,6 +2,7 @@
 """Export the generator of a network: one .safetensors, a folder for the Hugging Face hub, ONNX, or official names."""
 import os
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ from dnnlib import UserError, cli
 from dnnlib.hub import WEIGHTS_FILE
 from dnnlib.util import atomic_file, file_sha256, format_bytes
 from inference.export.hub_folder import hub_files, write_folder
-from inference.export.model_card import UNKNOWN_LICENCE, Subject
+from inference.export.model_card import UNKNOWN_LICENCE, Subject, repository
 from inference.export.official import EMBED_DIM, official_state
 from inference.export.onnx_graph import OPSET, TOLERANCE, largest_deviation, onnx_bytes
 from torch_utils import checkpoint, misc
@@ -78,8 +79,9 @@ def export_hub(subject: Subject, dest: Path, licence: str | None, device: str) -
     subject.G.to(device)
     name = dest.resolve().name
     write_folder(dest, hub_files(subject, name, licence or UNKNOWN_LICENCE))
-    return (f"{dest}: look at its README.md, then upload it: hf upload USER/{name} {dest}; everybody then loads it as "
-            f"hf://USER/{name}")
+    address = f"USER/{repository(name)}"
+    return (f"{dest}: look at its README.md, then upload it: hf upload {address} {shlex.quote(str(dest))}; everybody "
+            f"then loads it as hf://{address}")
 
 
 def export_onnx(subject: Subject, dest: Path, check: bool, device: str) -> str:

@@ -6,6 +6,7 @@ shown.
 """
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ class Subject:
     snapshot: Snapshot
     path: Path              # The file that it came from; the record of its run lies beside it.
     sha256: str
+
+
+def repository(name: str) -> str:
+    """The name of a model as the hub takes it: letters, digits, and '-', '_' and '.' between them."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._") or "model"
 
 
 def metric_records(folder: Path, snapshot: Snapshot, sha256: str) -> list[dict[str, Any]]:
@@ -177,11 +183,11 @@ A generator of images, of StyleGAN-XL's architecture. These samples are neither 
 ```python
 from legacy import load_network
 
-G = load_network("hf://USER/{_last_name(name)}").G_ema      # Or the path of this folder.
+G = load_network("hf://USER/{repository(name)}").G_ema      # Or the path of this folder.
 ```
 
 ```sh
-python gen_images.py --network=hf://USER/{_last_name(name)} --seeds=0-7 --outdir=out
+python gen_images.py --network=hf://USER/{repository(name)} --seeds=0-7 --outdir=out
 ```
 
 ## Network

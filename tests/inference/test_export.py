@@ -174,10 +174,13 @@ def test_a_folder_for_the_hub(run_folder, tmp_path, G):
 
 
 def test_a_page_without_a_record(tmp_path):
-    """An official pickle knows little, and nothing is made up."""
-    output = done(DATA / "snapshot_stem16_t_cond.pkl", "hub", tmp_path / "x")
+    """An official pickle knows little, and nothing is made up. A folder may have a name that the hub does not take."""
+    folder = tmp_path / "my pets: 2"
+    output = done(DATA / "snapshot_stem16_t_cond.pkl", "hub", folder)
     assert "NOTE: the page will say that the licence is unknown: name" in output
-    text = (tmp_path / "x" / "README.md").read_text()
+    assert f"hf upload USER/my-pets-2 '{folder}'; everybody then loads it as hf://USER/my-pets-2" in output
+    text = (folder / "README.md").read_text()
+    assert huggingface_hub.ModelCard(text).data.license == "unknown"
     assert "None are recorded beside the file." in text
     assert "The licence of these weights was not stated." in text
     assert "| images shown | 123.456 kimg |" in text
