@@ -12,9 +12,9 @@ from dnnlib.hub import WEIGHTS_FILE
 from dnnlib.util import atomic_file, file_sha256, format_bytes
 from inference.export.hub_folder import hub_files, write_folder
 from inference.export.model_card import UNKNOWN_LICENCE, Subject, repository
-from inference.export.official import EMBED_DIM, official_state
+from inference.export.official import EMBED_DIM, official_bytes
 from inference.export.onnx_graph import OPSET, TOLERANCE, largest_deviation, onnx_bytes
-from torch_utils import checkpoint, misc
+from torch_utils import misc
 from training.run.exported import generator_bytes
 from training.run.snapshots import build_generator
 
@@ -38,11 +38,14 @@ def check_options(kind: str, licence: str | None, check: bool) -> None:
 
 
 def check_dest(dest: Path, kind: str, overwrite: bool, network: Path) -> None:
-    """Refuse a place where something is that must stay.
+    """Refuse a place where something is that must stay, or where nothing can be.
 
     Raises:
-        UserError: there is.
+        UserError: there is; a part of its path is a file.
     """
+    above = next(folder for folder in dest.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"--dest={dest}: {above} is a file: name a path that leads through folders")
     if not os.path.lexists(dest) or (kind == "hub" and dest.is_dir() and not any(dest.iterdir())):
         return
     if dest.is_dir() != (kind == "hub"):
@@ -111,8 +114,7 @@ def export_official(subject: Subject, dest: Path) -> str:
     if config.c_dim > 0 and config.embed_dim != EMBED_DIM:
         click.echo(f"NOTE: the class table is {config.embed_dim} wide, the official one {EMBED_DIM}: the official code "
                    "must be told of it", err=True)
-    checkpoint.save(dest, {"G_ema": official_state(subject.G)})
-    return f"{dest}: a state dict G_ema for the official code"
+    return f"{write_file(dest, official_bytes(subject.G))}, a state dict G_ema for the official code"
 
 #----------------------------------------------------------------------------
 

@@ -51,7 +51,11 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
                 file.write(content)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        temp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    except OSError as err:
+        err.filename = str(folder)      # The name that was asked for, not the temporary one.
+        raise
     try:
         made = temp / folder.name       # mkdtemp's own folder is private.
         made.mkdir()

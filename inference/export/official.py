@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A generator as the official code's state dict: its names and shapes, and nothing but tensors."""
+import io
+
 import torch
 
 from training.config import GeneratorConfig
@@ -24,3 +26,10 @@ def official_state(G: Generator, class_rows: int = CLASS_ROWS) -> dict[str, torc
     missing = max(class_rows - len(table), 0)
     state[TABLE] = torch.cat([table, table.new_zeros([missing, table.shape[1]])])
     return state
+
+
+def official_bytes(G: Generator) -> bytes:
+    """The file: what `torch.load(..., weights_only=True)` reads as {"G_ema": state dict}."""
+    file = io.BytesIO()
+    torch.save({"G_ema": official_state(G)}, file)
+    return file.getvalue()

@@ -375,6 +375,13 @@ def test_a_folder_for_the_hub_is_made_anew_around_what_else_is_in_it(run_folder,
     assert "is the network itself" in refused(tmp_path / "x", "hub", tmp_path / "x", "--overwrite")
 
 
+def test_a_place_where_nothing_can_be_is_one_line(run_folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for kind in ("safetensors", "hub", "onnx", "official"):
+        assert f"{tmp_path / 'file'} is a file: name a" in refused(run_folder, kind, tmp_path / "file" / "new" / "x")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize(("kind", "args", "message"), [
     ("onnx", ["--license=mit"], "--license=mit: only --format=hub has a page"),
     ("hub", ["--license=My Own"], "--license=My Own: expected an identifier"),
