@@ -68,6 +68,7 @@ CONFINED = {
     "wandb": {"training/watch/reporting.py"},
     "huggingface_hub": {"dnnlib/hub.py", "inference/export/model_card.py", "training/feature_networks/registry.py"},
     "onnx": {"inference/export/onnx_graph.py"},
+    "onnxscript": {"inference/export/onnx_graph.py"},
     "onnxruntime": {"inference/export/onnx_graph.py"},
     "tarfile": set(),
     "lmdb": {"data_prep/sources/tables.py"},
