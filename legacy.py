@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots as networks: our own files, and official StyleGAN-XL and StyleSAN-XL pickles.
+"""Snapshots as networks: our own files, exported ones included, and official StyleGAN-XL and StyleSAN-XL pickles.
 
 Official pickles hold whole objects with the source text of their classes. Nothing of that is run: `safe_pickle` reads
 the object graph as notes, and this module picks the layers' attributes and tensors out of it. What comes out is the
@@ -16,6 +16,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.download import local_file
+from dnnlib.hub import WEIGHTS_FILE
 from dnnlib.util import file_sha256, list_some
 from torch_utils import checkpoint, safe_pickle
 from torch_utils.pickle_modules import (
@@ -31,9 +32,11 @@ from torch_utils.pickle_modules import (
 )
 from torch_utils.pickle_values import TensorRecord
 from torch_utils.schema import Unfit, check_finite, compare_shapes
+from torch_utils.weights import is_safetensors
 from training.config import DiscriminatorConfig, GeneratorConfig, InputSpec, LayerSpec, to_dict
 from training.generator.fitting import LAYER_NAME, generator_from
 from training.networks_stylegan3 import Generator
+from training.run.exported import read_generator
 from training.run.formats import NETWORK_FORMAT, read_snapshot
 from training.run.snapshots import build_generator, snapshots_by_age
 
@@ -55,7 +58,8 @@ class LoadedNetwork:
 def find_snapshot(path: str | os.PathLike[str]) -> Path:
     """The snapshot that `path` names: the file itself, or of a run's folder the best model, else the newest snapshot.
 
-    An https:// address is downloaded once, to the cache.
+    The folder may also be one that was made for the Hugging Face hub. Of an address, https://host/file or
+    hf://user/name[@revision][/file], the file is downloaded once, to the cache.
 
     Raises:
         UserError: nothing there.
@@ -69,14 +73,16 @@ def find_snapshot(path: str | os.PathLike[str]) -> Path:
     if best.is_file():
         return best
     files = snapshots_by_age(path)
+    if not files and (path / WEIGHTS_FILE).is_file():
+        return path / WEIGHTS_FILE
     if not files:
-        raise UserError(f"{path}: no best_model.pkl and no network-snapshot-*.pkl in this folder: "
-                        "give the folder of a run, or a snapshot file")
+        raise UserError(f"{path}: no best_model.pkl and no network-snapshot-*.pkl in this folder, nor a "
+                        f"{WEIGHTS_FILE}: give the folder of a run, or a snapshot file")
     return files[-1]
 
 
 def open_snapshot(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
-    """Read a snapshot of either kind, told apart by content, to the CPU.
+    """Read a snapshot of any kind, told apart by content, to the CPU.
 
     Args:
         path: A file, or the folder of a run (see `find_snapshot`).
@@ -84,7 +90,8 @@ def open_snapshot(path: str | os.PathLike[str], mmap: bool = False) -> dict[str,
 
     Returns:
         A dict with 'format', 'version', 'generator_config', 'G_ema', 'G', 'discriminator_config', 'D', 'class_names'
-        and 'progress'; of an official pickle also 'source', 'training_set_kwargs' and 'notes'.
+        and 'progress'; of an exported file 'G' and 'D' are None, and there is a 'source'; of an official pickle also
+        'source', 'training_set_kwargs' and 'notes'.
 
     Raises:
         UserError: no such file, damaged or cut off, not a snapshot, or a network of another kind; settings and tensors
@@ -93,11 +100,15 @@ def open_snapshot(path: str | os.PathLike[str], mmap: bool = False) -> dict[str,
     file = find_snapshot(path)
     if checkpoint.is_checkpoint(file):
         return read_snapshot(file, mmap)
+    if is_safetensors(file):
+        return read_generator(file)
     return read_official_pickle(file)
 
 
 def load_network(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedNetwork:
-    """The generator of a snapshot (`G_ema`).
+    """The generator of a snapshot (`G_ema`), from whatever `find_snapshot` finds.
+
+        images = load_network("hf://user/name").G_ema(z, c, truncation_psi=0.7)
 
     Raises:
         UserError: as `open_snapshot`.

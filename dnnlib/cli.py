@@ -242,7 +242,7 @@ class PathType(click.ParamType):
     A name may stand beside paths ('data|random|FILE'): it passes unchanged.
 
     Args:
-        addresses: Also take https:// addresses, which `dnnlib.download.local_path` turns into a file.
+        addresses: Also take https:// and hf:// addresses, which `dnnlib.download.local_file` turns into a file.
     """
 
     name = "PATH"
@@ -257,7 +257,7 @@ class PathType(click.ParamType):
         if "\0" in text:
             self.fail(f"{text!r} has a zero byte, which no path has", param, ctx)
         if is_address(text):
-            if self.addresses and text.startswith(("https://", "http://")):
+            if self.addresses and text.startswith(("https://", "http://", "hf://")):
                 return text
             self.fail(f"{text} is an address, and here a file or folder on this machine is needed: "
                       "download or mount it first", param, ctx)

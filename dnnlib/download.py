@@ -18,6 +18,7 @@ import requests
 import urllib3
 
 from dnnlib.errors import UserError
+from dnnlib.hub import hub_file, is_hub_address
 from dnnlib.util import atomic_write_text, file_lock, file_sha256, format_bytes, is_address, parse_json, printable
 
 CHUNK_BYTES = 1 << 20
@@ -157,14 +158,17 @@ def _missing(asset: Asset, target: Path, why: str) -> str:
 def local_file(path: str | os.PathLike[str]) -> Path:
     """The file that an option names: a path as it is, of an address the copy in the cache, downloaded once.
 
-    The copy's SHA-256 is recorded beside it and must still fit when it is used again.
+    The copy's SHA-256 is recorded beside it and must still fit when it is used again. Of hf:// addresses the Hugging
+    Face library keeps its own copies.
 
     Raises:
-        UserError: not https://; the file cannot be had, is a web page, or is too large.
+        UserError: neither https:// nor hf://; the file cannot be had, is a web page, or is too large.
     """
     text = os.fspath(path)
     if not is_address(text):
         return Path(path)
+    if is_hub_address(text):
+        return hub_file(text, is_offline())
     _check_address(text)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", urllib.parse.unquote(urllib.parse.urlsplit(text).path).rpartition("/")[2])
     folder = cache_dir() / "addresses" / hashlib.sha256(text.encode()).hexdigest()[:16]

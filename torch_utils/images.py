@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors from and to 8-bit images. The two official roundings differ and each has its place."""
+import io
 import os
 
 import numpy as np
@@ -29,10 +30,17 @@ def to_uint8_metric(images: torch.Tensor) -> torch.Tensor:
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
+def png_bytes(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] (or [H, W]) as PNG."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(image).save(file, format="PNG", compress_level=1)
+    return file.getvalue()
+
+
 def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write uint8 [H, W, 3] (or [H, W]) as PNG, atomically."""
     with atomic_file(path) as f:
-        PIL.Image.fromarray(image).save(f, format="PNG", compress_level=1)
+        f.write(png_bytes(image))
 
 
 def image_grid(images: torch.Tensor, columns: int) -> np.ndarray:

@@ -4,18 +4,16 @@
 It serves as a backbone of the discriminator, as the network behind metrics, and as the classifier for guidance.
 A file is a .safetensors with the configuration as JSON in its header; reading one runs no code.
 """
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 from dnnlib import UserError
-from dnnlib.util import atomic_file, file_sha256, list_some, parse_json
+from dnnlib.util import atomic_file, file_sha256, list_some
 from torch_utils.images import from_uint8
 from torch_utils.schema import (
     MAX_ITEMS,
@@ -29,14 +27,12 @@ from torch_utils.schema import (
     nothing_or,
     plain,
     record,
-    shown,
     text,
     whole,
 )
-from torch_utils.weights import open_safetensors
+from torch_utils.weights import open_safetensors, read_header, safetensors_bytes
 
 FORMAT = "stylesan-xl/local-network/1"
-HEADER_KEY = "stylesan_xl"      # The header's only entry: the order of several would differ from file to file.
 MAX_WIDTH, MAX_STAGES, MAX_RESOLUTION = 8192, 12, 4096
 MAX_MAP = 1 << 24               # Elements of a map per image. A small file may ask for large ones.
 
@@ -158,9 +154,8 @@ def save_own_network(path: str | os.PathLike[str], net: OwnNetwork, metadata: di
         SHA-256 of the file.
     """
     header = {"format": FORMAT, "config": net.config, "metadata": metadata or {}}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     with atomic_file(path) as f:
-        f.write(safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)}))
+        f.write(safetensors_bytes(net.state_dict(), header))
     return file_sha256(path)
 
 
@@ -182,7 +177,7 @@ def load_own_network(path: str | os.PathLike[str]) -> OwnNetwork:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file: train one with python -m training.feature_networks.train")
     with open_safetensors(path) as file:
-        header = _header(path, file)
+        header = read_header(path, file, FORMAT, "name a file that python -m training.feature_networks.train wrote")
         try:
             HEADER(header, "its header")
             with torch.device("meta"):
@@ -201,16 +196,3 @@ def load_own_network(path: str | os.PathLike[str]) -> OwnNetwork:
     net.metadata = header.get("metadata", {})
     net.sha256 = file_sha256(path)
     return net.eval().requires_grad_(False)
-
-
-def _header(path: str | os.PathLike[str], file: Any) -> Any:
-    """The JSON in a file's header, which is of our format."""
-    try:
-        header = parse_json((file.metadata() or {}).get(HEADER_KEY, "{}"))
-    except ValueError:
-        header = None
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: expected a file of format {FORMAT!r}, found {shown(found)}: name a file that "
-                        "python -m training.feature_networks.train wrote")
-    return header

@@ -86,15 +86,22 @@ class MappingNetwork(torch.nn.Module):
             truncation_psi: Pull w towards the class's mean: 1 leaves it, 0 gives the mean.
             truncation_cutoff: Only the first so many layers are pulled; None means all.
         """
+        classes = self._labels(c).argmax(dim=1) if self.c_dim > 0 else None
+        ws = self.map_classes(z, classes)
+        return ws if truncation_psi == 1 else self.truncate(ws, classes, truncation_psi, truncation_cutoff)
+
+    def map_classes(self, z: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:
+        """[N, z_dim], indices of classes [N] (None when unconditional) -> ws [N, num_ws, w_dim] without truncation."""
         assert_shape(z, [None, self.z_dim])
-        classes = None if self.c_dim == 0 else self._labels(c).argmax(dim=1)
         w = self.map(z, None if classes is None else self.embed(classes))
-        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)       # [N, num_ws, w_dim]
-        if truncation_psi == 1:
-            return ws
+        return w.unsqueeze(1).repeat(1, self.num_ws, 1)
+
+    def truncate(self, ws: torch.Tensor, classes: torch.Tensor | None, psi: float | torch.Tensor,
+                 cutoff: int | None = None) -> torch.Tensor:
+        """Pull the first `cutoff` of ws [N, num_ws, w_dim] towards the means of their classes: see `forward`."""
         mean = self.w_avg if classes is None else self.w_avg[classes].unsqueeze(1)
-        cut = self.num_ws if truncation_cutoff is None else truncation_cutoff
-        return torch.cat([mean.lerp(ws[:, :cut], truncation_psi), ws[:, cut:]], dim=1)
+        cut = self.num_ws if cutoff is None else cutoff
+        return torch.cat([mean.lerp(ws[:, :cut], psi), ws[:, cut:]], dim=1)
 
     def map(self, z: torch.Tensor, vectors: torch.Tensor | None) -> torch.Tensor:
         """z [N, z_dim] and class vectors [N, embed_dim], rows of `embed` or what lies between them, -> w [N, w_dim].

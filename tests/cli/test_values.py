@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import calc_metrics
 import dataset_tool
 import demo
+import export
 import gen_images
 import gen_video
 import train
@@ -33,7 +34,7 @@ from transport.ttc import experiment as ttc
 
 COMMANDS = {
     "train": train.main, "gen_images": gen_images.main, "gen_video": gen_video.main,
-    "calc_metrics": calc_metrics.main, "demo": demo.main,
+    "calc_metrics": calc_metrics.main, "demo": demo.main, "export": export.main,
     "dataset_tool": dataset_tool.main.commands["make"], "verify": dataset_tool.main.commands["verify"],
     "random_data": random_data.main, "prefetch": prefetch.main, "build": build.main,
     "class_embedding": class_embedding.main, "train_local": train_local.main, "html_report": html_report.main,

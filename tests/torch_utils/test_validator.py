@@ -36,9 +36,9 @@ from tests.torch_utils.crafted import (
 from torch_utils import checkpoint, pickle_values
 from torch_utils.arrays import open_npz, read_npy
 from torch_utils.nested import first_nonfinite
-from torch_utils.own_network import HEADER_KEY, OwnNetwork, load_own_network, own_config, save_own_network
+from torch_utils.own_network import OwnNetwork, load_own_network, own_config, save_own_network
 from torch_utils.schema import Unfit, record, shown, whole
-from torch_utils.weights import read_weights
+from torch_utils.weights import HEADER_KEY, read_weights
 from training.config import GeneratorConfig, from_dict
 from training.networks_stylegan3 import Generator
 from training.run.formats import check_snapshot, check_state, read_state

@@ -170,13 +170,16 @@ def implements(op: str, form: str) -> Callable[[Callable[..., Any]], Callable[..
 def select(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
     """The function that computes `op` for tensors on `device`.
 
-    'auto' takes native code for the device if there is any, then 'matrix', then 'ref'.
+    'auto' takes native code for the device if there is any, then 'matrix', then 'ref'. Where the caller's network is
+    being exported it takes 'ref': another program knows none of the others.
 
     Raises:
         ValueError: `impl` is no known name, has no such form of this operation, or belongs to another device.
     """
     forms, kind = _implementations[op], device.type
     if impl == "auto":
+        if torch.compiler.is_exporting():
+            return forms["ref"]
         if kind in NATIVE and kind in forms and load(kind).functions is not None:
             return forms[kind]
         return forms.get("matrix", forms["ref"])

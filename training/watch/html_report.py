@@ -4,6 +4,7 @@
 The loop draws it at every snapshot; `python -m training.watch.html_report RUNDIR` draws it by hand.
 """
 import base64
+import contextlib
 import dataclasses
 import datetime
 import html
@@ -34,20 +35,29 @@ REAL, FAKE, OTHER = "#1f6fb4", "#d1602a", "#3c8d5a"     # Colours: what belongs 
 #----------------------------------------------------------------------------
 # Reading.
 
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects in the lines of a .jsonl file; none if there is no file.
+
+    A line that a kill cut off, or a disk damaged, is passed over.
+    """
+    found = []
+    for text in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            line = parse_json(text)
+            if isinstance(line, dict):
+                found.append(line)
+    return found
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file that count, objects with a number cur_nimg; none if there is no file.
 
     Lines hold cur_nimg and run_start (how often the run had been started). What a killed run wrote after its last state
-    is written again by the next start: the later line counts. A line that a kill cut off, or a disk damaged, is passed
-    over.
+    is written again by the next start: the later line counts.
     """
     lines: list[dict[str, Any]] = []
-    for text in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            line = parse_json(text)
-        except ValueError:
-            continue
-        if not isinstance(line, dict) or not isinstance(line.get("cur_nimg"), int):
+    for line in read_objects(path):
+        if not isinstance(line.get("cur_nimg"), int):
             continue
         while lines and _is_void(lines[-1], line):
             lines.pop()
