@@ -17,7 +17,7 @@ import tqdm
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
 from inference.frames import pictures
-from inference.sample_files import Sheet, write_picture
+from inference.sample_files import Sheet, write_sheet
 from inference.sampling import class_means, find_classes, map_latents
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
@@ -196,11 +196,11 @@ def main(network: str, dest: str, clusters: int, num: int | None, per_class: boo
     check_numbers(G, count, clusters)
     form = None if sheet is None else sheet_of_centers(loaded, clusters, classes if per_class else None)
     find = centers_per_class if per_class else centers_over_all
-    found = find(G, count, clusters, classes, seed)
-    with atomic_file(dest) as f:
+    with atomic_file(dest) as f:        # That it can be written shows before anything is computed.
+        found = find(G, count, clusters, classes, seed)
         np.save(f, found.centers)
     if sheet is not None and form is not None:
-        write_picture(sheet, form.draw(center_images(G, found.centers, precision)))
+        write_sheet(sheet, form, center_images(G, found.centers, precision))
     click.echo(f"{dest}: {found}")
 
 
