@@ -6,13 +6,14 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import list_some
 from inference.frames import make_transform
 from inference.image_inputs import read_labels
-from inference.latents import load_centroids
+from inference.latents import load_centroids, load_latents
 from inference.sample_files import (
     SHEET_PIXELS,
     Sheet,
@@ -22,7 +23,7 @@ from inference.sample_files import (
     write_npz,
     write_sheet,
 )
-from inference.samples import Samples, class_shares, drawn_classes, each_class, sample_images
+from inference.samples import Samples, class_shares, drawn_classes, each_class, given_images, sample_images
 from inference.sampling import find_classes
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
@@ -39,6 +40,7 @@ class ImageOptions:
 
     network: str
     seeds: list[int] | None
+    w: list[str] | None
     class_name: str | None
     labels: str | None
     data: str | None
@@ -81,7 +83,21 @@ class ImageOptions:
                             else f"--data={self.data}: has no effect without --labels=dataset: leave it out")
         if self.split is not None and self.data is None:
             raise UserError(f"--split={self.split}: has no effect without --data: leave it out")
+        self.check_given()
         self.chosen_seeds()
+
+    def check_given(self) -> None:
+        """Given latents are used as they are, so some options have no meaning with them. Raises UserError."""
+        if not self.w:
+            return
+        if self.has_class_rows:
+            raise UserError("--sheet: has a row per class, and the latents of --w have none: give --grid, too")
+        choices = {"--seeds": self.seeds is not None, "--class": self.class_name is not None,
+                   "--labels": self.labels is not None, "--trunc": self.trunc != 1,
+                   "--centroids-path": self.centroids_path is not None}
+        if given := [option for option, is_given in choices.items() if is_given]:
+            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: "
+                            "leave it out")
 
     @property
     def shown_grid(self) -> str:
@@ -93,13 +109,15 @@ class ImageOptions:
         return self.sheet is not None and self.grid is None
 
     def chosen_seeds(self) -> list[int]:
-        """Each seed once. Raises UserError if it is not clear which."""
+        """Each seed once; none with --w. Raises UserError if it is not clear which."""
+        if self.w:
+            return []
         if self.seeds is not None:
             if self.seed is not None or self.samples_per_class is not None:
                 raise UserError("--seeds: names the samples of each class: leave --seed and --samples-per-class out")
             return list(dict.fromkeys(self.seeds))
         if not self.has_class_rows:
-            raise UserError("give --seeds, such as --seeds=0-9")
+            raise UserError("give --seeds, such as --seeds=0-9, or latents in files with --w")
         first = OFFICIAL_SEED if self.seed is None else self.seed
         last = first + (self.samples_per_class or OFFICIAL_SAMPLES) - 1
         if last > cli.MAX_SEED or last - first >= cli.MAX_LIST:
@@ -191,15 +209,29 @@ def grid_sheet(options: ImageOptions, resolution: int, count: int) -> Sheet:
 #----------------------------------------------------------------------------
 # Where it goes.
 
-def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples) -> Iterator[np.ndarray]:
-    """The images, uint8 [R, R, 3], with a bar that shows how far they are. Raises UserError."""
+def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples,
+                given: torch.Tensor | None) -> Iterator[np.ndarray]:
+    """The images, uint8 [R, R, 3], with a bar that shows how far they are.
+
+    Args:
+        loaded: The network.
+        options: The command line.
+        samples: What is made.
+        given: ws of --w, [N, num_ws, w_dim], of which it is made then.
+
+    Raises:
+        UserError: an image has non-finite values.
+    """
     G = loaded.G_ema
     transform = G.synthesis.input.get_buffer("transform")
     transform.copy_(make_transform(options.translate, options.rotate))
     centroids = None
     if options.centroids_path is not None:
         centroids = load_centroids(options.centroids_path, G.w_dim).to(transform.device)
-    images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision)
+    if given is None:
+        images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision)
+    else:
+        images = given_images(G, given, options.batch_sz, options.precision)
     return iter(tqdm.tqdm(images, total=len(samples), unit="image", disable=None))
 
 
@@ -207,14 +239,16 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
     """Make what is asked for; returns what was written, in words. Raises UserError."""
     G = loaded.G_ema
     seeds, classes = options.chosen_seeds(), named_classes(loaded, options)
+    given = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options.w]) if options.w else None
     sheet: Sheet | None = None
     if options.has_class_rows:
         sheet, samples = class_sheet(loaded, options, seeds, classes)
     else:
-        samples = choose_samples(loaded, options, seeds, classes)
+        samples = (choose_samples(loaded, options, seeds, classes) if given is None
+                   else Samples(range(len(given)), [0] * len(given)))
         if options.grid is not None:
             sheet = grid_sheet(options, G.img_resolution, len(samples))
-    images = make_images(loaded, options, samples)
+    images = make_images(loaded, options, samples, given)
     if sheet is not None:
         assert options.sheet is not None        # `check` has seen it.
         write_sheet(options.sheet, sheet, images)
@@ -222,12 +256,13 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
             return f"{options.sheet}: {sheet.groups} class(es) of {len(seeds)} samples, {sheet.columns} in a row"
         return f"{options.sheet}: {sheet.rows} row(s) of {sheet.per_group} samples"
     if options.npz is not None:
-        write_npz(options.npz, samples, images, G.img_resolution, class_numbers(loaded.class_names, G.c_dim))
+        numbers = class_numbers(loaded.class_names, G.c_dim) if given is None else []
+        write_npz(options.npz, samples, images, G.img_resolution, numbers)
         return f"{options.npz}: {len(samples)} images"
     assert options.outdir is not None
     by_class = len(classes) > 1 if classes is not None else options.labels in ("balanced", "dataset")
     folders = folder_names(loaded.class_names, G.c_dim) if by_class else None
-    write_folder(options.outdir, samples, images, folders)
+    write_folder(options.outdir, samples, images, folders, "seed" if given is None else "w")
     called = " in a folder per class" if by_class else ""
     if by_class and loaded.class_names and folders == [str(i) for i in range(G.c_dim)] != loaded.class_names:
         called += ", called by its number, because not all names of classes can be names of folders"
@@ -239,6 +274,8 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
 @click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
               type=cli.PathType(addresses=True), required=True)
 @click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(cli.MAX_SEED))
+@click.option("--w", help="Instead of seeds: latents in .npz (array w) or .npy files, used as they are",
+              metavar="FILE,FILE...", type=cli.PathList())
 @click.option("--class", "--classes", "class_name", help="Class by name or index, or several, e.g. cat,3,5-7: every "
               "seed is made with each  [default: drawn from each seed]", metavar="NAME,INT...")
 @click.option("--labels", help="How the class of each seed is drawn instead: all equally likely, the classes in turn, "
