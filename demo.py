@@ -190,11 +190,15 @@ def kimg_fraction(total_kimg: float) -> Callable[[str], float | None]:
 
 
 def metric_values(output: str) -> dict[str, float]:
-    """The values in the JSON lines that calc_metrics.py prints."""
+    """The values in the JSON lines that calc_metrics.py prints, by the names that were asked for.
+
+    Other commands print JSON, too, which is passed over; and names of results may have the detector's in them.
+    """
     values: dict[str, float] = {}
     for line in output.splitlines():
-        if line.startswith("{"):
-            values |= json.loads(line)["results"]
+        record = parse_json(line) if line.startswith("{") else {}
+        for name, value in record.get("results", {}).items():
+            values[record["asked_for"] + name.removeprefix(record["metric"])] = value
     return values
 
 #----------------------------------------------------------------------------
