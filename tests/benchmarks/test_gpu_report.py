@@ -61,6 +61,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_costs_its_limit_and_what_it_found_stays(make_runner, tmp_path):
     child = tmp_path / "child"
     hangs = writes(tmp_path / "ops.json", "one layer", {f"{LAYER}/cuda/contiguous/forward": 0.00125}) + (
@@ -88,6 +89,7 @@ def test_a_step_that_crashes_is_reported_with_its_last_line(make_runner, tmp_pat
     assert "| step build | failed (exit code 3): no / compiler | " in table
 
 
+@pytest.mark.slow
 def test_the_time_is_kept(make_runner):
     began = time.monotonic()
     outcomes, table = make_runner(("ops", 100, "import time; time.sleep(100)"), ("stem", 100, ""), seconds=3)

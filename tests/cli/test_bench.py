@@ -56,6 +56,7 @@ def test_a_stem(data16, tmp_path):
     assert stage["peak_memory"] > 1 << 27
 
 
+@pytest.mark.slow
 def test_a_recipe_before_anything_is_trained(tmp_path):
     """The last stage needs no stem: the ones below are resolved only."""
     data = tmp_path / "none{resolution}.zip"

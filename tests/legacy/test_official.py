@@ -362,6 +362,7 @@ def test_truncated_files(tmp_path, small_data):
             assert "damaged or cut off" in outcome(tmp_path / "x.pkl", data[:point])
 
 
+@pytest.mark.slow
 def test_flipped_bits(tmp_path, small_data):
     """Damage anywhere gives a network or one line, never anything else."""
     draw = random.Random(0)

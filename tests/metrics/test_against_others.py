@@ -63,6 +63,7 @@ def assert_equal(ours, theirs, terms=INCEPTION_TERMS):
 
 
 class TestFeatures:
+    @pytest.mark.slow
     def test_torch_fidelity(self, weights, images):
         out = ours("inception-2015-12-05", weights, images)
         pool, logits, spatial = others.by_torch_fidelity(images, weights)
@@ -74,15 +75,18 @@ class TestFeatures:
                                   for x in spatial.numpy()])
         assert_equal(out["spatial"], in_adms_order)
 
+    @pytest.mark.slow
     def test_pytorch_fid(self, weights, images, files):
         assert_equal(ours("inception-2015-12-05-pytorch_fid", weights, images)["pool"],
                      others.by_pytorch_fid(files, weights))
 
+    @pytest.mark.slow
     def test_layers_of_pytorch_fid(self, weights, images, files):
         found = ours(PYTORCH_FID, weights, images[:3])
         for dims in (64, 192, 768):
             assert_equal(found[f"pool{dims}"], others.by_pytorch_fid(files[:3], weights, dims))
 
+    @pytest.mark.slow
     def test_clean_fid(self, weights, images, files):
         assert_equal(ours("inception-2015-12-05-clean", weights, images)["pool"], others.by_clean_fid(files, weights))
 

@@ -41,6 +41,7 @@ print(peak() - before)
     (NEIGHBOURS, 180),      # One matrix of all distances is 256 MB.
     (ROWS, 290),            # The table is 164 MB, and 67 MB are on their way to it.
 ], ids=["precision-recall", "features"])
+@pytest.mark.slow
 def test_peak(script, limit):
     env = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}       # Whole pages of 2 MB would blur the peak.
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)

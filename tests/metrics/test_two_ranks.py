@@ -19,6 +19,7 @@ def result(folder, num_processes):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path, tiny_inception):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

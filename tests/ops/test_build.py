@@ -124,6 +124,7 @@ def test_two_kinds_of_machine_share_a_cache(folder, monkeypatch):
         assert compilation.library(Target("cpu", None, ("-fPIC",), (Source("small.cpp"),), ())) == path
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_failure_is_one_line_and_not_repeated(folder, monkeypatch):
     (folder / "broken").touch()
@@ -159,6 +160,7 @@ print(list(filtered_lrelu(torch.ones(1, 1, 8, 8), up=2, down=2).shape))
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler(tmp_path):
     env = {"PATH": str(tmp_path), "STYLESAN_OPS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     for choice, code in (("auto", 0), ("native", 1)):

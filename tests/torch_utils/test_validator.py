@@ -84,6 +84,7 @@ def refusals(check, content, is_usable=lambda content: None, leave=(), kinds=tup
     return found
 
 
+@pytest.mark.slow
 def test_snapshots(G):
     content = snapshot_of(G)
     check_snapshot(content)

@@ -157,6 +157,7 @@ def test_shared_weights_equal_a_weight_per_sample(demodulate):
         assert torch.allclose(y[n:n + 1], expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_frequencies_fill_the_disc_uniformly():
     """A radius r of a uniform disc of radius 1 has distribution function r^2."""
     torch.manual_seed(0)

@@ -100,7 +100,7 @@ def test_directions_have_unit_norm_and_differ_from_the_start(stem_run):
         assert not torch.equal(first[name], last[name])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_and_started_again_is_the_unbroken_run(stem_run, data16, tmp_path, workers):
     """2N iterations == N iterations, a new process's worth of state, N iterations; for every tensor, bit by bit."""
     train(tmp_path, data16, "--kimg=0.016", "--tick=0.016", "--snap=1")
@@ -112,6 +112,7 @@ def test_stopped_and_started_again_is_the_unbroken_run(stem_run, data16, tmp_pat
     assert len((run / "stats.jsonl").read_text().splitlines()) == 2     # Appended to.
 
 
+@pytest.mark.slow
 def test_other_settings_start_a_new_run(data16, tmp_path):
     train(tmp_path, data16, "--kimg=0.008")
     train(tmp_path, data16, "--kimg=0.008", "--glr=0.001")
@@ -171,6 +172,7 @@ def test_guidance_by_a_local_classifier(stem_run, data32, tmp_path):
     assert json.loads(lines[-1])["Loss/G/guidance_loss"]["mean"] == pytest.approx(np.log(4), abs=1)
 
 
+@pytest.mark.slow
 def test_unconditional_run_of_config_r_with_plain_heads(tmp_path):
     data = write_dataset(tmp_path / "plain.zip", 16, 8, 0)
     out = train(tmp_path / "out", data, "--cond=0", "--cfg=stylegan3-r", "--cbase=32", "--cmax=4", "--san=0",

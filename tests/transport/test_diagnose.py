@@ -45,6 +45,7 @@ def test_command(run, blobs, tmp_path):
     assert other["inner_product"] != line["inner_product"]
 
 
+@pytest.mark.slow
 def test_a_snapshot_with_the_former_name_of_a_setting(run, blobs, tmp_path):
     """Ghost batches were called split_group."""
     content = checkpoint.load(run / "best_model.pkl", NETWORK_FORMAT)

@@ -233,6 +233,12 @@ def smallest_singular_values(jacobian: torch.Tensor) -> torch.Tensor:
     return values[:, -1]
 
 
+def spread(x: torch.Tensor) -> float:
+    """Root of the mean squared distance from the mean, of samples [N, ...]."""
+    flat = x.detach().flatten(1).to(torch.float64)
+    return float((flat - flat.mean(dim=0)).square().sum(dim=1).mean().sqrt())
+
+
 def min_pair_ratio(x: torch.Tensor, h: torch.Tensor) -> float:
     """min over pairs of |h(x) - h(y)| / |x - y|: 0 if h gives two samples the same features.
 

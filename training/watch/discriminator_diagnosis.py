@@ -309,12 +309,6 @@ def weighted_mean(parts: list[dict[str, float]], weights: list[int]) -> dict[str
 #----------------------------------------------------------------------------
 # Injectivity.
 
-def _spread(x: torch.Tensor) -> float:
-    """Root of the mean squared distance from the mean, of [N, ...]."""
-    flat = x.flatten(1).to(torch.float64)
-    return float((flat - flat.mean(dim=0)).square().sum(dim=1).mean().sqrt())
-
-
 def smallest_stretch(dx: torch.Tensor, dh: torch.Tensor) -> float:
     """min over v of |dh^T v| / |dx^T v|: how little features move where images move.
 
@@ -350,7 +344,7 @@ def injectivity(G: Generator, D: ProjectedDiscriminator, dataset: ImageDataset, 
         stretches = _tangents(G, D, settings, dataset.labels[few], store)
     found = {}
     for name, h, stretch in zip(names, maps, stretches, strict=True):
-        unit = _spread(x) / max(_spread(h), san_conditions.TINY)
+        unit = san_conditions.spread(x) / max(san_conditions.spread(h), san_conditions.TINY)
         found[name] = {"pair_ratio": san_conditions.min_pair_ratio(x, h) * unit, "tangent_ratio": stretch * unit}
     return found
 

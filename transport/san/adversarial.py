@@ -16,6 +16,9 @@ from training.discriminators.san import (
 )
 from transport.common import critics
 
+MODELS = ("gan", "san")
+COLOURS = {"gan": "tab:orange", "san": "tab:blue"}      # The same in all figures.
+
 #----------------------------------------------------------------------------
 
 class Discriminator(torch.nn.Module):

@@ -1,201 +1,383 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain DCGAN on scikit-learn's handwritten digits, and the same as SAN: several seeds, scored by a classifier."""
+"""A DCGAN and the same as SAN on small images, by the protocol of SAN's small published code, and its variants.
+
+The published code (Takida et al., ICLR 2024, "simple-san", MNIST) has spectral norm and no BatchNorm in the features of
+the discriminator, Adam 1e-3 with betas (0, 0.99), batches of 128, and one step of each network. So has this study; its
+networks are smaller, since its images are.
+"""
+import copy
 import dataclasses
+import itertools
+import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 import torch
+from torch.nn.utils.parametrizations import spectral_norm
 
-from metrics.frechet import frechet_distance
-from metrics.precision_recall import precision_recall
-from torch_utils.images import to_uint8_nearest
+from dnnlib import UserError
+from dnnlib.util import atomic_write_text, first_line, parse_json
+from torch_utils.images import from_uint8, to_uint8_nearest
+from torch_utils.misc import evaluating
+from training.dataset import ImageDataset
+from training.discriminators import san_conditions
 from training.discriminators.san import GAN_LOSSES
-from transport.common import plotting
+from transport.common import critics, plotting
 from transport.common.sklearn_images import load_digits
 from transport.common.study import check, option, seeded, study_command
-from transport.san.adversarial import Discriminator, adam, train_discriminator, train_generator
+from transport.san.adversarial import COLOURS, MODELS, Discriminator, adam, train_discriminator, train_generator
+from transport.san.judge import Judge, Score, score, train_judge
 
-NUM_CLASSES = 10
-Z_DIM, FEATURES = 32, 64
-MODELS = ("gan", "san")
-COVERED = 0.02                                  # A class counts if more than 2 % of all samples look like it.
+Z_DIM, CLASS_DIM = 32, 32       # Numbers of z, and of the learned vector of a class beside it.
+RESOLUTIONS = (8, 16, 32)
+NORMS = ("spectral", "batch", "none")
+PAIRS = 256                     # So many real and as many generated images have their distances compared.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """DCGAN against DCGAN as SAN on 8-pixel digits."""
+    """DCGAN against DCGAN as SAN on small images, the 8-pixel digits of scikit-learn or a data set archive.
 
-    loss: str = option("hinge", "Loss of the GAN", choices=tuple(GAN_LOSSES))
-    seeds: int = option(5, "Runs per model, with seeds 0, 1, ...", min=1)
-    iterations: int = option(2000, "Steps of each network", min=1)
-    batch: int = option(64, "Images per step", min=2)
-    lr: float = option(2e-4, "Learning rate of Adam, betas (0.5, 0.999)", min=0, open_min=True)
+    With --outdir every finished run is kept, and the same command goes on with those that are missing.
+    """
+
+    data: str = option("digits", "'digits', or an archive or folder of images with classes, at 8, 16 or 32 pixels")
+    loss: str = option("hinge", "Loss of the GAN", choices=(*GAN_LOSSES, "all"))
+    conditional: bool = option(False, "Both networks are told the class; a direction per class")
+    norm: str = option("spectral", "What the features of the discriminator are normalised by", choices=NORMS)
+    seeds: int = option(5, "Runs per loss and model, with seeds 0, 1, ...", min=1)
+    iterations: int = option(3000, "Steps of each network", min=1)
+    every: int = option(1000, "Steps between two measurements", min=1)
+    batch: int = option(128, "Images per step", min=2)
+    lr: float = option(1e-3, "Learning rate of Adam", min=0, open_min=True)
+    beta1: float = option(0.0, "Adam's average of gradients", min=0, max=1, open_max=True)
+    beta2: float = option(0.99, "Adam's average of squared gradients", min=0, max=1, open_max=True)
     judge_steps: int = option(1000, "Steps of the classifier that scores", min=1)
     device: str = option("cpu", "Where to compute")
+    outdir: str | None = None
 
     def quick(self) -> "Config":
-        return dataclasses.replace(self, seeds=1, iterations=800)
+        return dataclasses.replace(self, seeds=1, iterations=1000, every=500)
 
 
-class Score(NamedTuple):
-    """Generated digits against all real ones, in features of the classifier."""
+class Conditions(NamedTuple):
+    """SAN's three conditions on the discriminator, with classes as means over them, and how steep it is."""
 
-    fid: float
-    precision: float
-    recall: float
-    classes: int            # How many of the ten more than 2 % of the samples look like.
+    inner_product: float    # <w/|w|, optimal direction>.
+    floor: float            # What an optimal direction would read on as many samples.
+    gap: float              # |E_real h - E_generated h|.
+    separability: float     # |mean difference| / W1 along w, in [0, 1].
+    pair_ratio: float       # min over pairs |h(x) - h(y)| / |x - y|, over the ratio of typical distances.
+    stretch: float          # That ratio of typical distances: spread of h over spread of x.
+    slope: float            # Mean |df/dx| at generated images.
+
+
+class Measurement(NamedTuple):
+    """Both networks after some steps."""
+
+    iteration: int
+    score: Score
+    conditions: Conditions
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The record of one training."""
+
+    loss: str
+    model: str
+    seed: int
+    history: list[Measurement]
+    samples: np.ndarray                 # uint8 [N, H, W, C], of the last step.
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Scores per model and seed, the scores of real digits, and samples of seed 0."""
+    """All runs, and how well the judge knows the real images."""
 
     config: Config
-    scores: dict[str, list[Score]]
-    accuracy: float                     # The classifier's, on the half that it did not train on.
-    real: Score                         # One half of the digits against the other.
-    samples: dict[str, np.ndarray]      # uint8 [N, 8, 8].
+    runs: list[Run]
+    accuracy: float                     # The judge's, on the half that it did not train on.
+    real: Score                         # One half of the real images against the other.
+
+    def of(self, loss: str, model: str) -> list[Run]:
+        return [run for run in self.runs if (run.loss, run.model) == (loss, model)]
 
     def headline(self) -> dict[str, Any]:
-        line: dict[str, Any] = {"loss": self.config.loss, "iterations": self.config.iterations,
-                                "judge_accuracy": round(self.accuracy, 4),
+        line: dict[str, Any] = {"judge_accuracy": round(self.accuracy, 4),
                                 "real_halves": [round(value, 3) for value in self.real]}
-        for model, scores in self.scores.items():
-            for field in ("fid", "precision", "recall"):
-                values = [getattr(score, field) for score in scores]
-                line[f"{model}_{field}"] = [round(value, 3) for value in values]
-                line[f"{model}_{field}_mean"] = round(statistics.fmean(values), 3)
-                line[f"{model}_{field}_std"] = round(statistics.stdev(values), 3) if len(values) > 1 else None
-            line[f"{model}_classes"] = [score.classes for score in scores]
+        for loss, model in dict.fromkeys((run.loss, run.model) for run in self.runs):
+            line[f"{loss} {model}"] = _summary(self.of(loss, model))
         return line
 
-#----------------------------------------------------------------------------
+
+def _summary(runs: list[Run]) -> dict[str, Any]:
+    """Every number at every measurement, per seed, and of the Frechet distance its mean and deviation over seeds."""
+    found: dict[str, Any] = {"iterations": [m.iteration for m in runs[0].history]}
+    found |= {field: [[_rounded(getattr(m.score, field)) for m in run.history] for run in runs]
+              for field in Score._fields}
+    found |= {field: [[_rounded(getattr(m.conditions, field)) for m in run.history] for run in runs]
+              for field in Conditions._fields}
+    columns = list(zip(*found["fid"], strict=True))
+    found["fid_mean"] = [round(statistics.fmean(column), 2) for column in columns]
+    found["fid_std"] = [round(statistics.stdev(column), 2) if len(column) > 1 else None for column in columns]
+    return found
 
 
-def generator() -> torch.nn.Sequential:
-    """DCGAN's (Radford et al. 2016) for 8 pixels: z [N, Z_DIM] -> [N, 1, 8, 8]."""
-    def up(a: int, b: int) -> list[torch.nn.Module]:
-        return [torch.nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=False)]
-    return torch.nn.Sequential(
-        torch.nn.Unflatten(1, (Z_DIM, 1, 1)), torch.nn.ConvTranspose2d(Z_DIM, 64, 2, bias=False),
-        torch.nn.BatchNorm2d(64), torch.nn.ReLU(), *up(64, 32), torch.nn.BatchNorm2d(32), torch.nn.ReLU(),
-        *up(32, 1), torch.nn.Tanh())
-
-
-def discriminator_body() -> tuple[torch.nn.Sequential, int]:
-    """All of DCGAN's discriminator but the last layer: [N, 1, 8, 8] -> [N, width], and the width."""
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(1, 32, 4, stride=2, padding=1), torch.nn.LeakyReLU(0.2),
-        torch.nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False), torch.nn.BatchNorm2d(64), torch.nn.LeakyReLU(0.2),
-        torch.nn.Flatten()), 64 * 2 * 2
-
-
-def train(config: Config, images: torch.Tensor, model: str, seed: int) -> torch.nn.Module:
-    """A generator, trained beside a GAN's or a SAN's discriminator; same start of all but the last layer."""
-    device = images.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        G = generator().to(device)
-        D = Discriminator(*discriminator_body(), san=model == "san").to(device)
-    adam_G, adam_D = (adam(net, config.lr, (0.5, 0.999)) for net in (G, D))
-    draws, no_class = seeded(seed, "training"), torch.zeros(config.batch, dtype=torch.int64, device=device)
-    for _ in range(config.iterations):
-        real = images[torch.randint(len(images), [config.batch], generator=draws).to(device)]
-        fake = G(torch.randn([config.batch, Z_DIM], generator=draws).to(device))
-        train_discriminator(config.loss, D, adam_D, real, fake.detach(), no_class)
-        train_generator(config.loss, D, adam_G, fake, no_class)
-    return G
+def _rounded(value: float) -> float:
+    """Four digits are more than seeds agree on."""
+    return float(f"{value:.4g}")
 
 #----------------------------------------------------------------------------
+# Finished runs, as plain values in a file each.
 
-class Judge(torch.nn.Module):
-    """A classifier of digits, [N, 1, 8, 8] -> logits [N, 10]; `features` [N, 64] are what scores compare."""
+MAY_DIFFER = ("loss", "seeds", "device", "outdir")      # Settings in which the runs of one folder may differ.
 
-    def __init__(self) -> None:
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_DIFFER}
+
+
+def save_run(config: Config, run: Run, path: Path) -> None:
+    """Write a run with the settings that it was made with; whole or not at all."""
+    record = {"settings": _settings(config), "samples": run.samples.tolist(),
+              "history": [[m.iteration, [*m.score], [*m.conditions]] for m in run.history]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(record))
+
+
+def load_run(config: Config, path: Path, loss: str, model: str, seed: int) -> Run:
+    """Read what `save_run` has written.
+
+    Raises:
+        UserError: the file is damaged, or its run has other settings.
+    """
+    try:
+        record = parse_json(path.read_bytes())
+        settings = dict(record["settings"])
+        history = [Measurement(int(iteration), Score(*values), Conditions(*conditions))
+                   for iteration, values, conditions in record["history"]]
+        samples = np.array(record["samples"], dtype=np.uint8)
+        if not history or samples.ndim != 4:
+            raise ValueError("it has no measurements or no samples")
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise UserError(f"{path}: damaged ({first_line(err)}): delete it to have the run made again") from err
+    for name, value in _settings(config).items():
+        if settings.get(name) != value:
+            raise UserError(f"{path}: was made with {name}={settings.get(name)}, not {name}={value}: name another "
+                            "--outdir, or delete the file to have the run made again")
+    return Run(loss, model, seed, history, samples)
+
+#----------------------------------------------------------------------------
+# Images.
+
+def load_images(data: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and their classes: (float32 [N, C, R, R] in [-1, 1], int64 [N]).
+
+    Args:
+        data: 'digits', or the path of an archive or a folder with labels.
+
+    Raises:
+        UserError: it cannot be read, has no classes, or its images are not of 8, 16 or 32 pixels.
+    """
+    if data == "digits":
+        return load_digits()
+    dataset = ImageDataset(data, use_labels=True)
+    if dataset.resolution not in RESOLUTIONS:
+        raise UserError(f"--data={data}: has {dataset.resolution} pixels, but the networks of this study are made for "
+                        f"{', '.join(map(str, RESOLUTIONS))}: make it with dataset_tool.py --resolution=16")
+    items = [dataset[k] for k in range(len(dataset))]
+    images = from_uint8(torch.from_numpy(np.stack([image for image, _ in items])))
+    if bool((images[:, 0] == images[:, 1]).all() and (images[:, 0] == images[:, 2]).all()):
+        images = images[:, :1]          # Grey images have three equal channels in an archive.
+    return images.contiguous(), torch.tensor([label for _, label in items])
+
+#----------------------------------------------------------------------------
+# Networks. GAN and SAN of a seed differ in the last layer of the discriminator, and in nothing else.
+
+class Generator(torch.nn.Module):
+    """DCGAN's (Radford et al. 2016) for small images: z [N, Z_DIM], c int64 [N] -> [N, C, R, R] in [-1, 1].
+
+    Without classes, c may be left out.
+    """
+
+    def __init__(self, channels: int, resolution: int, num_classes: int = 0):
         super().__init__()
-        self.features = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3, stride=2, padding=1),
-            torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32 * 4 * 4, FEATURES), torch.nn.ReLU())
-        self.last = torch.nn.Linear(FEATURES, NUM_CLASSES)
+        self.embedding = torch.nn.Embedding(num_classes, CLASS_DIM) if num_classes else None
+        inputs, width = Z_DIM + (CLASS_DIM if num_classes else 0), 8 * resolution
+        layers: list[torch.nn.Module] = [torch.nn.Unflatten(1, (inputs, 1, 1)),
+                                         torch.nn.ConvTranspose2d(inputs, width, 2, bias=False)]
+        for _ in range(int(math.log2(resolution)) - 2):
+            layers += [torch.nn.BatchNorm2d(width), torch.nn.ReLU(),
+                       torch.nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1, bias=False)]
+            width //= 2
+        self.layers = torch.nn.Sequential(
+            *layers, torch.nn.BatchNorm2d(width), torch.nn.ReLU(),
+            torch.nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1, bias=False), torch.nn.Tanh())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.last(self.features(x))
-        return logits
-
-
-def train_judge(images: torch.Tensor, labels: torch.Tensor, steps: int) -> tuple[Judge, float]:
-    """Train a classifier on every second digit; returns it and its accuracy on the others. All runs share it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        judge = Judge().to(images.device)
-    optimizer, draws = adam(judge, 1e-3, (0.9, 0.999)), seeded(0, "judge")
-    known = torch.arange(0, len(images), 2)
-    for _ in range(steps):
-        index = known[torch.randint(len(known), [64], generator=draws)].to(images.device)
-        loss = torch.nn.functional.cross_entropy(judge(images[index]), labels[index])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        right = judge(images[1::2]).argmax(dim=1) == labels[1::2]
-    return judge, float(right.double().mean())
+    def forward(self, z: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
+        images: torch.Tensor = self.layers(z if self.embedding is None else torch.cat([z, self.embedding(c)], dim=1))
+        return images
 
 
-@torch.no_grad()
-def score(judge: Judge, real: torch.Tensor, fake: torch.Tensor) -> Score:
-    """Frechet distance, precision and recall (k = 3), and classes covered."""
-    a, b = judge.features(real).cpu(), judge.features(fake).cpu()
-    moments = [part for h in (a.double(), b.double()) for part in (h.mean(dim=0).numpy(), torch.cov(h.T).numpy())]
-    manifold = precision_recall(a, b, dtype=torch.float32)
-    counts = torch.bincount(judge(fake).argmax(dim=1), minlength=NUM_CLASSES)
-    return Score(frechet_distance(*moments), manifold.precision, manifold.recall,
-                 int((counts > COVERED * len(fake)).sum()))
+def discriminator_body(channels: int, resolution: int, norm: str = "spectral") -> tuple[torch.nn.Sequential, int]:
+    """All of the discriminator but the last layer: [N, C, R, R] -> [N, width], and the width.
+
+    Three convolutions of 64, 128 and 256 features, each at half the resolution of the one before until 2 pixels are
+    left; all but the first are normalised.
+
+    Args:
+        channels: C.
+        resolution: R, 8 to 32.
+        norm: 'spectral' as published, 'batch' (BatchNorm) or 'none'.
+    """
+    layers: list[torch.nn.Module] = []
+    for number, width in enumerate((64, 128, 256)):
+        taps, stride = (4, 2) if resolution > 2 else (3, 1)
+        conv = torch.nn.Conv2d(channels, width, taps, stride=stride, padding=1, bias=number == 0 or norm != "batch")
+        layers.append(spectral_norm(conv) if number and norm == "spectral" else conv)
+        if number and norm == "batch":
+            layers.append(torch.nn.BatchNorm2d(width))
+        layers.append(torch.nn.LeakyReLU(0.2))
+        channels, resolution = width, resolution // stride
+    return torch.nn.Sequential(*layers, torch.nn.Flatten()), channels * resolution ** 2
+
+#----------------------------------------------------------------------------
+# Training, as published: one step of D, one of G, on batches of their own.
+
+class Training:
+    """Networks, optimisers and random streams of one run. GAN and SAN of a seed begin with the same G and h."""
+
+    def __init__(self, config: Config, images: torch.Tensor, labels: torch.Tensor, loss: str, model: str, seed: int):
+        self.config, self.images, self.labels, self.loss = config, images, labels, loss
+        self.num_classes = int(labels.max()) + 1 if config.conditional else 0
+        shape = images.shape[1], images.shape[2]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.G = Generator(*shape, self.num_classes).to(images.device)
+            self.D = Discriminator(*discriminator_body(*shape, config.norm), model == "san",
+                                   self.num_classes).to(images.device)
+        betas = config.beta1, config.beta2
+        self.adam_G, self.adam_D = (adam(net, config.lr, betas) for net in (self.G, self.D))
+        self.draws, self.seed = seeded(seed, "training"), seed
+
+    def iterate(self) -> None:
+        """Train D for a step, then G."""
+        index = torch.randint(len(self.images), [self.config.batch], generator=self.draws).to(self.images.device)
+        real, c = self.images[index], self.labels[index]        # Both sides show the same classes.
+        fake = self.G(self._latents(len(c), self.draws), c)
+        penalty = None
+        if self.loss == "wasserstein":                          # As published for this loss (Gulrajani et al. 2017).
+            z = critics.between(real, fake.detach(), self.draws)
+            penalty = lambda critic, z=z: 10 * critics.penalty(critic, z, two_sided=True)
+        train_discriminator(self.loss, self.D, self.adam_D, real, fake.detach(), c, penalty)
+        train_generator(self.loss, self.D, self.adam_G, fake, c)
+
+    def _latents(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn([count, Z_DIM], generator=generator).to(self.images.device)
+
+    @torch.no_grad()
+    def samples(self) -> torch.Tensor:
+        """As many as there are real images, of their classes: [N, C, R, R], with BatchNorm's running statistics."""
+        with evaluating(self.G):
+            images: torch.Tensor = self.G(self._latents(len(self.images), seeded(self.seed, "samples")), self.labels)
+        return images
+
+    @torch.no_grad()
+    def conditions(self, fake: torch.Tensor) -> Conditions:
+        """The discriminator on all real images and on as many generated ones [N, C, R, R], with the same classes."""
+        D = copy.deepcopy(self.D).eval()                        # Spectral norm's vectors and statistics stay.
+        some = [x[torch.randperm(len(x), generator=seeded(0, "pairs"))[:PAIRS].to(x.device)]
+                for x in (self.images, fake)]
+        x = torch.cat(some)
+        h = D.body(x)                                           # A function of one image: with running statistics.
+        stretch = san_conditions.spread(h) / max(san_conditions.spread(x), san_conditions.TINY)
+        closest = san_conditions.min_pair_ratio(x, h) / max(stretch, san_conditions.TINY)
+        classes = torch.zeros_like(self.labels) if not self.num_classes else self.labels
+        slopes = critics.gradient(lambda y: D(y, classes[:PAIRS]), fake[:PAIRS]).flatten(1).norm(dim=1)
+        for module in D.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.train()                                  # A training step normalises over each side apart.
+        real_h, fake_h = D.body(self.images), D.body(fake)
+        rows = []
+        for k, w in enumerate(D.rows()):
+            a, b = real_h[classes == k], fake_h[classes == k]
+            direction = san_conditions.direction_optimality(w, a, b)
+            rows.append((*direction, san_conditions.slice_along(w, a, b).separability))
+        inner, gap, floor, separability = (statistics.fmean(column) for column in zip(*rows, strict=True))
+        return Conditions(inner, floor, gap, separability, closest, stretch, float(slopes.mean()))
+
+    def measure(self, judge: Judge, iteration: int) -> tuple[Measurement, torch.Tensor]:
+        """Score the generator and look at the discriminator; returns the generated images, too.
+
+        Raises:
+            UserError: the training has diverged.
+        """
+        fake = self.samples()
+        if not bool(fake.isfinite().all()):
+            raise UserError(f"loss {self.loss}, seed {self.seed}: not finite after {iteration} steps: "
+                            f"lower --lr={self.config.lr}")
+        return Measurement(iteration, score(judge, self.images, fake), self.conditions(fake)), fake
 
 
-@torch.no_grad()
-def sample(G: torch.nn.Module, count: int, seed: int, device: torch.device) -> torch.Tensor:
-    """[count, 1, 8, 8], with BatchNorm's running statistics."""
-    z = torch.randn([count, Z_DIM], generator=seeded(seed, "samples")).to(device)
-    images: torch.Tensor = G.eval()(z)
-    return images
+def train(training: Training, judge: Judge, model: str) -> Run:
+    """Train both networks, and measure every so many steps; a line on stderr tells of each measurement."""
+    config, history = training.config, []
+    for iteration in range(1, config.iterations + 1):
+        training.iterate()
+        if iteration % config.every == 0 or iteration == config.iterations:
+            measurement, fake = training.measure(judge, iteration)
+            history.append(measurement)
+            click.echo(f"{training.loss} {model}, seed {training.seed}, step {iteration}: Frechet distance "
+                       f"{measurement.score.fid:.1f}, {measurement.score.classes} classes, "
+                       f"inner product {measurement.conditions.inner_product:.2f}", err=True)
+    images = to_uint8_nearest(fake[:50]).permute(0, 2, 3, 1).cpu().numpy()
+    return Run(training.loss, model, training.seed, history, images)
 
 
 def run(config: Config) -> Result:
-    """Train the judge, then every model with every seed.
+    """Train the judge, then every loss with every model and seed that --outdir does not hold already.
 
     Raises:
-        UserError: a setting out of its range.
+        UserError: a setting out of its range, data that do not suit, or a folder with runs of other settings.
     """
     check(config)
-    images, labels = (t.to(config.device) for t in load_digits())
+    images, labels = (t.to(config.device) for t in load_images(config.data))
     judge, accuracy = train_judge(images, labels, config.judge_steps)
-    scores: dict[str, list[Score]] = {model: [] for model in MODELS}
-    samples = {}
-    for seed in range(config.seeds):
-        for model in MODELS:
-            fake = sample(train(config, images, model, seed), len(images), seed, images.device)
-            scores[model].append(score(judge, images, fake))
-            if seed == 0:
-                samples[model] = to_uint8_nearest(fake[:50, 0]).cpu().numpy()
-    return Result(config, scores, accuracy, score(judge, images[0::2], images[1::2]), samples)
+    losses = GAN_LOSSES if config.loss == "all" else (config.loss,)
+    runs = []
+    for loss, seed, model in itertools.product(losses, range(config.seeds), MODELS):
+        path = config.outdir and Path(config.outdir, "runs", f"{loss}-{model}-{seed}.json")
+        if path and path.exists():
+            runs.append(load_run(config, path, loss, model, seed))
+            continue
+        runs.append(train(Training(config, images, labels, loss, model, seed), judge, model))
+        if path:
+            save_run(config, runs[-1], path)
+    return Result(config, runs, accuracy, score(judge, images[0::2], images[1::2]))
 
+#----------------------------------------------------------------------------
 
 def draw(result: Result, folder: Path) -> list[Path]:
-    """Samples of seed 0, and the distance of every seed."""
-    figure, axes = plotting.panels(1, 3, 2.8, 2.2)
-    for axis, model in zip(axes[0], MODELS, strict=False):
-        plotting.draw_images(axis, result.samples[model], columns=10)
-        axis.set_title(f"{model.upper()}, seed 0", fontsize=9)
-    last = axes[0, 2]
-    for place, scores in enumerate(result.scores.values()):
-        last.plot([place] * len(scores), [one.fid for one in scores], "o", alpha=0.6)
-        last.set_xlim(-0.5, 1.5)
-    last.set_xticks(range(len(MODELS)), [model.upper() for model in MODELS])
-    last.set_ylabel("FID by the judge, per seed")
-    last.set_ylim(bottom=0)
-    return [plotting.save(figure, folder / "digits.png")]
+    """Per loss: samples of each model's first seed, and the distance over steps, all seeds."""
+    losses = list(dict.fromkeys(run.loss for run in result.runs))
+    figure, axes = plotting.panels(len(losses), 3, 2.8, 2.2)
+    for row, loss in enumerate(losses):
+        for column, model in enumerate(MODELS):
+            plotting.draw_images(axes[row, column], result.of(loss, model)[0].samples, columns=10)
+            axes[row, column].set_title(f"{loss} {model.upper()}, seed 0", fontsize=9)
+            for number, one in enumerate(result.of(loss, model)):
+                axes[row, 2].plot([m.iteration for m in one.history], [m.score.fid for m in one.history], ".-",
+                                  color=COLOURS[model], alpha=0.7, label=None if number else model.upper())
+        axes[row, 2].set_yscale("log")
+        axes[row, 2].set_ylabel("Frechet distance", fontsize=8)
+        axes[row, 2].set_xlabel("step", fontsize=8)
+        axes[row, 2].legend(fontsize=7)
+    return [plotting.save(figure, folder / "samples.png")]
 
 
 main = study_command("san_dcgan", Config, run, draw)

@@ -17,13 +17,12 @@ from training.discriminators import san_conditions
 from training.discriminators.san import GAN_LOSSES
 from transport.common import critics, plotting
 from transport.common.study import check, option, seeded, study_command
-from transport.san.adversarial import Discriminator, adam, train_discriminator, train_generator
+from transport.san.adversarial import COLOURS, MODELS, Discriminator, adam, train_discriminator, train_generator
 
 MODES = 8
 Z_DIM = 10
 NEAR, COVERED = 0.15, 0.01      # A mode counts if more than 1 % of all samples are within 0.15 of it.
 SETTLED = 0.4                   # Means over iterations leave out this first share of them.
-MODELS = ("gan", "san")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +222,6 @@ def run(config: Config) -> Result:
                            for loss in losses for model in models for seed in range(config.seeds)])
 
 #----------------------------------------------------------------------------
-
-COLOURS = {"gan": "tab:orange", "san": "tab:blue"}
-
 
 def draw(result: Result, folder: Path) -> list[Path]:
     """Per loss: samples of each model's first seed, and the inner product over iterations, all seeds."""

@@ -321,6 +321,7 @@ def test_out_of_memory_in_training(data16, tmp_path, monkeypatch):
     assert "out of memory in phase Gmain at 16 pixels with --batch-gpu=8" in result.output
 
 
+@pytest.mark.slow
 def test_auto_is_recorded(data16, tmp_path):
     args = ["--cfg=stylegan3-t", "--preset=demo", "--cbase=64", "--cmax=8", "--batch=8", "--batch-gpu=auto",
             "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random", f"--data={data16}",

@@ -183,6 +183,7 @@ def test_a_run_keeps_the_forms_it_was_started_with(timed, data16, tmp_path):
     assert {form for name, form in new.items() if name in cached and name.startswith("filtered_lrelu")} == {"cpu"}
 
 
+@pytest.mark.slow
 def test_an_older_run_takes_the_defaults(timed, data16, tmp_path, unbroken, monkeypatch):
     """Its state has no choices: what it computed so far was native code."""
     options = "--tick=0.008", "--snap=1"

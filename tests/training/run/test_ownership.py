@@ -160,6 +160,7 @@ def test_names_in_two_spellings_are_one_name(tmp_path):
     folder = make_run(tmp_path, 0, settings(), desc=DESC + "-e\u0301")
     assert find_run(tmp_path, run_description(parts, "\xe9"), settings(), Given(INFO)).folder == folder
 
+@pytest.mark.slow
 def test_a_lock_file_that_was_deleted_is_made_anew(tmp_path):
     mine = RunLock(tmp_path)
     (tmp_path / LOCK_FILE).unlink()

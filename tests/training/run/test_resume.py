@@ -223,6 +223,7 @@ def test_another_micro_batch_keeps_the_place(data16, tmp_path, monkeypatch):
     assert not torch.equal(moments, after["optimizers"]["G"]["state"][0]["exp_avg_sq"])
 
 
+@pytest.mark.slow
 def test_changed_learning_rates_are_those_of_the_command(data16, tmp_path):
     run(tmp_path, data16, "--kimg=0.008")
     before = state(only_run(tmp_path))["optimizers"]["G"]["param_groups"][0]["lr"]
@@ -233,6 +234,7 @@ def test_changed_learning_rates_are_those_of_the_command(data16, tmp_path):
     assert after["counters"]["cur_nimg"] == 16
 
 
+@pytest.mark.slow
 def test_a_refused_run_is_named(data16, tmp_path):
     run(tmp_path, data16, "--kimg=0.008")
     output = run(tmp_path, data16, "--kimg=0.008", "--seed=1")

@@ -301,6 +301,7 @@ for n in range(1, 100):
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(tmp_path):
     """SIGKILL after some of the bytes: the file before is still there, and whole."""
     path, previous = tmp_path / "state.pt", tmp_path / "prev.pt"

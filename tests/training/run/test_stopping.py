@@ -195,6 +195,7 @@ def unbroken(tmp_path_factory, data16):
     return only_run(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "iteration"), [("SIGTERM", 1), ("SIGINT", 2), ("SIGHUP", 3), ("SIGUSR1", 4)])
 def test_a_signal_at_any_iteration_loses_nothing(unbroken, data16, tmp_path, monkeypatch, name, iteration):
     """Exit code 3 after the iteration; started again the run is the unbroken one, bit by bit, snapshots included."""
@@ -317,6 +318,7 @@ def test_patience_ends_the_stage(data16, tmp_path, monkeypatch):
     assert counters(folder)["cur_nimg"] == 32
 
 
+@pytest.mark.slow
 def test_killed_while_metrics_are_computed(data16, tmp_path, monkeypatch):
     """The state is on disk before the evaluation, which the next start makes up for."""
     class Killed(BaseException):

@@ -165,6 +165,7 @@ def test_the_watch_for_host_numbers_sees_them():
     assert len(watch.found) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [0, 2])
 def test_a_step_hands_no_numbers_to_the_device(group, monkeypatch):
     G, D = on_meta(monkeypatch, group)

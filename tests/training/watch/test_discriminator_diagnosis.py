@@ -223,6 +223,7 @@ def test_diagnosis_of_networks(blobs, c_dim, diffaug):
     assert found.scalars()[f"Diagnosis/floor/{found.heads[0].name}"] == found.heads[0].floor
 
 
+@pytest.mark.slow
 @pytest.mark.numeric
 def test_directions_that_are_set_to_the_optimal_ones_are_found_optimal(blobs):
     """Layers between images and the numbers: a D whose directions are turned by hand reads 1."""
@@ -284,6 +285,7 @@ def test_training_is_the_same_with_it(plain_run, blobs, tmp_path):
     assert line["inner_product"] == approx(lines[-1]["Diagnosis/inner_product"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_diagnosis_that_fails_does_not_stop_a_run(blobs, tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("no room")

@@ -153,12 +153,14 @@ def html_text(text: str) -> str:
     return text.replace("'", "&#x27;")
 
 
+@pytest.mark.slow
 def test_collapse_is_told_once_and_the_run_goes_on(data16, tmp_path, constant_generator):
     result = run(tmp_path, data16, "--kimg=0.056", "--tick=0.008", "--snap=100")
     assert result.exit_code == 0
     assert result.output.count("VERDICT") == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_healthy_run(data16, tmp_path, monkeypatch):
     monkeypatch.setattr(CollapseWatch, "WARMUP_STEPS", 0)
     monkeypatch.setattr(CollapseWatch, "PATIENCE_STEPS", 0)

@@ -1,4 +1,4 @@
-"""The DCGAN of the digits: scores, the command, and the conversion that the documentation shows."""
+"""The DCGAN as SAN: networks and scores, runs that are kept, and the conversion that the documentation shows."""
 import json
 import re
 from pathlib import Path
@@ -8,54 +8,151 @@ import torch
 from click.testing import CliRunner
 
 from tests.closeness import approx
+from tests.conftest import write_dataset
 from training.discriminators.san import SanLinear
 from transport.common.sklearn_images import load_digits
 from transport.common.study import seeded
 from transport.san import dcgan
+from transport.san.judge import score, train_judge
 
 pytestmark = pytest.mark.numeric
 
 DOCS = Path(__file__).resolve().parents[3] / "docs/transport.md"
+TINY = ["--iterations=2", "--every=1", "--seeds=1", "--judge-steps=3"]
+
+
+def command(*args):
+    return CliRunner().invoke(dcgan.main, [*TINY, *map(str, args)])
 
 
 def test_scores():
     images, labels = load_digits()
     assert (images.min().item(), images.max().item()) == (-1, 1)
-    judge, accuracy = dcgan.train_judge(images, labels, steps=60)
+    judge, accuracy = train_judge(images, labels, steps=60)
     assert accuracy > 0.5
-    same = dcgan.score(judge, images, images)
+    same = score(judge, images, images)
     assert same.fid == approx(0, abs=1e-3)
     assert same[1:] == (1, 1, 10)
-    ones = dcgan.score(judge, images, images[labels == 1])
+    ones = score(judge, images, images[labels == 1])
     assert ones.fid > 1
     assert ones.precision == 1
     assert ones.recall < 0.3
     assert ones.classes < 10
 
 
-def test_command(tmp_path):
-    args = ["--iterations=2", "--seeds=2", "--judge-steps=3", f"--outdir={tmp_path}"]
-    done = CliRunner().invoke(dcgan.main, args)
+def test_default_is_the_published_protocol():
+    config = dcgan.Config()
+    assert (config.lr, config.beta1, config.beta2, config.batch, config.loss) == (1e-3, 0, 0.99, 128, "hinge")
+    body, width = dcgan.discriminator_body(1, 8)
+    convs = [module for module in body if isinstance(module, torch.nn.Conv2d)]
+    assert [conv.out_channels for conv in convs] == [64, 128, 256]
+    assert [hasattr(conv, "parametrizations") for conv in convs] == [False, True, True]
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in body)
+    assert body(torch.zeros(2, 1, 8, 8)).shape == (2, width) == (2, 1024)
+
+
+@pytest.mark.parametrize("norm", dcgan.NORMS)
+@pytest.mark.parametrize(("channels", "resolution"), [(1, 8), (3, 16), (3, 32)])
+def test_shapes(norm, channels, resolution):
+    body, width = dcgan.discriminator_body(channels, resolution, norm)
+    images = dcgan.Generator(channels, resolution, 3)(torch.zeros(2, dcgan.Z_DIM), torch.tensor([0, 2]))
+    assert images.shape == (2, channels, resolution, resolution)
+    assert body(images).shape == (2, width)
+
+
+def test_gan_and_san_begin_alike():
+    images, labels = (part[:32] for part in load_digits())
+    config = dcgan.Config(batch=8)
+    gan, san = (dcgan.Training(config, images, labels, "hinge", model, 3) for model in dcgan.MODELS)
+    for a, b in ((gan.G, san.G), (gan.D.body, san.D.body)):
+        assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert torch.equal(torch.rand(3, generator=gan.draws), torch.rand(3, generator=san.draws))
+
+
+@pytest.mark.parametrize("loss", ["hinge", "wasserstein", "least-squares"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_measuring_changes_nothing(loss, conditional):
+    images, labels = (part[:200] for part in load_digits())
+    config = dcgan.Config(batch=8, conditional=conditional, norm="batch")
+    training = dcgan.Training(config, images, labels, loss, "san", 0)
+    training.iterate()
+    before = {name: value.clone() for net in (training.G, training.D) for name, value in net.state_dict().items()}
+    found = training.conditions(training.samples())
+    after = {name: value for net in (training.G, training.D) for name, value in net.state_dict().items()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert -1 <= found.inner_product <= 1
+    assert 0 <= found.separability <= 1
+    assert 0 < found.pair_ratio <= 2
+    assert found.stretch > 0
+    assert found.slope > 0
+
+
+def test_slope_and_direction_of_a_known_discriminator():
+    """Features that are the pixels themselves, and w along the first of them: every number is known."""
+    images, labels = (part[:64] for part in load_digits())
+    training = dcgan.Training(dcgan.Config(batch=8), images, labels, "hinge", "gan", 0)
+    training.D.body, training.D.last = torch.nn.Flatten(), torch.nn.Linear(64, 1)
+    with torch.no_grad():
+        training.D.last.weight.copy_(torch.nn.functional.one_hot(torch.tensor([0]), 64) * 3.0)
+    fake = images.clone()
+    fake[:, :, 0, 0] += 0.5                                     # The laws differ along the first pixel only.
+    found = training.conditions(fake)
+    assert found.inner_product == approx(-1)                    # w is large on generated images.
+    assert found.gap == approx(0.5)
+    assert found.separability == approx(1)
+    assert (found.stretch, found.pair_ratio, found.slope) == (approx(1), approx(1), approx(3))
+
+
+def test_command_keeps_its_runs(tmp_path):
+    data = f"--data={write_dataset(tmp_path / 'data.zip', 8, 40, 3)}"
+    done = command(data, "--loss=hinge", f"--outdir={tmp_path}")
     assert done.exit_code == 0, done.output
     line = json.loads(done.stdout)
-    assert len(line["gan_fid"]) == len(line["san_fid"]) == 2
-    assert line["san_fid_std"] >= 0
-    assert (tmp_path / "digits.png").stat().st_size > 1000
+    assert line["hinge gan"]["iterations"] == [1, 2]
+    assert (tmp_path / "samples.png").stat().st_size > 1000
+    kept = tmp_path / "runs/hinge-gan-0.json"
+    kept.write_text(kept.read_text().replace('"samples": [[[[', '"samples": [[[[7, 7, '))      # Not rectangular now.
+    done = command(data, f"--outdir={tmp_path}")
+    assert done.exit_code == 2
+    assert "hinge-gan-0.json: damaged" in done.output
+    kept.unlink()
+    done = command(data, "--seeds=2", f"--outdir={tmp_path}")
+    assert done.exit_code == 0, done.output
+    assert "hinge san, seed 0" not in done.stderr               # It is there already; the deleted one is made anew.
+    again = json.loads(done.stdout)
+    assert [again[f"hinge {model}"]["fid"][0] for model in dcgan.MODELS] == [
+        line[f"hinge {model}"]["fid"][0] for model in dcgan.MODELS]
+    assert again["hinge san"]["fid_std"][0] >= 0
+    done = command(data, "--norm=batch", f"--outdir={tmp_path}")
+    assert done.exit_code == 2
+    assert "norm=spectral, not norm=batch" in done.output
+
+
+def test_images_of_an_archive(tmp_path):
+    data = write_dataset(tmp_path / "colour.zip", 16, 12, 3)
+    images, labels = dcgan.load_images(str(data))
+    assert images.shape == (12, 3, 16, 16)
+    assert -1 <= images.min() < images.max() <= 1
+    assert labels.max() == 2
+    done = command(f"--data={write_dataset(tmp_path / 'large.zip', 64, 4, 2)}")
+    assert done.exit_code == 2
+    assert "64 pixels" in done.output
 
 
 def test_documented_conversion_trains():
     (diff,) = re.findall(r"```diff\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
     for sign, layer in (("-", torch.nn.Linear), ("+", SanLinear)):
         lines = [line[1:] for line in diff.splitlines() if line[:1] in (" ", sign, "")]
-        names: dict = {"body": dcgan.discriminator_body()[0]}
+        names: dict = {"body": dcgan.discriminator_body(1, 8)[0]}
         exec("\n".join(lines), names)       # The documentation's own words.
-        D, G = names["D"], dcgan.generator()
+        D, G = names["D"], dcgan.Generator(1, 8)
         assert type(D.last) is layer
         optimizers = [torch.optim.Adam(net.parameters(), 1e-3) for net in (D, G)]
         images, draws = load_digits()[0][:16], seeded(0, "docs")
         before = [[p.clone() for p in net.parameters()] for net in (D, G)]
         for _ in range(2):
-            names["train_step"](D, G, *optimizers, images, torch.randn(16, dcgan.Z_DIM, generator=draws))
+            z = torch.randn(16, dcgan.Z_DIM, generator=draws)
+            names["train_step"](D, G, *optimizers, images, z)
         for net, start in zip((D, G), before, strict=True):
             # Biases do not count: the last one of a hinge discriminator is pulled up and down alike.
             assert all((p != q).any() for p, q in zip(net.parameters(), start, strict=True) if p.ndim > 1)

@@ -83,6 +83,7 @@ def test_interrupted_while_writing_and_while_training(tmp_path, monkeypatch):
     assert contents(tmp_path / "b").items() < contents(tmp_path / "a").items()
 
 
+@pytest.mark.slow
 def test_killed_between_critics(tmp_path):
     """SIGKILL as soon as the first critic is there; the same command then makes what an undisturbed run makes."""
     command = [sys.executable, "-m", "transport.trust_the_critics", *POINTS, f"--outdir={tmp_path}/a",
