@@ -10,6 +10,8 @@ import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import list_some
+from inference.directions.edits import check_edits, edit_offset
+from inference.directions.files import load_directions
 from inference.frames import make_transform
 from inference.image_inputs import read_labels
 from inference.latents import load_centroids
@@ -46,6 +48,8 @@ class ImageOptions:
     trunc: float
     batch_sz: int
     centroids_path: str | None
+    directions: list[str]
+    edits: tuple[tuple[str, float], ...]
     translate: tuple[float, float]
     rotate: float
     noise_mode: str
@@ -81,6 +85,7 @@ class ImageOptions:
                             else f"--data={self.data}: has no effect without --labels=dataset: leave it out")
         if self.split is not None and self.data is None:
             raise UserError(f"--split={self.split}: has no effect without --data: leave it out")
+        check_edits(self.directions, [name for name, _ in self.edits])
         self.chosen_seeds()
 
     @property
@@ -199,7 +204,13 @@ def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples) 
     centroids = None
     if options.centroids_path is not None:
         centroids = load_centroids(options.centroids_path, G.w_dim).to(transform.device)
-    images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision)
+    edit = None
+    if options.edits:
+        files, notes = load_directions(options.directions, G)
+        for note in notes:
+            click.echo(f"NOTE: {note}", err=True)
+        edit = edit_offset(G, files, options.edits)
+    images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision, edit)
     return iter(tqdm.tqdm(images, total=len(samples), unit="image", disable=None))
 
 
@@ -253,6 +264,7 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
               show_default=True)
 @click.option("--centroids-path", help="Truncate towards the nearest of these centres of w (python -m "
               "inference.centroids)", metavar="FILE", type=cli.PathType())
+@cli.edit_options()
 @click.option("--translate", help="Shift of the picture in image widths", type=cli.Vec2(), default="0,0",
               show_default=True)
 @click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=cli.FloatRange(), default=0,

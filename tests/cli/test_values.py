@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import calc_metrics
 import dataset_tool
 import demo
+import directions
 import gen_images
 import gen_video
 import train
@@ -39,6 +40,7 @@ COMMANDS = {
     "class_embedding": class_embedding.main, "train_local": train_local.main, "html_report": html_report.main,
     "diagnose": diagnose.main, "congested": congested.main, "latent1d": latent1d.main, "dcgan": dcgan.main,
     "toy": toy.main, "ttc": ttc.main,
+    **{f"directions {name}": command for name, command in directions.main.commands.items()},
 }
 NUMBERS = (cli.IntRange, cli.FloatRange, cli.IntList, cli.IntOrAuto, cli.Vec2)
 PATH_WORDS = re.compile(r"DIR|FILE|PATH|ZIP|NPZ|PNG|PKL|RUNDIR|DATA\b")
