@@ -15,7 +15,7 @@ from inference.directions.edits import find_offset
 from inference.directions.files import Directions, load_directions, read_directions, save_directions
 from inference.directions.methods import change, class_changes, joined, pca, sefa
 from inference.latents import load_latents
-from inference.sample_files import Sheet, write_picture
+from inference.sample_files import Sheet, write_sheet
 from inference.samples import Samples, sample_images
 from inference.sampling import find_class, find_classes, many_w, seed_label
 from legacy import LoadedNetwork, load_network
@@ -307,7 +307,7 @@ def show_command(**options: Any) -> None:
     if sheet.is_too_large:
         raise UserError(f"--sheet={options['sheet']}: {len(fitted)} directions are more than fit into one picture: "
                         "name some of them by --name")
-    write_picture(options["sheet"], sheet.draw(pictures_along(loaded, fitted, strengths, options)))
+    write_sheet(options["sheet"], sheet, pictures_along(loaded, fitted, strengths, options))
     click.echo(f"{options['sheet']}: {sheet.rows} row(s), from {strengths[0]:g} to {strengths[-1]:g}")
 
 

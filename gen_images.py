@@ -22,7 +22,7 @@ from inference.sample_files import (
     folder_names,
     write_folder,
     write_npz,
-    write_picture,
+    write_sheet,
 )
 from inference.samples import Samples, class_shares, drawn_classes, each_class, sample_images
 from inference.sampling import find_classes
@@ -228,7 +228,7 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
     images = make_images(loaded, options, samples)
     if sheet is not None:
         assert options.sheet is not None        # `check` has seen it.
-        write_picture(options.sheet, sheet.draw(images))
+        write_sheet(options.sheet, sheet, images)
         if sheet.groups_per_row > 1:
             return f"{options.sheet}: {sheet.groups} class(es) of {len(seeds)} samples, {sheet.columns} in a row"
         return f"{options.sheet}: {sheet.rows} row(s) of {sheet.per_group} samples"

@@ -23,7 +23,8 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
     except OSError:         # No such file, and the like: the command says which.
         raise
     except Exception as err:
-        raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__})") from err
+        raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__}): make it by "
+                        "python -m inference.centroids") from err
     if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
         shape = list(centroids.shape) if isinstance(centroids, torch.Tensor) else type(centroids).__name__
         raise UserError(f"--centroids-path={path}: expected a tensor [number of centroids, {w_dim}], found {shape}")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
+from dnnlib import UserError
 from dnnlib.classes import Classes, are_names, whole_number
-from dnnlib.util import atomic_file, normalized_name
+from dnnlib.util import atomic_file, format_bytes, normalized_name
 from inference.samples import Samples
 from torch_utils.images import save_image
 from training.data.splits import find_splits
@@ -79,8 +81,16 @@ def write_npz(path: str | os.PathLike[str], samples: Samples, images: Iterable[n
         images: uint8 [R, R, 3], one after the other.
         resolution: R.
         numbers: What stands for each class in arr_1; empty: there are no classes, and no arr_1.
+
+    Raises:
+        UserError: there is not enough room on the disk.
     """
     with atomic_file(path) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as archive:
+        size, free = len(samples) * resolution ** 2 * 3, shutil.disk_usage(Path(path).parent).free
+        if size > free:
+            raise UserError(f"{path}: {len(samples)} images of {resolution} pixels take {format_bytes(size)}, and "
+                            f"{format_bytes(free)} are free there: make room, give fewer --seeds, or name another "
+                            "place")
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, {
                 "descr": "|u1", "fortran_order": False, "shape": (len(samples), resolution, resolution, 3)})
@@ -152,7 +162,13 @@ class Sheet:
                 yield column * width + left + i * self.cell, row * self.cell
 
 
-def write_picture(path: str | os.PathLike[str], picture: PIL.Image.Image) -> None:
-    """Save a picture as PNG, whatever the name of the file says."""
+def write_sheet(path: str | os.PathLike[str], sheet: Sheet, images: Iterable[np.ndarray]) -> None:
+    """Draw a sheet to a file, which is PNG whatever its name says. That it can be written shows before images are made.
+
+    Args:
+        path: The file.
+        sheet: The form of the picture.
+        images: uint8 [R, R, 3], group by group.
+    """
     with atomic_file(path) as f:
-        picture.save(f, format="PNG")
+        sheet.draw(images).save(f, format="PNG")

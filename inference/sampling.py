@@ -97,7 +97,7 @@ def map_latents(G: Generator, z: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return torch.cat(parts)
 
 
-def many_w(G: Generator, num: int, classes: Sequence[int], seed: int, stream: str) -> tuple[np.ndarray, np.ndarray]:
+def many_w(G: Generator, num: int, classes: Sequence[int], seed: int, stream: str) -> tuple[np.ndarray, torch.Tensor]:
     """w float32 [num, w_dim] of random latents, and their classes int64 [num], which take turns.
 
     Args:
@@ -119,7 +119,7 @@ def many_w(G: Generator, num: int, classes: Sequence[int], seed: int, stream: st
         w[part] = map_latents(G, z, labels[part]).numpy()
     if not np.isfinite(w).all():
         raise UserError("the network gives w that are not finite: the snapshot is of a diverged run")
-    return w, labels.numpy()
+    return w, labels
 
 
 def class_means(G: Generator, labels: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import gen_video
 import train
 from data_prep import random_data
 from dnnlib import cli, util
+from inference import centroids
 from metrics import prefetch
 from torch_utils.misc import random_state
 from torch_utils.ops import build
@@ -39,7 +40,7 @@ COMMANDS = {
     "random_data": random_data.main, "prefetch": prefetch.main, "build": build.main,
     "class_embedding": class_embedding.main, "train_local": train_local.main, "html_report": html_report.main,
     "diagnose": diagnose.main, "congested": congested.main, "latent1d": latent1d.main, "dcgan": dcgan.main,
-    "toy": toy.main, "ttc": ttc.main,
+    "toy": toy.main, "ttc": ttc.main, "centroids": centroids.main,
     **{f"directions {name}": command for name, command in directions.main.commands.items()},
 }
 NUMBERS = (cli.IntRange, cli.FloatRange, cli.IntList, cli.IntOrAuto, cli.Vec2)

@@ -151,13 +151,6 @@ def test_changes_of_classes(G):
     assert found.names == ["all-to-dog"]
     assert torch.cosine_similarity(found.vectors[0], means[1] - means.mean(dim=0), dim=0) == pytest.approx(1, abs=1e-6)
 
-
-def test_samples_of_w_depend_on_seed_and_position(G, monkeypatch):
-    first = many_w(G, 9, [1], 5, "test")[0]
-    monkeypatch.setattr("inference.sampling.DRAWN_AT_ONCE", 4)
-    assert np.allclose(many_w(G, 9, [1], 5, "test")[0], first, atol=1e-6)
-    assert not np.allclose(many_w(G, 9, [1], 6, "test")[0], first)
-
 #----------------------------------------------------------------------------
 # Files.
 

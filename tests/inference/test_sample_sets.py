@@ -194,6 +194,25 @@ def test_arrays_appear_whole(tmp_path):
     assert (tmp_path / "a.npz").read_text() == "old"
 
 
+def test_arrays_that_the_disk_cannot_hold_are_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(UserError, match=r"a.npz: 1000000 images of 1000000 pixels take .* GiB, and .* are free there"):
+        write_npz(tmp_path / "a.npz", Samples([0] * 10 ** 6, [0] * 10 ** 6), iter([]), 10 ** 6)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output", ["--npz={out}", "--sheet={out}", "--sheet={out}/a.png"])
+def test_places_that_cannot_be_written_show_before_anything_is_made(network, tmp_path, monkeypatch, output):
+    monkeypatch.setattr(gen_images, "sample_images", lambda *args: iter(pytest.fail, 0))
+    out = tmp_path / "out"
+    if output.endswith("out}"):
+        out.mkdir()
+    else:
+        out.write_text("")
+    result = invoke(f"--network={network}", "--seeds=0", output.format(out=out))
+    assert result.exit_code == 2
+    assert str(out) in result.output
+
+
 def test_arrays_without_classes(tmp_path):
     write_npz(tmp_path / "a.npz", Samples([0], [0]), [np.full([4, 4, 3], 7, np.uint8)[:, ::-1]], 4)
     with np.load(tmp_path / "a.npz") as arrays:
