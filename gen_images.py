@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate images, or a sample sheet with a row per class, from a snapshot or an official pickle."""
-import math
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import torch
@@ -13,9 +11,10 @@ import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
+from inference.frames import make_transform
+from inference.latents import load_centroids
 from inference.sampling import find_class, generate, seed_label, seed_latent
-from torch_utils import checkpoint, misc
-from torch_utils.arrays import read_npy
+from torch_utils import misc
 from torch_utils.images import save_image, to_uint8_sample
 from torch_utils.ops import dispatch
 
@@ -23,39 +22,6 @@ SHEET_CLASSES = 40          # Rows of a sheet at most.
 SHEET_CELL = 64             # Smaller images are enlarged to about this many pixels.
 SHEET_PIXELS = 1 << 27      # A whole sheet has no more; Pillow warns of larger pictures when it opens them.
 NAME_WIDTH = 96             # Room for class names, in pixels.
-
-#----------------------------------------------------------------------------
-
-def make_transform(translate: tuple[float, float], angle: float) -> torch.Tensor:
-    """What the synthesis input wants: the inverse of a rotation by `angle` degrees, then a shift in image widths."""
-    s, c = math.sin(math.radians(angle)), math.cos(math.radians(angle))
-    forward = np.array([[c, s, translate[0]], [-s, c, translate[1]], [0, 0, 1]])
-    return torch.from_numpy(np.linalg.inv(forward)).float()
-
-
-def load_centroids(path: str, w_dim: int) -> torch.Tensor:
-    """Centres of w for multi-modal truncation, [K, w_dim]: .npy, or .pt with a tensor.
-
-    Raises:
-        UserError: unreadable, or of another width.
-    """
-    try:
-        if path.endswith(".npy"):
-            centroids = torch.from_numpy(read_npy(path))
-        else:
-            centroids = checkpoint.load_plain(path)
-    except OSError:         # No such file, and the like: the command says which.
-        raise
-    except Exception as err:
-        raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__})") from err
-    if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
-        shape = list(centroids.shape) if isinstance(centroids, torch.Tensor) else type(centroids).__name__
-        raise UserError(f"--centroids-path={path}: expected a tensor [number of centroids, {w_dim}], found {shape}")
-    if len(centroids) == 0:
-        raise UserError(f"--centroids-path={path}: holds no centroids: compute them again, or leave the option out")
-    if centroids.is_complex() or not centroids.float().isfinite().all():
-        raise UserError(f"--centroids-path={path}: holds what are no finite numbers: compute the centroids again")
-    return centroids.float()
 
 #----------------------------------------------------------------------------
 

@@ -205,6 +205,20 @@ class Vec2(click.ParamType):
         x, y = (FloatRange().convert(part, param, ctx) for part in parts)
         return x, y
 
+
+class Grid(click.ParamType):
+    """'4x3' -> (4, 3): columns and rows."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"\s*(\d{1,4})\s*[xX]\s*(\d{1,4})\s*", value)
+        if match is None or 0 in (columns_rows := (int(match[1]), int(match[2]))):
+            self.fail(f"{value!r} is not columns x rows such as 4x3", param, ctx)
+        return columns_rows
+
 #----------------------------------------------------------------------------
 # Names and paths.
 

@@ -169,6 +169,13 @@ def link_or_copy(source: Path, target: Path) -> None:
     _sync_folder(target.parent)
 
 
+def _refuse_what_is_no_file(path: Path) -> None:
+    """A rename would put a file in the place of a device like /dev/null."""
+    if path.exists() and not path.is_file():
+        number = errno.EISDIR if path.is_dir() else errno.EEXIST
+        raise OSError(number, f"{os.strerror(number)}, and it is no ordinary file", str(path))
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary binary file beside `path`; rename it to `path` when the block ends without an error.
@@ -184,9 +191,7 @@ def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> I
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():    # A rename would put a file in the place of a device like /dev/null.
-        number = errno.EISDIR if path.is_dir() else errno.EEXIST
-        raise OSError(number, f"{os.strerror(number)}, and it is no ordinary file", str(path))
+    _refuse_what_is_no_file(path)
     try:
         fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as err:
@@ -207,6 +212,43 @@ def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> I
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temp)
         raise
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str], folder: bool = False) -> Iterator[Path]:
+    """A name beside `path` for those who create files by name: what is there without an error in the end gets `path`.
+
+    Args:
+        path: The file or the folder.
+        folder: Whether it becomes a folder. That is made at once, and `path` may be an empty folder before.
+
+    Raises:
+        OSError: there is a folder, a device or a pipe of this name, or a folder with something in it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not (folder and path.is_dir()):
+        _refuse_what_is_no_file(path)
+    try:
+        # It is absolute, because programs take a name such as -x or a:b for something else.
+        place = Path(os.path.abspath(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")))
+    except OSError as err:
+        err.filename = str(path)
+        raise
+    try:
+        temp = place / path.name
+        if folder:
+            temp.mkdir()
+        yield temp
+        if not folder:
+            with open(temp, "r+b") as f:
+                os.fsync(f.fileno())
+        elif path.is_dir():
+            path.rmdir()                    # Raises OSError if something is in it.
+        os.replace(temp, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:

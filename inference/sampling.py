@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeds and labels to images. A seed gives the same image whatever it is batched with."""
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from dnnlib import UserError
 from dnnlib.classes import Classes
 from torch_utils.images import to_uint8_metric
-from torch_utils.misc import random_state
+from torch_utils.misc import evaluating, full_precision, one_hot, random_state, to_device
 from training.data.randomness import CounterRNG
 from training.generator.layer_schedule import largest_batch
 from training.generator.synthesis import require_finite, synthesize
 from training.networks_stylegan3 import Generator
+
+MAPPED_AT_ONCE = 256        # Latents: what their w is then does not depend on the batches of images.
 
 #----------------------------------------------------------------------------
 # The official conventions of gen_images.
@@ -43,6 +46,60 @@ def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int
         raise UserError(f"--class={value}: no class of this name: the network has {c_dim} classes, {classes}: "
                         f"give one of these names{numbers}")
     return found
+
+
+def find_classes(value: str, class_names: Sequence[str] | None, c_dim: int) -> list[int]:
+    """Indices of the classes of a list: names, numbers and ranges of numbers, as in 'cat,3,5-7'. Names may hold commas.
+
+    Raises:
+        UserError: as `find_class`, which names the part of the list that means no class.
+    """
+    if c_dim == 0:
+        find_class(value, class_names, c_dim)               # It says that there are no classes.
+    classes = Classes(class_names, c_dim)
+    most_parts = 1 + max((name.count(",") for name in classes.names), default=0)
+    parts = value.split(",")
+    found: list[int] = []
+    while parts:
+        # The longest name first: ImageNet has a class 'tench, Tinca tinca'.
+        for count in range(min(most_parts, len(parts)), 0, -1):
+            index = classes.find(",".join(parts[:count]).strip())
+            if index is not None:
+                break
+        found += _range_of_classes(parts[0], class_names, c_dim) if index is None else [index]
+        del parts[:count]
+    return found
+
+
+def _range_of_classes(part: str, class_names: Sequence[str] | None, c_dim: int) -> list[int]:
+    """Indices of the classes from 3 to 5 for '3-5'. Raises UserError if one of them is none, or for other text."""
+    ends = re.fullmatch(r"\s*(\d{1,9})-(\d{1,9})\s*", part)
+    first, last = (int(ends[1]), int(ends[2])) if ends is not None else (0, -1)
+    if first > last:
+        return [find_class(part, class_names, c_dim)]
+    find_class(str(last), class_names, c_dim)           # A range without end is refused before it is gone through.
+    return [find_class(str(number), class_names, c_dim) for number in range(first, last + 1)]
+
+
+@torch.no_grad()
+def map_latents(G: Generator, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """w [N, w_dim] on the CPU, without truncation, of latents [N, z_dim] and classes [N].
+
+    They come in batches of one size, whatever images are made of them later.
+    """
+    device = next(G.parameters()).device
+    parts = []
+    with evaluating(G), full_precision():
+        for z_part, label_part in zip(z.split(MAPPED_AT_ONCE), labels.split(MAPPED_AT_ONCE), strict=True):
+            c = one_hot(to_device(label_part, device), G.c_dim)
+            parts.append(G.mapping(to_device(z_part, device), c)[:, 0].cpu())
+    return torch.cat(parts)
+
+
+def class_means(G: Generator, labels: torch.Tensor) -> torch.Tensor:
+    """Where truncation pulls the classes [N], on the CPU: [N, w_dim]."""
+    means = G.mapping.w_avg.cpu()
+    return means[labels] if G.c_dim > 0 else means.expand(len(labels), -1)
 
 
 def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: int, truncation_psi: float = 1.0,

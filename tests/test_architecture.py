@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("dnnlib", "torch_utils", "training", "metrics", "inference", "data_prep", "transport")
 SOURCES = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py")) + sorted(ROOT.glob("*.py"))
-OURS = {*FOLDERS, "legacy", "train", "gen_images", "calc_metrics", "dataset_tool", "demo"}
+OURS = {*FOLDERS, "legacy", "train", "gen_images", "gen_video", "calc_metrics", "dataset_tool", "demo"}
 
 # Arrows point one way: dnnlib <- torch_utils <- {training, metrics} <- inference <- legacy <- scripts;
 # data_prep, which makes data sets, stands above training and below inference, which takes no more of it than the reader
@@ -66,6 +66,7 @@ CONFINED = {
     "matplotlib": {"training/watch/html_report.py", "transport/common/plotting.py"},
     "ot": {"transport/latent1d/semidiscrete.py"},
     "wandb": {"training/watch/reporting.py"},
+    "imageio_ffmpeg": {"inference/video_files.py"},
     "tarfile": set(),
     "lmdb": {"data_prep/sources/tables.py"},
     "pyarrow": {"data_prep/sources/tables.py"},

@@ -87,19 +87,28 @@ class MappingNetwork(torch.nn.Module):
             truncation_cutoff: Only the first so many layers are pulled; None means all.
         """
         assert_shape(z, [None, self.z_dim])
-        x = unit_rms(z.to(self.w_avg.dtype))
-        classes = None
-        if self.c_dim > 0:
-            classes = self._labels(c).argmax(dim=1)
-            x = torch.cat([x, unit_rms(self.embed_proj(self.embed(classes)))], dim=1)
-        for i in range(self.num_layers):
-            x = getattr(self, f"fc{i}")(x)
-        ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)       # [N, num_ws, w_dim]
+        classes = None if self.c_dim == 0 else self._labels(c).argmax(dim=1)
+        w = self.map(z, None if classes is None else self.embed(classes))
+        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)       # [N, num_ws, w_dim]
         if truncation_psi == 1:
             return ws
         mean = self.w_avg if classes is None else self.w_avg[classes].unsqueeze(1)
         cut = self.num_ws if truncation_cutoff is None else truncation_cutoff
         return torch.cat([mean.lerp(ws[:, :cut], truncation_psi), ws[:, cut:]], dim=1)
+
+    def map(self, z: torch.Tensor, vectors: torch.Tensor | None) -> torch.Tensor:
+        """z [N, z_dim] and class vectors [N, embed_dim], rows of `embed` or what lies between them, -> w [N, w_dim].
+
+        Args:
+            z: Latents; only their direction counts.
+            vectors: None when unconditional.
+        """
+        x = unit_rms(z.to(self.w_avg.dtype))
+        if vectors is not None:
+            x = torch.cat([x, unit_rms(self.embed_proj(vectors))], dim=1)
+        for i in range(self.num_layers):
+            x = getattr(self, f"fc{i}")(x)
+        return x
 
     def _labels(self, c: torch.Tensor | None) -> torch.Tensor:
         """The labels of a conditional generator, which must be there: one-hot [N, c_dim]."""
@@ -147,14 +156,19 @@ class SynthesisInput(torch.nn.Module):
         self.register_buffer("freqs", freqs)
         self.register_buffer("phases", torch.rand([spec.channels]) - 0.5)
 
-    def forward(self, w: torch.Tensor) -> torch.Tensor:     # [N, w_dim] -> [N, channels, size, size]
+    def forward(self, w: torch.Tensor, transform: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, w_dim] -> [N, channels, size, size].
+
+        Args:
+            transform: [N, 3, 3], one per image instead of the buffer of this name.
+        """
         t = self.affine(w)                                  # [N, 4]: cos, sin, shift x, shift y.
         t = t / t[:, :2].norm(dim=1, keepdim=True)
         cos, sin, dx, dy = t.unbind(dim=1)
         one, zero = torch.ones_like(cos), torch.zeros_like(cos)
         rotate = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=1).reshape(-1, 3, 3)
         shift = torch.stack([one, zero, -dx, zero, one, -dy, zero, zero, one], dim=1).reshape(-1, 3, 3)
-        transform = rotate @ shift @ self.transform         # [N, 3, 3]
+        transform = rotate @ shift @ (self.transform if transform is None else transform)       # [N, 3, 3]
 
         # Moving the picture is the same as turning the frequencies and adding to the phases.
         freqs = self.freqs @ transform[:, :2, :2]                                           # [N, C, 2]
@@ -299,7 +313,7 @@ class SynthesisNetwork(torch.nn.Module):
             setattr(self, spec.name, SynthesisLayer(spec, config))
 
     def forward(self, ws: torch.Tensor, force_fp32: bool = False, update_magnitude_ema: bool = False,
-                low_dtype: torch.dtype | None = None) -> torch.Tensor:
+                low_dtype: torch.dtype | None = None, transform: torch.Tensor | None = None) -> torch.Tensor:
         """[N, num_ws, w_dim] -> images [N, 3, R, R], about [-1, 1].
 
         Args:
@@ -308,9 +322,10 @@ class SynthesisNetwork(torch.nn.Module):
                 projected discriminators it led to collapse (Sauer et al. 2022), so the gains stay at 1.
             low_dtype: Type of the layers that are marked for half precision. None: float16 on CUDA devices if the
                 parameters are float32, else the type of the parameters.
+            transform: [N, 3, 3], where each image lies, as the buffer of the input says it for all.
         """
         first, *rest = ws.to(self.input.weight.dtype).unbind(dim=1)
-        x = self.input(first)
+        x = self.input(first, transform)
         for name, w in zip(self.layer_names, rest, strict=True):
             keep_zeros = name != self.layer_names[-1]
             x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema, low_dtype, keep_zeros)

@@ -15,6 +15,7 @@ import calc_metrics
 import dataset_tool
 import demo
 import gen_images
+import gen_video
 import train
 from data_prep import random_data
 from dnnlib import cli, util
@@ -31,7 +32,8 @@ from transport.san import dcgan, toy
 from transport.ttc import experiment as ttc
 
 COMMANDS = {
-    "train": train.main, "gen_images": gen_images.main, "calc_metrics": calc_metrics.main, "demo": demo.main,
+    "train": train.main, "gen_images": gen_images.main, "gen_video": gen_video.main,
+    "calc_metrics": calc_metrics.main, "demo": demo.main,
     "dataset_tool": dataset_tool.main.commands["make"], "verify": dataset_tool.main.commands["verify"],
     "random_data": random_data.main, "prefetch": prefetch.main, "build": build.main,
     "class_embedding": class_embedding.main, "train_local": train_local.main, "html_report": html_report.main,

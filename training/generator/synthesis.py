@@ -24,10 +24,29 @@ def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_p
             ws = G.mapping(z, c, truncation_psi=truncation_psi)
         else:
             ws = G.mapping(z, c)
-            nearest = centroids[torch.cdist(ws[:, 0], centroids).argmin(dim=1)]
-            ws = nearest.unsqueeze(1).lerp(ws, truncation_psi)
-        images: torch.Tensor = G.synthesis(ws, **PRECISIONS[precision])
+            ws = nearest_centroids(ws[:, 0], centroids).unsqueeze(1).lerp(ws, truncation_psi)
+        return synthesize_ws(G, ws, precision)
+
+
+@torch.no_grad()
+def synthesize_ws(G: Generator, ws: torch.Tensor, precision: str = "auto",
+                  transform: torch.Tensor | None = None) -> torch.Tensor:
+    """Images [N, 3, R, R], about [-1, 1], of one batch of ws [N, num_ws, w_dim].
+
+    Args:
+        precision: A key of `PRECISIONS`.
+        transform: [N, 3, 3], where each image lies (`inference.frames.make_transform`); None: as the input says.
+    """
+    device = next(G.parameters()).device
+    moved = None if transform is None else to_device(transform, device)
+    with evaluating(G), full_precision():
+        images: torch.Tensor = G.synthesis(to_device(ws, device), transform=moved, **PRECISIONS[precision])
         return images
+
+
+def nearest_centroids(w: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """For each w [N, w_dim] the nearest of the centres [K, w_dim]: [N, w_dim]."""
+    return centroids[torch.cdist(w, centroids).argmin(dim=1)]
 
 
 def require_finite(finite: torch.Tensor) -> None:
