@@ -59,7 +59,7 @@ CONFINED = {
     "torch.distributed": {"torch_utils/distributed.py"},
     "pickle": {"torch_utils/safe_pickle.py", "torch_utils/checkpoint.py"},
     "dill": set(),
-    "timm": {"training/feature_networks/", "metrics/detectors/"},
+    "timm": {"torch_utils/published.py", "training/feature_networks/", "metrics/detectors/"},
     "torch_fidelity": {"metrics/detectors/"},
     "requests": {"dnnlib/download.py"},
     "urllib3": {"dnnlib/download.py"},

@@ -171,6 +171,7 @@ def test_command_refuses(archive, options, match):
     assert re.search(match, result.output)
 
 
+@pytest.mark.usefixtures("_no_packages")
 def test_command_without_weights(archive, tmp_path, monkeypatch):
     """Offline and without a cache: the message that every user of published weights gets."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
