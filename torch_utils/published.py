@@ -111,25 +111,35 @@ def similar_models(name: str) -> str:
 # Files.
 
 def find_weights(name: str, folders: Sequence[str | os.PathLike[str]] = (), offline: bool | None = None) -> WeightsFile:
-    """The published weights of a model that timm has (see `is_model`).
-
-    Looked for as <name>.safetensors or <name>.pth in `folders` and $STYLESAN_WEIGHTS, then in the Hugging Face cache,
-    then in this project's cache, then in the package that holds them, then downloaded into this project's cache. In a
-    group of processes let one per node go first (`distributed.node_first` around whatever loads a network).
+    """The published weights of a model that timm has (see `is_model`): on this machine (`locate_weights`), else
+    downloaded into this project's cache. In a group of processes let one per node go first (`distributed.node_first`
+    around whatever loads a network).
 
     Raises:
         UserError: nobody publishes weights for it; they cannot be had, or the package holds other ones.
+    """
+    found = locate_weights(name, folders)
+    if found is None:
+        asset, _ = published_asset(name)
+        found = WeightsFile(find_asset(asset, folders, offline).path, asset.url)
+    return found
+
+
+def locate_weights(name: str, folders: Sequence[str | os.PathLike[str]] = ()) -> WeightsFile | None:
+    """The published weights of a model, if they are on this machine.
+
+    Looked for as <name>.safetensors or <name>.pth in `folders` and $STYLESAN_WEIGHTS, then in the Hugging Face cache,
+    then in this project's cache, then in the package that holds them.
+
+    Raises:
+        UserError: nobody publishes weights for it, or the package holds other ones.
     """
     asset, hub_id = published_asset(name)
     own = [Path(folder) for folder in (*folders, os.environ.get("STYLESAN_WEIGHTS")) if folder]
     found = _in_folders(name, own) or _in_hub_cache(hub_id)
     if found is None and (cached := locate(asset, own)) is not None:
         found = cached.path
-    if found is not None:
-        return WeightsFile(found, asset.url)
-    if (packed := _in_package(name, asset.url)) is not None:
-        return packed
-    return WeightsFile(find_asset(asset, own, offline).path, asset.url)
+    return _in_package(name, asset.url) if found is None else WeightsFile(found, asset.url)
 
 
 def published_asset(name: str) -> tuple[Asset, str | None]:
@@ -206,6 +216,13 @@ def load_published(name: str, folders: Sequence[str | os.PathLike[str]] = (), of
     return Published(net.eval().requires_grad_(False), found.path, file_sha256(found.path))
 
 
+def make_model(name: str) -> torch.nn.Module:
+    """A model of timm with the values that timm draws. Random numbers elsewhere are not disturbed."""
+    with torch.random.fork_rng(devices=[]):
+        net: torch.nn.Module = timm.create_model(name, pretrained=False)
+    return net
+
+
 def _by_timm(name: str, found: WeightsFile) -> torch.nn.Module:
     if found.path.suffix != ".safetensors":
         # Before torch.load, which unpacks and makes whatever a file claims.
@@ -221,7 +238,7 @@ def _by_timm(name: str, found: WeightsFile) -> torch.nn.Module:
 
 
 def _from_package(name: str, found: WeightsFile) -> torch.nn.Module:
-    net: torch.nn.Module = timm.create_model(name, pretrained=False)
+    net = make_model(name)
     blocks = cast(Sequence[Sequence[torch.nn.Module]], net.blocks)
     try:
         state = as_timm_names(read_weights(found.path), [len(stage) for stage in blocks])

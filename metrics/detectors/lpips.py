@@ -8,7 +8,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import Asset, Found, find_asset
 from dnnlib.util import file_sha256
-from metrics.detectors.base import State, imagenet_normalised
+from metrics.detectors.base import State, normalised
 from metrics.detectors.loading import misfit, read_state, warn_unverified
 from metrics.detectors.vgg import VGG16_FILE, make_vgg16
 from torch_utils import distributed, misc
@@ -45,7 +45,7 @@ class Lpips(torch.nn.Module):
         """
         misc.assert_shape(first, [None, 3, None, None])
         with misc.full_precision():
-            x = imagenet_normalised(torch.cat([first, second]).float())
+            x = normalised(torch.cat([first, second]).float())
             return functools.reduce(torch.add, self._layer_distances(x))
 
     def unit_maps(self, x: torch.Tensor) -> list[torch.Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published weights from packages: found, checked, translated by name, and those that ImageNet's classes come out of."""
+"""Published weights from packages: found, checked, translated by name; they know ImageNet's classes."""
 import importlib.util
 
 import numpy as np
