@@ -27,6 +27,8 @@ from training.networks_stylegan3 import Generator
 MOST_FRAMES = 1_000_000         # More than four hours.
 MOST_VALUES = 1 << 25           # Of the latents of all keyframes: their path through w takes some 40 bytes for each.
 
+FARTHEST = 1000                 # Image widths that pictures are shifted.
+
 #----------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,10 @@ class VideoOptions:
     def check(self) -> None:
         """What can be said without the network. Raises UserError."""
         video_format(self.output)
+        if self.first_frame is not None and not self.first_frame.lower().endswith(".png"):
+            raise UserError(f"--first-frame={self.first_frame}: becomes a PNG file: name one that ends with .png")
+        if max(map(abs, self.sweep_translate)) > FARTHEST:
+            raise UserError(f"--sweep-translate: at most {FARTHEST} image widths: beyond, there is no precision left")
         if not self.seeds and not self.w:
             raise UserError("give --seeds, or latents in files with --w")
         if self.w and self.interp == "z":
@@ -134,6 +140,9 @@ def choose_keyframes(loaded: LoadedNetwork, options: VideoOptions) -> Keyframes:
                         f"all, one for each, or a number of them that divides {total}")
     if options.w and not classes and G.c_dim > 0 and options.centroids_path is None and options.sweep.psi != (1, 1):
         raise UserError("--w: truncation of given latents needs the mean of their class: give --class, or --trunc=1")
+    if len(sources) > total:
+        click.echo(f"NOTE: {len(sources)} seeds or latents for {total} keyframes: the first {total} are shown",
+                   err=True)
     order = np.arange(total)
     if options.shuffle_seed is not None:
         misc.random_state(options.shuffle_seed).shuffle(order)
@@ -177,7 +186,7 @@ def write_video(frames: Iterator[np.ndarray], num_frames: int, side: int, option
             write(frame)
     if options.first_frame is not None and first is not None:
         save_image(options.first_frame, first)
-    return f"{num_frames} frames of {width}x{height} pixels, {num_frames / fps:.1f} s"
+    return f"{num_frames} frame(s) of {width}x{height} pixels, {num_frames / fps:.1f} s"
 
 
 def check_network(G: Generator, options: VideoOptions) -> None:

@@ -24,14 +24,19 @@ def make_transform(translate: tuple[float, float], angle: float) -> torch.Tensor
 
 def _batches(views: Iterable[View], batch_size: int) -> Iterator[View]:
     """The same pictures in batches of one size; the last one may be smaller."""
-    rest: View | None = None
+    kept: list[View] = []
+    count = 0
     for view in views:
-        ws, transforms = view if rest is None else (torch.cat(parts) for parts in zip(rest, view, strict=True))
-        whole = len(ws) // batch_size * batch_size
-        yield from zip(ws[:whole].split(batch_size), transforms[:whole].split(batch_size), strict=True) if whole else ()
-        rest = (ws[whole:], transforms[whole:]) if whole < len(ws) else None
-    if rest is not None:
-        yield rest
+        kept.append(view)
+        count += len(view[0])
+        if count >= batch_size:
+            ws, transforms = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            whole = count - count % batch_size
+            yield from zip(ws[:whole].split(batch_size), transforms[:whole].split(batch_size), strict=True)
+            kept, count = [(ws[whole:], transforms[whole:])], count - whole
+    if count:
+        ws, transforms = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        yield ws, transforms
 
 
 def pictures(G: Generator, views: Iterable[View], batch_size: int, precision: str = "auto") -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from inference.frames import View, make_transform
 from inference.keyframes import KeyframePath, Timing
 from inference.sampling import class_means, map_latents, seed_latent
-from torch_utils.misc import evaluating, full_precision
+from torch_utils.misc import evaluating, full_precision, to_device
 from training.generator.synthesis import nearest_centroids
 from training.networks_stylegan3 import Generator
 
@@ -112,12 +112,14 @@ class Motion:
     def _mapped(self, position: float) -> np.ndarray:
         """w [S, 1, w_dim] of the z and the class vectors at a position."""
         assert self.z is not None           # It is there where ws is not.
-        parameter = next(self.G.parameters())
-        z, vectors = (None if path is None else torch.from_numpy(path(position)).to(parameter)
-                      for path in (self.z, self.vectors))
-        assert z is not None
+        device = next(self.G.parameters()).device
+
+        def at(path: KeyframePath) -> torch.Tensor:
+            return to_device(torch.from_numpy(path(position)).float(), device)      # Not every device has float64.
+
+        vectors = None if self.vectors is None else at(self.vectors)
         with evaluating(self.G), full_precision():
-            return self.G.mapping.map(z, vectors).unsqueeze(1).double().cpu().numpy()
+            return self.G.mapping.map(at(self.z), vectors).unsqueeze(1).cpu().double().numpy()
 
     def views(self) -> Iterator[View]:
         """ws and transforms of the pictures of each frame."""

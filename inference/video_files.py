@@ -55,7 +55,8 @@ def video_format(path: str) -> VideoFormat:
     Raises:
         UserError: no format has this suffix.
     """
-    suffix = "" if path.endswith(("/", os.sep)) else Path(path).suffix.lower()
+    name = "" if path.endswith(("/", os.sep)) else Path(path).name
+    suffix = Path(f"_{name}").suffix.lower()            # The name may be the suffix alone.
     if suffix and suffix not in FORMATS:
         raise UserError(f"{path}: no video format has the suffix {suffix}: name a file that ends with "
                         f"{', '.join(FORMATS)}, or a folder for PNG frames, with a slash at its end")

@@ -377,11 +377,12 @@ def test_the_package_is_missing(network, tmp_path, monkeypatch):
 
 def test_command_line(network, tmp_path):
     """The default speed of a .gif, the zoom, the picture of the first frame, and what is said."""
-    result = invoke(f"--network={network}", "--seeds=0,1", "--class=2,cat", "--w-frames=2", "--zoom=3",
-                    f"--output={tmp_path / 'v.gif'}", f"--first-frame={tmp_path / 'first.png'}")
+    result = invoke(f"--network={network}", "--seeds=0-2", "--num-keyframes=2", "--class=2,cat", "--w-frames=2",
+                    "--zoom=3", f"--output={tmp_path / 'v.gif'}", f"--first-frame={tmp_path / 'first.png'}")
     assert result.exit_code == 0, result.output
     assert "--class=2,cat: owl, cat" in result.output
-    assert "v.gif: 4 frames of 48x48 pixels, 0.1 s" in result.output
+    assert "NOTE: 3 seeds or latents for 2 keyframes: the first 2 are shown" in result.output
+    assert "v.gif: 4 frame(s) of 48x48 pixels, 0.1 s" in result.output
     first = np.asarray(PIL.Image.open(tmp_path / "first.png"))
     assert np.array_equal(first[::3, ::3].repeat(3, axis=0).repeat(3, axis=1), first)
     assert stored(tmp_path / "v.gif").shape == (4, 48, 48, 3)
@@ -418,6 +419,7 @@ def test_lists_of_classes():
     (["--output=v.gif", "--fps=60"], "players show gif with at most 50"), (["--fps=0"], "--fps"),
     (["--zoom=64", "--num-keyframes=1", "--grid=9x1"], "at most 8192 on a side"),
     (["--num-keyframes=2000000000"], "at most 1048576 are taken of this network"),
+    (["--first-frame=x.jpg"], "name one that ends with .png"), (["--sweep-translate=1e30,0"], "at most 1000 image"),
     (["--w-frames=2000000000"], "at most 1000000 are made"),
     (["--output=full/"], "this folder is not empty"), (["--output=file/v.mp4"], "--output=file/v.mp4"),
 ])
