@@ -3,7 +3,7 @@
 
 | name | what |
 |---|---|
-| `lpips` | LPIPS on VGG16 (Zhang et al. 2018), from its two files of weights, which are downloaded if they are not there |
+| `lpips` | LPIPS on VGG16 (Zhang et al. 2018); its two files of weights are downloaded if they are not there |
 | `timm:NAME` | feature maps of a network of timm with published weights |
 | `FILE.safetensors` | feature maps of a network of your own (`training.feature_networks.train`) |
 | `pixels` | the mean squared error of pixels in [-1, 1] |
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from dnnlib import UserError
 from dnnlib.download import locate
-from metrics.detectors.base import imagenet_normalised
+from metrics.detectors.base import normalised
 from metrics.detectors.lpips import LPIPS_FILE, Lpips, load_lpips
 from metrics.detectors.vgg import VGG16_FILE
 from torch_utils.published import locate_weights
@@ -91,7 +91,7 @@ def _pixel_maps(images: torch.Tensor) -> Maps:
 
 def _lpips_maps(lpips: Lpips, images: torch.Tensor) -> Maps:
     pixels = (shrunk(images.float()) + 1) * (255 / 2)
-    units = lpips.unit_maps(imagenet_normalised(pixels))
+    units = lpips.unit_maps(normalised(pixels))
     weights: Sequence[torch.Tensor] = [getattr(lpips, f"weight{i}") for i in range(len(units))]
     return [unit * (weight[:, None, None] / unit[0, 0].numel()).sqrt()
             for unit, weight in zip(units, weights, strict=True)]

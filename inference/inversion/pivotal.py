@@ -8,8 +8,8 @@ import math
 import torch
 
 from dnnlib import UserError
-from inference.inversion.distances import Distance
-from inference.inversion.projection import Step, Watch, covered, wanted_maps
+from inference.inversion.goals import Goal
+from inference.inversion.projection import Step, Watch
 from torch_utils.misc import evaluating, full_precision, one_hot, requires_grad, to_device
 from torch_utils.nested import first_nonfinite
 from training.data.randomness import CounterRNG
@@ -39,46 +39,44 @@ def neighbour(G: Generator, pivot: torch.Tensor, label: int, settings: TuningSet
     ws = G.mapping(to_device(z, pivot.device), to_device(c, pivot.device), truncation_psi=settings.locality_psi)
     direction = ws - pivot
     length = settings.locality_step * math.sqrt(G.w_dim / 512)
-    return pivot + direction * (length / direction.norm(dim=2, keepdim=True).clamp(min=1e-8))
+    near: torch.Tensor = pivot + direction * (length / direction.norm(dim=2, keepdim=True).clamp(min=1e-8))
+    return near
 
 
-def tune(G: Generator, target: torch.Tensor, ws: torch.Tensor, label: int, distance: Distance,
-         settings: TuningSettings, mask: torch.Tensor | None = None, watch: Watch | None = None) -> Generator:
-    """A copy of the generator whose synthesis network was trained to make the target of the latents.
+def tune(G: Generator, goal: Goal, ws: torch.Tensor, label: int, settings: TuningSettings,
+         watch: Watch | None = None) -> Generator:
+    """A copy of the generator whose synthesis network was trained to make the one target of the latents.
 
     The loss is the mean squared error of pixels in 0..255, plus the distance of the pictures, plus the weighted
     distance to what the original makes of a neighbour of the latents.
 
     Args:
         G: The original, which is not changed.
-        target: [1, 3, R, R] in [-1, 1], on the generator's device.
+        goal: The target.
         ws: [1, num_ws, w_dim], the pivot.
         label: Class of the neighbours.
-        distance: Of pictures.
         settings: How it is trained.
-        mask: As in `project`.
         watch: Is shown every step.
 
     Raises:
         UserError: the weights are no longer finite.
     """
-    pivot = to_device(ws, target.device)
+    pivot = to_device(ws, goal.targets.device)
     tuned = copy.deepcopy(G)
     weights = list(tuned.synthesis.parameters())
     adam = torch.optim.Adam(weights, lr=settings.learning_rate, betas=(0.9, 0.999))
-    wanted = wanted_maps(target, distance)
     with evaluating(G, tuned), full_precision(), requires_grad(tuned, weights):
         for step in range(settings.steps):
             adam.zero_grad(set_to_none=True)
             images = tuned.synthesis(pivot, force_fp32=True)
-            seen = covered(images, target, mask)
-            distances = distance.between(distance.maps(seen), wanted)
-            ((seen - target) * (255 / 2)).square().mean().add(distances.sum()).backward()
+            distances = goal.distances(images)
+            (goal.squared_errors(images) * (255 / 2) ** 2 + distances).sum().backward()
             with torch.no_grad():
                 near = neighbour(G, pivot, label, settings, step)
-                before = distance.maps(G.synthesis(near, force_fp32=True))
-            after = distance.maps(tuned.synthesis(near, force_fp32=True))
-            (settings.locality * distance.between(after, before).sum()).backward()      # Apart, to halve the memory.
+                before = goal.distance.maps(G.synthesis(near, force_fp32=True))
+            after = goal.distance.maps(tuned.synthesis(near, force_fp32=True))
+            strayed = goal.distance.between(after, before).sum()
+            (settings.locality * strayed).backward()            # Apart, which halves the memory.
             adam.step()
             if watch is not None:
                 watch(Step(images.detach(), distances.detach()))

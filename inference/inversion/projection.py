@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from dnnlib import UserError
-from inference.inversion.distances import Distance, Maps
+from inference.inversion.goals import Goal
 from inference.inversion.start import Start, spread
 from torch_utils.misc import evaluating, full_precision, to_device
 from training.data.randomness import CounterRNG
@@ -54,46 +54,32 @@ class ProjectionSettings:
 
 #----------------------------------------------------------------------------
 
-def covered(images: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Pictures with the target's pixels where the mask [R, R] is 0, so that these make no difference."""
-    return images if mask is None else targets.lerp(images, mask)
-
-
-def wanted_maps(targets: torch.Tensor, distance: Distance) -> Maps:
-    """What the pictures [N, 3, R, R] in [-1, 1], which lie on the device, are compared by."""
-    with torch.no_grad(), full_precision():
-        return distance.maps(targets)
-
-
-def project(G: Generator, targets: torch.Tensor, distance: Distance, start: Start, settings: ProjectionSettings,
-            mask: torch.Tensor | None = None, watch: Watch | None = None) -> torch.Tensor:
+def project(G: Generator, goal: Goal, start: Start, settings: ProjectionSettings,
+            watch: Watch | None = None) -> torch.Tensor:
     """Latents [N, num_ws, w_dim], on the CPU, of which the generator makes pictures like the targets.
 
     Args:
         G: The generator, whose parameters ask for no gradient.
-        targets: [N, 3, R, R] in [-1, 1], on the generator's device.
-        distance: What is made small.
+        goal: The targets.
         start: Where the search begins.
         settings: How it goes on.
-        mask: [R, R], 1 where the picture counts and 0 where it does not; None: everywhere.
         watch: Is shown every step.
 
     Raises:
         UserError: the latents are no longer finite.
     """
-    device, rng = targets.device, CounterRNG(settings.seed)
+    device, rng = goal.targets.device, CounterRNG(settings.seed)
     w = start.ws if settings.space == "w+" else start.ws[:, :1]
     w = w.to(device, copy=True).requires_grad_(True)
-    scale = spread(G, start.labels).to(device)[:, None, None] if settings.steps else None
+    scale = spread(G, start.labels).to(device)[:, None, None]
     adam = torch.optim.Adam([w], betas=(0.9, 0.999))
-    wanted = wanted_maps(targets, distance)
     with evaluating(G), full_precision():       # Also while gradients are computed, which happens within `backward`.
         for step in range(settings.steps):
             t = step / settings.steps
             noise = torch.from_numpy(rng.normal("inversion/noise", [step], w.shape[1:])) * settings.noise_at(t)
             ws = (w + to_device(noise, device) * scale).expand(-1, G.num_ws, -1)
             images = G.synthesis(ws, force_fp32=True)
-            distances = distance.between(distance.maps(covered(images, targets, mask)), wanted)
+            distances = goal.distances(images)
             adam.param_groups[0]["lr"] = settings.learning_rate_at(t)
             adam.zero_grad(set_to_none=True)
             distances.sum().backward()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from inference.inversion.distances import Distance, Maps
+from inference.inversion.goals import Goal
 from inference.sampling import class_means, map_latents
 from torch_utils.misc import full_precision, random_state
 from training.generator.layer_schedule import largest_batch
@@ -15,7 +15,7 @@ from training.networks_stylegan3 import Generator
 
 NUM_SAMPLES = 10_000        # Of w, for its spread.
 SAMPLE_SEED = 123           # Of these and of the samples that may be starts: the published one.
-MOST_AT_ONCE = 32           # Samples whose pictures are made together, if a target's batch allows it.
+MOST_AT_ONCE = 16           # Samples whose pictures are made together.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,35 +47,26 @@ def candidates(G: Generator, classes: Sequence[int], count: int) -> tuple[torch.
 
 
 @torch.no_grad()
-def nearest_start(G: Generator, wanted: Maps, distance: Distance, classes: Sequence[int], count: int) -> Start:
-    """The nearest of `candidates` to each of N targets.
+def nearest_start(G: Generator, goal: Goal, classes: Sequence[int], count: int) -> Start:
+    """The nearest of `candidates` to each of the targets.
 
     Args:
         G: The generator.
-        wanted: `distance.maps` of the targets.
-        distance: Which decides.
+        goal: The targets.
         classes: That are allowed; [0] if the generator has none.
         count: How many latents are tried.
     """
     w, labels = candidates(G, classes, count)
-    num_targets = len(wanted[0])
-    if len(w) == 1:
-        found = torch.zeros(num_targets, dtype=torch.int64)
-    else:
-        batch_size = min(MOST_AT_ONCE, largest_batch(G.config))
+    found = torch.zeros(len(goal), dtype=torch.int64)
+    if len(w) > 1:
         rows = []
-        for part in w.split(batch_size):
+        for part in w.split(min(MOST_AT_ONCE, largest_batch(G.config))):
             images = synthesize_ws(G, part[:, None].expand(-1, G.num_ws, -1), "fp32")
             require_finite(torch.isfinite(images).all())
-            with full_precision():
-                rows.append(_distances(distance, images, wanted).cpu())
-        found = torch.cat(rows).argmin(dim=0)
+            with full_precision():                  # One by one, because maps of networks are large.
+                rows += [goal.distances(image[None]) for image in images]
+        found = torch.stack(rows).argmin(dim=0).cpu()
     return Start(w[found, None].repeat(1, G.num_ws, 1), labels[found])
-
-
-def _distances(distance: Distance, images: torch.Tensor, wanted: Maps) -> torch.Tensor:
-    """[number of images, number of targets], one image at a time: maps of networks are large."""
-    return torch.stack([distance.between(distance.maps(image[None]), wanted) for image in images])
 
 
 def given_start(G: Generator, ws: torch.Tensor, label: int | None) -> Start:
