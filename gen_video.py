@@ -210,7 +210,8 @@ def check_network(G: Generator, options: VideoOptions) -> None:
 @click.option("--class", "class_name", help="Class of all keyframes, or several, e.g. cat,3,5-7, which take turns  "
               "[default: drawn from each seed]", metavar="NAME,INT...")
 @click.option("--shuffle-seed", help="Shuffle the seeds by this seed", metavar="INT", type=cli.Seed())
-@click.option("--grid", help="Pictures side by side: columns x rows", type=cli.Grid(), default="1x1", show_default=True)
+@click.option("--grid", help="Pictures side by side: columns x rows", metavar="WxH", type=cli.Grid(),
+              default="1x1", show_default=True)
 @click.option("--num-keyframes", help="Keyframes of each picture; seeds are repeated  [default: seeds / pictures]",
               metavar="INT", type=cli.IntRange(min=1))
 @click.option("--w-frames", help="Frames from one keyframe to the next", metavar="INT", type=cli.IntRange(min=1),

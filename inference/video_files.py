@@ -7,6 +7,7 @@ package's own writer, which does not say whether the program succeeded: a full d
 import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -149,5 +150,5 @@ def _encoding(command: list[str], path: str) -> Iterator[Write]:
         if code != 0:
             log.seek(0)
             lines = log.read().decode("utf-8", "replace").splitlines() or [f"exit code {code}"]
-            raise UserError(f"{path}: the encoder failed ({printable(lines[0])[:300]}): make room on the disk, or ask "
-                            "for another format")
+            said = re.sub(r"^(\[[^]]*\] *)+", "", printable(lines[0]))[:300]       # Which part of the encoder said it.
+            raise UserError(f"{path}: the encoder failed ({said}): make room on the disk, or ask for another format")

@@ -348,7 +348,8 @@ def test_speed_of_animations(tmp_path, fps, name, milliseconds):
 def test_an_encoder_that_fails(tmp_path, monkeypatch):
     """A full disk looks like this: the program says why and ends; the file that was there stays."""
     program = tmp_path / "encoder"
-    program.write_text("#!/bin/sh\nhead -c 100 >/dev/null\necho 'No space left on device' >&2\nexit 3\n", "utf-8")
+    program.write_text("#!/bin/sh\nhead -c 100 >/dev/null\necho '[out#0/mp4 @ 0x56] No space left on device' >&2\n"
+                       "exit 3\n", "utf-8")
     program.chmod(0o755)
     monkeypatch.setattr(video_files, "_ffmpeg", lambda path: str(program))
     place = tmp_path / "place"
