@@ -12,11 +12,13 @@ import tqdm
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
 from inference.frames import make_transform
-from inference.latents import load_centroids
+from inference.latents import load_centroids, load_latents
 from inference.sampling import find_class, generate, seed_label, seed_latent
 from torch_utils import misc
 from torch_utils.images import save_image, to_uint8_sample
 from torch_utils.ops import dispatch
+from training.generator.synthesis import require_finite, synthesize_ws
+from training.networks_stylegan3 import Generator
 
 SHEET_CLASSES = 40          # Rows of a sheet at most.
 SHEET_CELL = 64             # Smaller images are enlarged to about this many pixels.
@@ -43,6 +45,23 @@ def write_images(network: Any, seeds: list[int], class_idx: int | None, outdir: 
                 save_image(next(done), image)
                 bar.update()
     bar.close()
+    return paths
+
+
+def write_given(G: Generator, files: list[str], outdir: Path, batch_size: int, precision: str) -> list[Path]:
+    """One file w<NNNN>.png per latent of the files, which are used as they are; returns their paths.
+
+    Raises:
+        UserError: the latents are not those of this network.
+    """
+    ws = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in files])
+    paths = [outdir / f"w{i:04d}.png" for i in range(len(ws))]
+    done = iter(paths)
+    for part in ws.split(batch_size):
+        images = synthesize_ws(G, part, precision)
+        require_finite(torch.isfinite(images).all())
+        for image in to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy():
+            save_image(next(done), image)
     return paths
 
 
@@ -77,10 +96,31 @@ def make_sheet(network: Any, seeds: list[int], classes: list[int], batch_size: i
 
 #----------------------------------------------------------------------------
 
+def check_source(seeds: list[int] | None, files: list[str] | None, choices: dict[str, bool]) -> None:
+    """Images come from seeds or from latents, and with latents some options have no meaning.
+
+    Args:
+        seeds: That were given.
+        files: Of latents that were given.
+        choices: Those options, and whether they were given.
+
+    Raises:
+        UserError: neither or both are there, or an option has no meaning.
+    """
+    if bool(seeds) == bool(files):
+        raise UserError("give --seeds, or latents in files with --w, one of the two")
+    if files and (given := [option for option, is_given in choices.items() if is_given]):
+        raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: leave it "
+                        "out")
+
+#----------------------------------------------------------------------------
+
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
 @click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
               type=cli.PathType(addresses=True), required=True)
-@click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(cli.MAX_SEED), required=True)
+@click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(cli.MAX_SEED))
+@click.option("--w", help="Instead of seeds: latents in .npz (array w) or .npy files, used as they are",
+              metavar="FILE,FILE...", type=cli.PathList())
 @click.option("--class", "class_name", help="Class by name or index  [default: drawn from each seed]",
               metavar="NAME|INT")
 @click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
@@ -100,8 +140,8 @@ def make_sheet(network: Any, seeds: list[int], classes: list[int], batch_size: i
               type=cli.PathType())
 @cli.precision_option()
 @cli.device_option()
-def main(network: str, seeds: list[int], class_name: str | None, trunc: float, batch_sz: int,
-         centroids_path: str | None, translate: tuple[float, float], rotate: float, noise_mode: str,
+def main(network: str, seeds: list[int] | None, w: list[str] | None, class_name: str | None, trunc: float,
+         batch_sz: int, centroids_path: str | None, translate: tuple[float, float], rotate: float, noise_mode: str,
          outdir: str | None, sheet: str | None, precision: str, device: str) -> None:
     """Generate images from a trained network.
 
@@ -115,11 +155,13 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
       python gen_images.py --network=runs/00000-stylegan3-t-digits16-gpus1-batch32 --seeds=0-9 --sheet=samples.png
     """
     from legacy import load_network
+    check_source(seeds, w, {"--class": class_name is not None, "--trunc": trunc != 1, "--sheet": sheet is not None,
+                            "--centroids-path": centroids_path is not None})
     if (outdir is None) == (sheet is None):
         raise UserError("give --outdir for single images or --sheet for one picture of all classes, one of the two")
     if noise_mode != "const":
         click.echo(f"NOTE: --noise-mode={noise_mode} has no effect: these generators have no noise inputs", err=True)
-    seeds = list(dict.fromkeys(seeds))      # A seed that was typed twice is one image.
+    seeds = list(dict.fromkeys(seeds or []))        # A seed that was typed twice is one image.
     target = misc.select_device(device)
     click.echo(dispatch.start_lines(target), err=True)
     loaded = load_network(network, target)
@@ -141,7 +183,10 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
             picture.save(f, format="PNG")
         click.echo(f"{sheet}: {len(classes)} row(s) of {len(seeds)} samples")
     elif outdir is not None:
-        paths = write_images(loaded, seeds, class_idx, Path(outdir), **settings)
+        if w:
+            paths = write_given(G, w, Path(outdir), batch_sz, precision)
+        else:
+            paths = write_images(loaded, seeds, class_idx, Path(outdir), **settings)
         click.echo(f"{outdir}: {len(paths)} images")
 
 

@@ -272,7 +272,8 @@ class Inversion:
 @click.option("--space", help="One w for all layers, or one for each", type=click.Choice(SPACES), default="w",
               show_default=True)
 @click.option("--distance", help="lpips, timm:NAME, a network of your own (.safetensors) or pixels  [default: the "
-              "first of lpips, timm:tf_efficientnet_lite0 and pixels that is on this machine]", metavar="NAME|FILE")
+              "first of lpips, timm:tf_efficientnet_lite0 and pixels that is on this machine]", metavar="NAME|FILE",
+              type=cli.PathType())
 @click.option("--mask", help="Picture that is white where the targets count", metavar="FILE", type=cli.PathType())
 @click.option("--run-pti", help="Tune the generator to each target", is_flag=True)
 @click.option("--pti-steps", help="Steps of tuning", metavar="INT", type=cli.IntRange(min=1), default=350,

@@ -9,13 +9,11 @@ import torch
 from inference.inversion.goals import Goal
 from inference.sampling import class_means, map_latents
 from torch_utils.misc import full_precision, random_state
-from training.generator.layer_schedule import largest_batch
 from training.generator.synthesis import require_finite, synthesize_ws
 from training.networks_stylegan3 import Generator
 
 NUM_SAMPLES = 10_000        # Of w, for its spread.
 SAMPLE_SEED = 123           # Of these and of the samples that may be starts: the published one.
-MOST_AT_ONCE = 16           # Samples whose pictures are made together.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,7 @@ def nearest_start(G: Generator, goal: Goal, classes: Sequence[int], count: int) 
     found = torch.zeros(len(goal), dtype=torch.int64)
     if len(w) > 1:
         rows = []
-        for part in w.split(min(MOST_AT_ONCE, largest_batch(G.config))):
+        for part in w.split(len(goal)):             # As many at once as targets, to which memory was fitted.
             images = synthesize_ws(G, part[:, None].expand(-1, G.num_ws, -1), "fp32")
             require_finite(torch.isfinite(images).all())
             with full_precision():                  # One by one, because maps of networks are large.
