@@ -256,7 +256,8 @@ def run(opts: ScoreOptions, device: torch.device) -> list[dict[str, Any]]:
         from legacy import load_network
         network = load_network(opts.network, device)
         distributed.print0(dispatch.start_lines(device), file=sys.stderr)
-    wants_labels = network is not None and network.G_ema.c_dim > 0 and opts.labels == "dataset"
+    wants_labels = metric_main.needs_real_labels(names) or (
+        network is not None and network.G_ema.c_dim > 0 and opts.labels == "dataset")
     path = opts.data or opts.ref
     reference = None if path is None else open_reference(path, wants_labels, workers, opts.split)
     options = metric_options(opts, device, network)
@@ -308,7 +309,8 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
               "--save-ref, for precision and recall  [default: 10000 if --metrics has adm_pr50k, else none]")
 @click.option("--detector", metavar="NAME|PATH", type=dnnlib.cli.PathType(addresses=True),
               help=f"Feature network of {', '.join(FREE)} and --save-ref: "
-              "inception-2015-12-05, vgg16, ... or a judge's .safetensors  [default: inception; for pr vgg16]")
+              "inception-2015-12-05, vgg16, ..., timm:tf_efficientnet_lite2 or another of timm, or a judge's "
+              ".safetensors  [default: inception; for pr vgg16]")
 @click.option("--num", metavar="INT", type=dnnlib.cli.IntRange(min=1),
               help="Images to score instead of the number that the name says; the result's name then says it  "
               "[default: of the protocol; for pytorch_fid all there are; else 50000]")

@@ -2,19 +2,21 @@
 """Generate images from a snapshot or an official pickle: single files, an array file, a sample sheet or a grid."""
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import torch
 import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import list_some
 from inference.directions.edits import check_edits, edit_offset
 from inference.directions.files import load_directions
-from inference.frames import make_transform
+from inference.frames import make_transform, pictures
 from inference.image_inputs import read_labels
-from inference.latents import load_centroids
+from inference.latents import load_centroids, load_latents
 from inference.sample_files import (
     SHEET_PIXELS,
     Sheet,
@@ -28,7 +30,9 @@ from inference.samples import Samples, class_shares, drawn_classes, each_class, 
 from inference.sampling import find_classes
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
+from torch_utils.images import save_image
 from torch_utils.ops import dispatch
+from training.networks_stylegan3 import Generator
 
 SHEET_ROWS = 40             # Rows of a sheet at most, if nobody says which classes it is to have.
 OFFICIAL_SEED, OFFICIAL_SAMPLES = 42, 4         # What the official gen_class_samplesheet.py takes unasked.
@@ -41,6 +45,7 @@ class ImageOptions:
 
     network: str
     seeds: list[int] | None
+    w: list[str] | None
     class_name: str | None
     labels: str | None
     data: str | None
@@ -65,6 +70,9 @@ class ImageOptions:
 
     def check(self) -> None:
         """What can be said without the network. Raises UserError."""
+        if self.w:
+            self.check_latents()
+            return
         if [self.outdir, self.npz, self.sheet].count(None) != 2:
             raise UserError("give --outdir for single images, --npz for one file of arrays, or --sheet for one "
                             "picture, one of the three")
@@ -88,6 +96,21 @@ class ImageOptions:
         check_edits(self.directions, [name for name, _ in self.edits])
         self.chosen_seeds()
 
+    def check_latents(self) -> None:
+        """With latents of files, which are used as they are, some options have no meaning. Raises UserError."""
+        if self.seeds:
+            raise UserError("--w: brings latents, and --seeds others: leave one of the two out")
+        if self.outdir is None:
+            raise UserError("--w: is shown as single images: name their folder by --outdir")
+        names = ("class_name", "labels", "data", "split", "centroids_path", "npz", "sheet", "grid", "grid_width",
+                 "samples_per_class", "seed")
+        given = [f"--{name.removesuffix('_name').replace('_', '-')}" for name in names
+                 if getattr(self, name) is not None] + ["--trunc"] * (self.trunc != 1)
+        if given:
+            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: leave "
+                            "it out")
+        check_edits(self.directions, [name for name, _ in self.edits])
+
     @property
     def shown_grid(self) -> str:
         return "x".join(map(str, self.grid or ()))
@@ -104,7 +127,7 @@ class ImageOptions:
                 raise UserError("--seeds: names the samples of each class: leave --seed and --samples-per-class out")
             return list(dict.fromkeys(self.seeds))
         if not self.has_class_rows:
-            raise UserError("give --seeds, such as --seeds=0-9")
+            raise UserError("give --seeds, such as --seeds=0-9, or latents in files with --w")
         first = OFFICIAL_SEED if self.seed is None else self.seed
         last = first + (self.samples_per_class or OFFICIAL_SAMPLES) - 1
         if last > cli.MAX_SEED or last - first >= cli.MAX_LIST:
@@ -196,6 +219,16 @@ def grid_sheet(options: ImageOptions, resolution: int, count: int) -> Sheet:
 #----------------------------------------------------------------------------
 # Where it goes.
 
+def chosen_edit(G: Generator, options: ImageOptions) -> torch.Tensor | None:
+    """What --edit adds to ws, [num_ws, w_dim]; None without it. Raises UserError."""
+    if not options.edits:
+        return None
+    files, notes = load_directions(options.directions, G)
+    for note in notes:
+        click.echo(f"NOTE: {note}", err=True)
+    return edit_offset(G, files, options.edits)
+
+
 def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples) -> Iterator[np.ndarray]:
     """The images, uint8 [R, R, 3], with a bar that shows how far they are. Raises UserError."""
     G = loaded.G_ema
@@ -204,19 +237,29 @@ def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples) 
     centroids = None
     if options.centroids_path is not None:
         centroids = load_centroids(options.centroids_path, G.w_dim).to(transform.device)
-    edit = None
-    if options.edits:
-        files, notes = load_directions(options.directions, G)
-        for note in notes:
-            click.echo(f"NOTE: {note}", err=True)
-        edit = edit_offset(G, files, options.edits)
+    edit = chosen_edit(G, options)
     images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision, edit)
     return iter(tqdm.tqdm(images, total=len(samples), unit="image", disable=None))
+
+
+def write_given(G: Generator, options: ImageOptions) -> str:
+    """Make a file w<NNNN>.png of each latent in the files of --w; returns what was written, in words. Raises UserError.
+    """
+    ws = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options.w or []])
+    edit = chosen_edit(G, options)
+    ws = ws if edit is None else ws + edit
+    places = make_transform(options.translate, options.rotate).expand(len(ws), -1, -1)
+    made = pictures(G, [(ws, places)], options.batch_sz, options.precision)
+    for i, image in enumerate(tqdm.tqdm(made, total=len(ws), unit="image", disable=None)):
+        save_image(Path(options.outdir or "", f"w{i:04d}.png"), image.permute(1, 2, 0).numpy())
+    return f"{options.outdir}: {len(ws)} images"
 
 
 def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
     """Make what is asked for; returns what was written, in words. Raises UserError."""
     G = loaded.G_ema
+    if options.w:
+        return write_given(G, options)
     seeds, classes = options.chosen_seeds(), named_classes(loaded, options)
     sheet: Sheet | None = None
     if options.has_class_rows:
@@ -250,6 +293,8 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
 @click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
               type=cli.PathType(addresses=True), required=True)
 @click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(cli.MAX_SEED))
+@click.option("--w", help="Instead of seeds: latents in .npz (array w) or .npy files, used as they are",
+              metavar="FILE,FILE...", type=cli.PathList())
 @click.option("--class", "--classes", "class_name", help="Class by name or index, or several, e.g. cat,3,5-7: every "
               "seed is made with each  [default: drawn from each seed]", metavar="NAME,INT...")
 @click.option("--labels", help="How the class of each seed is drawn instead: all equally likely, the classes in turn, "

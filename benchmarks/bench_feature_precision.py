@@ -32,6 +32,7 @@ from dnnlib import UserError, cli  # noqa: E402
 from dnnlib.util import atomic_write_text  # noqa: E402
 from torch_utils.images import from_uint8  # noqa: E402
 from torch_utils.misc import one_hot, requires_grad  # noqa: E402
+from torch_utils.published import find_weights  # noqa: E402
 from training.config import DiscriminatorConfig, LossConfig  # noqa: E402
 from training.diffaug import NUM_UNIFORMS  # noqa: E402
 from training.discriminators.projected import ProjectedDiscriminator  # noqa: E402
@@ -39,7 +40,6 @@ from training.feature_networks import fast  # noqa: E402
 from training.feature_networks.backbones import is_isotropic  # noqa: E402
 from training.feature_networks.classifier import Classifier, load_classifier  # noqa: E402
 from training.feature_networks.fast import optimize_frozen  # noqa: E402
-from training.feature_networks.registry import find_weights  # noqa: E402
 from training.generator.layer_schedule import stem_config  # noqa: E402
 from training.loss import StyleSanLoss  # noqa: E402
 from training.networks_stylegan3 import Generator  # noqa: E402

@@ -36,7 +36,7 @@ from dnnlib.util import atomic_write_text  # noqa: E402
 from inference.image_inputs import open_images  # noqa: E402
 from metrics.detectors import load_detector  # noqa: E402
 from metrics.detectors.inception import make_inception  # noqa: E402
-from metrics.detectors.loading import random_state  # noqa: E402
+from metrics.detectors.random_weights import random_state  # noqa: E402
 from metrics.feature_stats import Moments  # noqa: E402
 from metrics.frechet import frechet_distance  # noqa: E402
 from metrics.kernel_distance import kernel_distance, squared_mmd  # noqa: E402

@@ -11,6 +11,7 @@ import torch
 from metrics.frechet import frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel_distance import kernel_distance
+from metrics.linear_probe import probe_accuracy
 from metrics.options import MetricOptions
 from metrics.passes import Collected
 from metrics.precision_recall import precision_recall
@@ -74,3 +75,16 @@ def accuracy(gen: Collected, real: RealSide, options: MetricOptions) -> Answer:
     """Share of the images that the judge assigns to the class they were made for."""
     assert gen.num_correct is not None
     return {"": gen.num_correct / gen.num_images}, {"num_correct": gen.num_correct}
+
+
+def probe(limit: int) -> Formula:
+    """Share of the images that a linear probe of 'pool', fitted to at most `limit` real images, assigns to the class
+    they were made for, and the share of real images held out of the fit that it classifies correctly."""
+    def formula(gen: Collected, real: RealSide, options: MetricOptions) -> Answer:
+        assert gen.labels is not None
+        found = probe_accuracy(real.some_features("pool", limit), real.some_labels(limit), gen.features["pool"],
+                               gen.labels, options.seed)
+        return {"": found.accuracy, "_held_out": found.held_out}, {
+            "num_real": found.num_fitted + found.num_held_out, "num_held_out": found.num_held_out,
+            "held_out_seed": options.seed, "penalty": found.penalty}
+    return formula

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from dnnlib import UserError
+from metrics.detectors import label_of, model_of
 from metrics.options import MetricOptions
 from metrics.protocols import METRICS, GeneratorKind, Metric, MetricKind, expand
 
@@ -24,9 +25,18 @@ class Job:
     real: RealKey
 
     @property
+    def title(self) -> str:
+        """The metric's name, with the detector's where that is one that nobody would guess from it."""
+        if self.image_kind is None or self.metric.detector is not None:
+            return self.metric.name
+        if self.image_kind.says_detector or model_of(self.detector) is not None:
+            return f"{self.metric.name}_{label_of(self.detector)}"
+        return self.metric.name
+
+    @property
     def name(self) -> str:
         """As the record has it."""
-        return self.metric.name + self.mark
+        return self.title + self.mark
 
     @property
     def has_real_side(self) -> bool:
@@ -80,6 +90,8 @@ def detector_of(metric: Metric, options: MetricOptions) -> str:
         return metric.detector
     name = options.detector or kind.default_detector
     if name is None:
-        raise UserError(f"--metrics={metric.name} needs a classifier of the classes: name it with "
-                        "--detector=PATH.safetensors")
+        raise UserError(f"--metrics={metric.name} needs {kind.wanted_detector}")
+    if kind.inception_only and model_of(name) is not None:
+        raise UserError(f"--detector={name}: {metric.name} is a distance of Inception's features: use --metrics=fd, "
+                        "whose results say the network")
     return name

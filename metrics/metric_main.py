@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 
 from dnnlib import UserError
 from dnnlib.classes import Classes, match
@@ -23,7 +24,7 @@ from metrics.latents import check_source as check_latents
 from metrics.options import MetricOptions
 from metrics.passes import Collected, Wants, class_scores, collect, on_rank0
 from metrics.protocols import INCEPTION, METRICS, NOTHING, GeneratorKind, MetricKind, expand
-from metrics.real_side import RealSide, RealWants, load_real_side
+from metrics.real_side import RealSide, RealWants, labels_of, load_real_side
 from metrics.references import Reference, check_statistics
 from metrics.sources import ImageSource, label_values
 from torch_utils import distributed
@@ -81,7 +82,12 @@ def _image_kinds(names: Iterable[str]) -> list[MetricKind]:
 
 def needs_labels(names: Iterable[str]) -> bool:
     """Whether a metric compares the images with their labels."""
-    return any(kind.gen.correct for kind in _image_kinds(names))
+    return any(kind.gen.correct or kind.gen.labels for kind in _image_kinds(names))
+
+
+def needs_real_labels(names: Iterable[str]) -> bool:
+    """Whether a metric learns the classes from the real images."""
+    return any(kind.real_labels for kind in _image_kinds(names))
 
 
 def needs_reference(names: Iterable[str]) -> bool:
@@ -129,7 +135,11 @@ def evaluate(names: Iterable[str], generated: SourceFactory, reference: Referenc
         source = generated(num)
         _check_source(source, reference, group)
         columns = _columns_of_labels(source, group, detectors)
+        classes = _classes_of_real(source, group, reference)
         gen = _collect_generated(source, group, detectors, columns, options)
+        for collected in gen.values():
+            if collected.labels is not None and classes is not None:
+                collected.labels = classes[collected.labels.cpu()]
         for job in group:
             answer = _answer(job, source, gen.get(job.detector), real.get(job.real, RealSide()), options)
             done[job.metric.name] = records.result(job, *answer, detectors.get(job.detector), source, reference,
@@ -188,6 +198,10 @@ def _check_reference(jobs: list[Job], reference: Reference | None) -> None:
         name = job.metric.name
         if reference is None or reference.source is None and not reference.statistics:
             raise UserError(f"--metrics={name} compares with real images: name them with --data or --ref")
+        if job.image_kind.real_labels and reference.source is not None and labels_of(reference) is None:
+            raise UserError(f"--metrics={name} learns the classes from the real images, but "
+                            f"{reference.source.description.get('path', 'the reference')} has no labels: name a data "
+                            "set with labels by --data")
         if reference.source is None and job.image_kind.real.wants.features:
             raise UserError(f"--metrics={name}: not computable from {path_of(reference)}, which holds only mean and "
                             "covariance: name the images themselves with --data or --ref")
@@ -205,7 +219,8 @@ def _check_detector(job: Job, gen: Wants, detector: Detector, reference: Referen
                         f"{INCEPTION} or a .safetensors judge")
     if gen.correct and "logits" not in detector.outputs:
         raise UserError(f"--detector={detector.name}: {name} needs a classifier of the classes of the data: "
-                        "name a judge trained on them with --detector=PATH.safetensors")
+                        "name a judge trained on them with --detector=PATH.safetensors, or use "
+                        "--metrics=probe_accuracy")
     for output in sorted((gen.moments | gen.features) - set(detector.outputs)):
         raise UserError(f"--detector={detector.name}: {name} needs its output '{output}', which it does not have: use "
                         f"{INCEPTION}")
@@ -290,6 +305,27 @@ def _columns_of_labels(source: ImageSource, jobs: list[Job], detectors: dict[str
         _note(found.note)
         columns[job.detector] = np.array(found.indices, dtype=np.int64)
     return columns
+
+
+def _classes_of_real(source: ImageSource, jobs: list[Job], reference: Reference | None) -> torch.Tensor | None:
+    """The class of the real images that each label of the generated ones means; None where no metric takes labels.
+
+    Raises:
+        UserError: a label means a class that the real images do not have.
+    """
+    taking = [job.metric.name for job in jobs if job.image_kind is not None and job.image_kind.real_labels]
+    if not taking or reference is None or reference.source is None:
+        return None
+    real, values = labels_of(reference), label_values(source)
+    assert real is not None, "checked before any work"
+    known = Classes(reference.source.description.get("class_names"), int(real.max(initial=-1)) + 1)
+    count = len(known) if values is None else int(values.max(initial=-1)) + 1
+    found = match(
+        str(source.description.get("path") or "the images"), Classes(source.description.get("class_names"), count),
+        "the real images", known, f"name the data set that has these classes by --data, or leave {taking[0]} out",
+        None if values is None else values.tolist())
+    _note(found.note)
+    return torch.tensor(found.indices)
 
 
 def _warn_few(record: dict[str, Any], job: Job, detector: Detector) -> None:

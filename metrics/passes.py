@@ -32,6 +32,7 @@ class Wants:
     features: frozenset[str] = frozenset()      # Outputs that are kept, at the captured positions.
     probs: bool = False                         # Class probabilities.
     correct: bool = False                       # How often the predicted class is the label.
+    labels: bool = False                        # The labels themselves.
 
     def __or__(self, other: "Wants") -> "Wants":
         return Wants(*(a | b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -63,6 +64,7 @@ class Collected:
     features: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     probs: np.ndarray | None = None             # float64 [num_images, C]
     num_correct: int | None = None
+    labels: torch.Tensor | None = None          # int64 [num_images]
 
 #----------------------------------------------------------------------------
 
@@ -79,6 +81,7 @@ class _Keeper:
         self.moments = {key: Moments(detector.dims[key]) for key in sorted(wants.moments)}
         self.features = {key: Rows(num_captured) for key in sorted(wants.features)}
         self.logits = Rows(num_images)
+        self.labels = Rows(num_images)
         self.correct: torch.Tensor | int = 0
         self.columns = None if columns is None else torch.from_numpy(columns)   # Column of each label of the images.
 
@@ -98,11 +101,17 @@ class _Keeper:
             self.logits.append(positions, outputs[class_scores(self.detector)])
         if self.wants.correct:
             self.correct = self.correct + num_correct(outputs["logits"], self._checked(labels))
+        if self.wants.labels:
+            self.labels.append(positions, self._labelled(labels))
 
-    def _checked(self, labels: torch.Tensor | None) -> torch.Tensor:
+    def _labelled(self, labels: torch.Tensor | None) -> torch.Tensor:
         if labels is None:
             raise UserError("accuracy: the images have no labels: give a data set with labels, a folder with one "
                             "sub-folder per class, or a conditional network")
+        return labels
+
+    def _checked(self, labels: torch.Tensor | None) -> torch.Tensor:
+        labels = self._labelled(labels)
         known = self.detector.num_classes if self.columns is None else len(self.columns)
         if len(labels) and int(labels.max()) >= known:
             raise UserError(f"accuracy: an image has label {int(labels.max())}, but the judge {self.detector.name} "
@@ -130,6 +139,8 @@ class _Keeper:
                 result.probs = probs.numpy()
         if self.wants.correct:
             result.num_correct = sum(distributed.all_gather_object(int(self.correct)))
+        if self.wants.labels:
+            result.labels = self.labels.gather(device)
         return result
 
 

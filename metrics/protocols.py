@@ -9,6 +9,7 @@
 | clean-fid | clean-fid's resize, ddof 1 |
 | pytorch-fid | what pytorch-fid prints: its resize, all images of either side, ddof 1; also of its earlier layers |
 | fd-dinov2 | DINOv2 ViT-L/14 at 224 pixels, ddof 1, as EDM2 has it |
+| fd-timm | a network of timm with its own preparation of images, ddof 1 |
 | own | defined here |
 | free | detector and number of images are the caller's choice; the record says which they were |
 """
@@ -32,6 +33,7 @@ from metrics.real_side import MAX_FEATURES, RealWants
 
 INCEPTION = "inception-2015-12-05"
 ADM_REAL_FEATURES = 10_000      # Images in ADM's reference files, for precision and recall.
+PROBE_IMAGES = 50_000           # Real images that a linear probe is fitted to and tested with, at most.
 
 #----------------------------------------------------------------------------
 
@@ -47,6 +49,10 @@ class MetricKind:
     is_ordered: bool = False            # The order of the images moves the value.
     min_images: int = 1                 # Each side must have so many.
     lower_is_better: bool = False       # Distances want to be low.
+    real_labels: bool = False           # It takes the labels of the real images.
+    says_detector: bool = False         # The free name is followed by the detector's in results.
+    inception_only: bool = False        # Its name stands for Inception: it takes no network of timm.
+    wanted_detector: str = ""           # What the caller must name where there is no default, for the message.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +87,10 @@ class Metric:
 #----------------------------------------------------------------------------
 # Formulas with what they need.
 
-def _fid(free_name: str, output: str, ddof: int, default_detector: str | None = INCEPTION) -> MetricKind:
+def _fid(free_name: str, output: str, ddof: int) -> MetricKind:
     wants = Wants(moments=frozenset({output}))
-    return MetricKind(free_name, wants, RealWants(wants), default_detector, formulas.frechet(output, ddof),
-                      min_images=1 + ddof, lower_is_better=True)
+    return MetricKind(free_name, wants, RealWants(wants), INCEPTION, formulas.frechet(output, ddof),
+                      min_images=1 + ddof, lower_is_better=True, inception_only=True)
 
 
 def _pr(limit: int, dtype: torch.dtype) -> MetricKind:
@@ -97,12 +103,22 @@ NOTHING = RealWants()
 
 FID, FID_DDOF1 = _fid("fid", "pool", ddof=0), _fid("fid", "pool", ddof=1)
 SFID, SFID_DDOF1 = _fid("sfid", "spatial", ddof=0), _fid("sfid", "spatial", ddof=1)
+# The distance of features of any other network.
+FD = dataclasses.replace(
+    _fid("fd", "pool", ddof=1), default_detector=None, inception_only=False, says_detector=True,
+    wanted_detector="a network: name it with --detector, such as --detector=timm:tf_efficientnet_lite2")
 KID = MetricKind("kid", POOL, RealWants(POOL, MAX_FEATURES), INCEPTION, formulas.kernel(MAX_FEATURES), min_images=2,
                  lower_is_better=True)
 PR, ADM_PR = _pr(MAX_FEATURES, torch.float16), _pr(ADM_REAL_FEATURES, torch.float32)
 IS = MetricKind("is", Wants(probs=True), NOTHING, INCEPTION, formulas.shuffled_score)
 ADM_IS = MetricKind("is", Wants(probs=True), NOTHING, INCEPTION, formulas.score_in_order, is_ordered=True)
-ACCURACY = MetricKind("accuracy", Wants(correct=True), NOTHING, None, formulas.accuracy)
+ACCURACY = MetricKind("accuracy", Wants(correct=True), NOTHING, None, formulas.accuracy, wanted_detector=(
+    "a classifier of the classes: name it with --detector=PATH.safetensors, or use --metrics=probe_accuracy with "
+    "any network"))
+PROBE = MetricKind(
+    "probe_accuracy", dataclasses.replace(POOL, labels=True), RealWants(POOL, PROBE_IMAGES), None,
+    formulas.probe(PROBE_IMAGES), real_labels=True, says_detector=True,
+    wanted_detector="a network: name it with --detector, such as --detector=timm:tf_efficientnet_lite2")
 
 PPL = GeneratorKind(generator_formulas.ppl2_wend, generator_formulas.require_lpips, (VGG16_FILE, LPIPS_FILE),
                     lower_is_better=True)
@@ -153,14 +169,16 @@ _protocol("clean-fid", ("clean_fid50k", FID_DDOF1, "inception-2015-12-05-clean",
 for _output, _mark in (("pool", ""), *((output, f"_{width}") for output, width in INCEPTION_LAYERS.items())):
     register(Metric(f"pytorch_fid{_mark}", _fid("fid", _output, ddof=1), "inception-2015-12-05-pytorch_fid",
                     protocol="pytorch-fid", takes_all=True))
-_protocol("fd-dinov2", ("fd_dinov2_50k", FID_DDOF1, "dinov2-vitl14", 50_000, None))
+_protocol("fd-dinov2", ("fd_dinov2_50k", FD, "dinov2-vitl14", 50_000, None))
+_protocol("fd-timm", *((f"fd_lite{i}_50k", FD, f"timm:tf_efficientnet_lite{i}", 50_000, None) for i in range(3)))
 _protocol("own", ("rfid_random", FID, "inception-random-seed0", 50_000, None))
 
 for _name, _measurement in (("ppl2_wend", PPL), ("eqt50k_int", EQT_INT), ("eqt50k_frac", EQT_FRAC), ("eqr50k", EQR)):
     register(Metric(_name, _measurement, num_gen=50_000, protocol="stylegan"))
 
-for _kind in (FID, SFID, KID, PR, IS, ACCURACY):
+for _kind in (FID, SFID, KID, PR, IS, ACCURACY, FD):
     register(Metric(_kind.free_name, _kind, takes_mirror=True))
+register(Metric(PROBE.free_name, PROBE))    # A mirrored copy of what is held out must not be fitted to.
 
 #----------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class RealSide:
     moments: dict[str, Statistics] = dataclasses.field(default_factory=dict)
     features: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)     # float32 [kept, D]
     num_images: int = 0             # Images there are, where features were taken.
+    labels: np.ndarray | None = None    # int64 [num_images], where a metric takes them.
 
     def some_features(self, output: str, limit: int) -> torch.Tensor:
         """Features of at most `limit` images: the seeded choice that a metric with this limit alone would have met."""
@@ -44,6 +45,12 @@ class RealSide:
             return features
         kept = seeded_indices(self.num_images, len(features), SUBSET_SEED)
         return features[torch.from_numpy(np.isin(kept, seeded_indices(self.num_images, limit, SUBSET_SEED)))]
+
+    def some_labels(self, limit: int) -> np.ndarray:
+        """Labels of the images that `some_features` with the same limit gives."""
+        assert self.labels is not None, "checked before any work"
+        labels: np.ndarray = self.labels[seeded_indices(self.num_images, min(limit, self.num_images), SUBSET_SEED)]
+        return labels
 
 
 def load_real_side(
@@ -61,7 +68,7 @@ def load_real_side(
     Raises:
         UserError: mirror images or a choice of images are asked for, but there are statistics only.
     """
-    side, from_images = RealSide(), set()
+    side, from_images = RealSide(labels=labels_of(reference)), set()
     for output in sorted(needs.wants.moments):
         stored = reference.statistics_for(detector.name, output)
         if stored is None:
@@ -74,6 +81,12 @@ def load_real_side(
         assert reference.source is not None         # Checked before any work: see `metric_main`.
         _from_images(side, view_of(reference.source, mirror, limit), detector, wants, needs.max_features, options)
     return side
+
+
+def labels_of(reference: Reference) -> np.ndarray | None:
+    """The labels of the real images, int64; None where there are none."""
+    labels = getattr(reference.source, "labels", None)
+    return None if labels is None else np.asarray(labels)
 
 
 def _check_stored(stored: Statistics, mirror: bool, limit: int | None) -> None:

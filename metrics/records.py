@@ -63,8 +63,9 @@ def result(job: Job, values: dict[str, float], settings: dict[str, Any], detecto
     made = {key: value for key, value in source.description.items() if key != "class_names"}    # May be thousands.
     own = ("num_real", "ddof", "detector", "detector_sha256", "detector_unverified")
     return {
-        "results": {job.metric.name + suffix + job.mark: value for suffix, value in values.items()},
+        "results": {job.title + suffix + job.mark: value for suffix, value in values.items()},
         "metric": job.name,
+        "asked_for": job.metric.name,
         "protocol": job.metric.protocol,
         "lower_is_better": job.metric.kind.lower_is_better,
         "total_time": seconds,

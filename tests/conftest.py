@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 
 from tests import closeness
+from torch_utils import published
 
 # Files that take minutes: begun last, they would have one process work alone at the end.
 LONG_FILES = ("test_demo.py", "test_nodes.py", "test_resume.py", "test_processes.py")
@@ -94,6 +95,13 @@ def _offline(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("STYLESAN_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def _no_packages(monkeypatch):
+    """The packages with weights are not installed."""
+    for name, package in published.PACKAGES.items():
+        monkeypatch.setitem(published.PACKAGES, name, package._replace(module="package_that_is_not_installed"))
 
 
 def write_dataset(path, resolution: int, num_images: int = 16, num_classes: int = 4, seed: int = 0,

@@ -112,16 +112,17 @@ DETECTORS: Registry[DetectorKind] = Registry("detector")
 
 #----------------------------------------------------------------------------
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 @functools.lru_cache(maxsize=16)
-def _imagenet_colours(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation, [1, 3, 1, 1]. Kept between calls, because copying numbers to a GPU waits for it."""
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[1, 3, 1, 1]. Kept between calls, because copying numbers to a GPU waits for it."""
     with torch.inference_mode(False):       # The first caller's mode must not decide what later callers may do.
-        mean, std = (torch.tensor(values, device=device).reshape(1, 3, 1, 1)
-                     for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return mean, std
+        return torch.tensor(values, device=device).reshape(1, -1, 1, 1)
 
 
-def imagenet_normalised(x: torch.Tensor) -> torch.Tensor:
-    """Float [N, 3, H, W] in 0..255 -> the same by ImageNet's mean and standard deviation of colours."""
-    mean, std = _imagenet_colours(x.device)
-    return (x / 255 - mean) / std
+def normalised(x: torch.Tensor, mean: tuple[float, ...] = IMAGENET_MEAN,
+               std: tuple[float, ...] = IMAGENET_STD) -> torch.Tensor:
+    """Float [N, 3, H, W] in 0..255 -> the same by mean and standard deviation of colours in [0, 1], here ImageNet's."""
+    return (x / 255 - _per_channel(mean, x.device)) / _per_channel(std, x.device)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dnnlib.download import Asset
-from metrics.detectors.base import DETECTORS, DetectorKind, Outputs, State, imagenet_normalised
-from metrics.detectors.resizes import pil_bicubic_uint8
+from metrics.detectors.base import DETECTORS, DetectorKind, Outputs, State, normalised
+from metrics.detectors.resizes import pil_uint8
 
 DINOV2_FILE = Asset(
     "dinov2_vitl14_pretrain.pth",
@@ -59,8 +59,8 @@ def hub_position_table(table: torch.Tensor, grid: int = GRID) -> torch.Tensor:
 
 def _forward(net: torch.nn.Module, images: torch.Tensor) -> Outputs:
     """The class token after the last normalisation; images resized as EDM2's and dgm-eval's 'pil' mode."""
-    x = pil_bicubic_uint8(images, SIZE).float()
-    return {"pool": net.forward_features(imagenet_normalised(x))[:, 0]}
+    x = pil_uint8(images, SIZE).float()
+    return {"pool": net.forward_features(normalised(x))[:, 0]}
 
 
 DETECTORS.register("dinov2-vitl14")(

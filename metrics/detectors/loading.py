@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the name of a detector to the loaded network."""
-import hashlib
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dnnlib import UserError
@@ -12,11 +10,10 @@ from dnnlib.download import Asset, Found, find_asset, local_file
 from dnnlib.util import file_sha256, is_address, list_some
 from metrics.detectors.base import DETECTORS, Detector, DetectorKind, State
 from metrics.detectors.judges import load_judge
+from metrics.detectors.random_weights import RANDOM_SUFFIX, hash_state, random_state
+from metrics.detectors.timm_networks import PREFIX, find_timm_weights, load_timm, model_of, timm_asset
 from torch_utils import distributed
 from torch_utils.weights import read_weights
-
-RANDOM_SUFFIX = ":random"           # 'inception-2015-12-05:random': for tests, where no weights can be had.
-RANDOM_SEED = 0
 
 #----------------------------------------------------------------------------
 # Names and files.
@@ -34,7 +31,8 @@ def local_path(spec: str) -> Path | None:
 
 
 def asset_of(spec: str) -> Asset | None:
-    """The published file that detector `spec` needs; None if it needs none, or is a judge's file itself.
+    """The published file that detector `spec` needs; None if it needs none, or is a judge's file itself. A network of
+    timm needs one only where its weights are not on this machine.
 
     Raises:
         UserError: unknown detector, or no judge where `spec` says.
@@ -44,10 +42,12 @@ def asset_of(spec: str) -> Asset | None:
         if not path.is_file():
             raise UserError(f"--detector={spec}: no such file: {path}: train a judge, or name another detector")
         return None
+    if model_of(spec) is not None:
+        return timm_asset(spec)
     name = spec.removesuffix(RANDOM_SUFFIX)
     if name not in DETECTORS:
         raise UserError(f"--detector={spec}: unknown detector: choose from {', '.join(sorted(DETECTORS))}, "
-                        "or give the path of a .safetensors judge")
+                        f"name a network of timm as {PREFIX}MODEL, or give the path of a .safetensors judge")
     return None if spec.endswith(RANDOM_SUFFIX) else DETECTORS[name].asset
 
 
@@ -58,17 +58,25 @@ def require(spec: str, weights_dir: str | None = None, offline: bool | None = No
     Raises:
         UserError: unknown detector, or the file is missing; the message says where to get it and where to put it.
     """
+    if model_of(spec) is not None:
+        return find_timm_weights(spec, _checked_folder(weights_dir, spec), offline)
     found = _find(spec, weights_dir, offline, allow_unverified)
     return local_path(spec) if found is None else found.path
+
+
+def _checked_folder(weights_dir: str | None, what: str) -> str | None:
+    """The folder of --weights. Raises UserError: it is not there."""
+    if weights_dir and not Path(weights_dir).is_dir():
+        raise UserError(f"--weights={weights_dir}: no such folder: name one with {what}, or leave it out")
+    return weights_dir
 
 
 def _find(spec: str, weights_dir: str | None, offline: bool | None, allow_unverified: bool) -> Found | None:
     asset = asset_of(spec)
     if asset is None:
         return None
-    if weights_dir and not Path(weights_dir).is_dir():
-        raise UserError(f"--weights={weights_dir}: no such folder: name one with {asset.filename}, or leave it out")
-    return find_asset(asset, [weights_dir] if weights_dir else [], offline, allow_unverified)
+    folder = _checked_folder(weights_dir, asset.filename)
+    return find_asset(asset, [folder] if folder else [], offline, allow_unverified)
 
 #----------------------------------------------------------------------------
 # Loading.
@@ -80,7 +88,7 @@ def load_detector(spec: str, device: torch.device, weights_dir: str | None = Non
     Random numbers elsewhere are not disturbed: networks of known kinds are made on the meta device, which draws none.
 
     Args:
-        spec: A name in `DETECTORS`, with or without ':random'; 'local:PATH'; 'PATH.safetensors'.
+        spec: A name in `DETECTORS` or 'timm:MODEL', with or without ':random'; 'local:PATH'; 'PATH.safetensors'.
         device: Where it computes.
         weights_dir: Folder to look in first.
         offline: Never download; None: as the environment says.
@@ -89,6 +97,8 @@ def load_detector(spec: str, device: torch.device, weights_dir: str | None = Non
     Raises:
         UserError: unknown name, missing or damaged file.
     """
+    if model_of(spec) is not None:
+        return load_timm(spec, device, _checked_folder(weights_dir, spec), offline)
     found = distributed.node_first(lambda: _find(spec, weights_dir, offline, allow_unverified))
     if (path := local_path(spec)) is not None:
         return load_judge(path, device)
@@ -147,32 +157,3 @@ def warn_unverified(found: Found, sha256: str, spec: str) -> None:
     if not found.verified:
         distributed.print0(f"Warning: {found.path}: unverified weights of {spec} (sha256 {sha256}): values compare "
                            "only with those of the same file", file=sys.stderr)
-
-#----------------------------------------------------------------------------
-# Random weights.
-
-def random_state(net: torch.nn.Module, seed: int = RANDOM_SEED) -> State:
-    """Kaiming-normal weights, so that signals keep their size through many layers, and identity normalisation.
-
-    Drawn by NumPy's legacy generator, whose stream is frozen, in the order of the names: a network with a declared seed
-    has to be the same network with every version of every library.
-    """
-    rng = np.random.RandomState(seed)
-    state = {}
-    for name, x in sorted(net.state_dict().items()):
-        if x.ndim >= 2:
-            values = rng.standard_normal(tuple(x.shape)) * (2 / x[0].numel()) ** 0.5
-            state[name] = torch.from_numpy(values).to(x.dtype)
-        else:
-            is_one = name.endswith(("running_var", "weight", "gamma"))
-            state[name] = torch.full(x.shape, int(is_one), dtype=x.dtype)
-    return state
-
-
-def hash_state(state: State) -> str:
-    """SHA-256 over names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, x in sorted(state.items()):
-        digest.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
-        digest.update(x.contiguous().numpy().tobytes())
-    return digest.hexdigest()

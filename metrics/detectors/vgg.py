@@ -3,7 +3,7 @@
 import torch
 
 from dnnlib.download import Asset
-from metrics.detectors.base import DETECTORS, DetectorKind, Outputs, imagenet_normalised
+from metrics.detectors.base import DETECTORS, DetectorKind, Outputs, normalised
 from metrics.detectors.resizes import tf1_bilinear
 
 VGG16_FILE = Asset(
@@ -25,7 +25,7 @@ def make_vgg16() -> torch.nn.Module:
 def _forward(net: torch.nn.Module, images: torch.Tensor) -> Outputs:
     """Resized to 224 as TF1 did (bilinear, no half-pixel shift, no antialiasing), the choice of torch-fidelity, whose
     precision and recall agree with the StyleGAN line's within 1e-2; then ImageNet's mean and standard deviation."""
-    x = net.features(imagenet_normalised(tf1_bilinear(images, SIZE)))
+    x = net.features(normalised(tf1_bilinear(images, SIZE)))
     x = net.avgpool(x)                                                  # [N, 512, 7, 7]
     return {"pool": net.classifier[:5](x.flatten(1))}                   # fc1, ReLU, dropout (idle), fc2, ReLU.
 

@@ -14,7 +14,7 @@ import torch
 
 from metrics.detectors import INCEPTION_FILE, VGG16_FILE
 from metrics.detectors.inception import make_inception
-from metrics.detectors.loading import random_state
+from metrics.detectors.random_weights import random_state
 from metrics.detectors.vgg import make_vgg16
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from dnnlib import UserError
 from metrics import detectors
 from metrics.detectors import DETECTORS, load_detector, require
-from metrics.detectors.loading import hash_state, random_state
+from metrics.detectors.random_weights import hash_state, random_state
 from tests.closeness import approx
 from tests.metrics.helpers import TinyNet, random_images, tiny_kind
 

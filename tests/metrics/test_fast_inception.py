@@ -6,7 +6,7 @@ import torch
 from metrics.detectors import fast_inception
 from metrics.detectors.fast_inception import FastInception, FoldedConv
 from metrics.detectors.inception import make_inception
-from metrics.detectors.loading import random_state
+from metrics.detectors.random_weights import random_state
 from tests.closeness import l2_error
 from tests.metrics.helpers import INCEPTION_TERMS, float32_tolerance
 

@@ -87,8 +87,10 @@ class TestTable:
             "pytorch_fid_768": (PYTORCH_FID, None, None, "pytorch-fid"),
             "clean_fid50k": ("inception-2015-12-05-clean", k50, None, "clean-fid"),
             "fd_dinov2_50k": ("dinov2-vitl14", k50, None, "fd-dinov2"),
+            **{f"fd_lite{i}_50k": (f"timm:tf_efficientnet_lite{i}", k50, None, "fd-timm") for i in range(3)},
             "rfid_random": ("inception-random-seed0", k50, None, "own"),
-            **{name: (None, None, None, "free") for name in ("fid", "sfid", "kid", "pr", "is", "accuracy")}}
+            **{name: (None, None, None, "free") for name in (
+                "fid", "sfid", "kid", "pr", "is", "accuracy", "fd", "probe_accuracy")}}
 
     def test_names_that_measure_the_generator(self):
         table = {name: (m.num_gen, m.protocol) for name in METRICS

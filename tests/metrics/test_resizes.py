@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metrics.detectors import resizes
-from metrics.detectors.base import imagenet_normalised
+from metrics.detectors.base import normalised
 from tests.closeness import max_error
 from tests.host_numbers import HostNumbers
 from tests.metrics.helpers import random_images
@@ -25,10 +25,11 @@ def images(size, num=2):
     return noise
 
 
-def by_pil(x, size, mode):
+def by_pil(x, size, mode, interpolation="bicubic"):
     """Every channel of every image on its own, as clean-fid does; [N, 3, size, size] float32."""
     kind = np.float32 if mode == "F" else np.uint8
-    planes = [PIL.Image.fromarray(plane.astype(kind), mode=mode).resize((size, size), PIL.Image.Resampling.BICUBIC)
+    kernel = PIL.Image.Resampling[interpolation.upper()]
+    planes = [PIL.Image.fromarray(plane.astype(kind), mode=mode).resize((size, size), kernel)
               for plane in x.numpy().reshape(-1, *x.shape[2:])]
     stack = np.stack([np.asarray(plane, np.float32) for plane in planes])
     return torch.from_numpy(stack).reshape(*x.shape[:2], size, size)
@@ -50,17 +51,18 @@ def test_float_bicubic_is_pils(size):
     assert max_error(ours, expected) < float_tolerance(size)
 
 
+@pytest.mark.parametrize("interpolation", resizes.PIL_FILTERS)
 @pytest.mark.parametrize("size", [*SIZES, (224, 224), (224, 256)])
-def test_8_bit_bicubic_is_pils(size):
+def test_8_bit_resizes_are_pils(size, interpolation):
     x = images(size)
-    assert torch.equal(resizes.pil_bicubic_uint8(x, 224).float(), by_pil(x, 224, "L"))
+    assert torch.equal(resizes.pil_uint8(x, 224, interpolation).float(), by_pil(x, 224, "L", interpolation))
 
 
 def test_8_bit_bicubic_in_parts(monkeypatch):
     x = images((20, 30), num=5)
-    whole = resizes.pil_bicubic_uint8(x, 224)
+    whole = resizes.pil_uint8(x, 224)
     monkeypatch.setattr(resizes, "FLOAT64_IMAGES", 2)
-    assert torch.equal(resizes.pil_bicubic_uint8(x, 224), whole)
+    assert torch.equal(resizes.pil_uint8(x, 224), whole)
 
 
 def test_float_bicubic_is_clipped_but_not_rounded():
@@ -112,8 +114,8 @@ def test_resizes_differ_from_each_other():
 #----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prepare", [
-    lambda x: resizes.tf1_bilinear(x, 8), lambda x: resizes.pil_bicubic_float(x, 8), imagenet_normalised,
-    lambda x: resizes.pil_bicubic_uint8(x, 8)])
+    lambda x: resizes.tf1_bilinear(x, 8), lambda x: resizes.pil_bicubic_float(x, 8), normalised,
+    lambda x: resizes.pil_uint8(x, 8)])
 def test_weights_come_to_the_device_once(prepare):
     images = torch.zeros([2, 3, 12, 12], dtype=torch.uint8, device="meta")
     prepare(images)

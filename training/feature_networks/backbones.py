@@ -2,7 +2,7 @@
 """Frozen feature networks behind one interface: timm's convolutional pyramids and transformers, and small networks that
 users train on their own images."""
 import functools
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import timm.models
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dnnlib import UserError
 from torch_utils.own_network import OwnNetwork
+from torch_utils.published import trained_with
 
 NUM_MAPS = 4                # So many maps are taken from a timm model, the deepest ones, or all if it has fewer.
 BN_WARMUP_SIZE = 256
@@ -122,22 +123,6 @@ class TimmModel(Protocol):
                               output_fmt: str) -> list[torch.Tensor]:
         """The maps with these indices."""
         ...
-
-
-class TrainedWith(NamedTuple):
-    """The images that a model of timm was trained with."""
-
-    input_size: int             # Side of the images.
-    mean: tuple[float, ...]     # Per channel of images in [0, 1].
-    std: tuple[float, ...]
-    fixed_input_size: bool      # Whether the model takes images of no other size.
-
-
-def trained_with(net: torch.nn.Module) -> TrainedWith:
-    """The images that this model of timm was trained with."""
-    config = cast(dict[str, Any], net.pretrained_cfg)
-    return TrainedWith(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]),
-                       bool(config.get("fixed_input_size")))
 
 
 def is_isotropic(net: torch.nn.Module) -> bool:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from dnnlib import UserError
 from dnnlib.classes import Classes, match
 from torch_utils.own_network import OwnNetwork, load_own_network
-from training.feature_networks.backbones import standardized, trained_with
+from torch_utils.published import trained_with
+from training.feature_networks.backbones import standardized
 from training.feature_networks.fast import surroundings_of
 from training.feature_networks.registry import load_network
 from training.feature_networks.within import Surroundings, run_within

@@ -11,7 +11,6 @@ from training.dataset import ImageDataset
 from training.discriminators.projected import ProjectedDiscriminator
 from training.feature_networks.class_embedding import class_embedding
 from training.feature_networks.classifier import Classifier, load_classifier
-from training.feature_networks.registry import load_backbone
 from training.generator.superres import load_stem_into
 from training.networks_stylegan3 import Generator
 from training.run.snapshots import Snapshot
@@ -79,9 +78,9 @@ def make_class_embedding(config: TrainConfig, dataset: ImageDataset, device: tor
     """The class table [c_dim, width], equal on all processes. Rank 0 makes it: it may have to look at every image."""
     table = None
     if distributed.rank() == 0:
-        backbone = load_backbone(config.discriminator.backbones[-1]).to(device) if config.embedding == "data" else None
-        table = class_embedding(config.embedding, config.generator.c_dim, dataset=dataset, backbone=backbone,
-                                seed=config.seed, device=device, embed_dim=config.generator.embed_dim,
+        table = class_embedding(config.embedding, config.generator.c_dim, dataset=dataset,
+                                backbone=config.discriminator.backbones[-1], seed=config.seed, device=device,
+                                embed_dim=config.generator.embed_dim,
                                 workers=config.data.workers, say=say).cpu()
     distributed.barrier()       # May take long: collectives have a time limit, this has none.
     shared: torch.Tensor = distributed.broadcast_object(table)

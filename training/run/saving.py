@@ -94,9 +94,10 @@ class Score:
 def pick_score(results: list[dict[str, Any]], metric: str | None) -> Score:
     """The score among metric results, by the name of the metric; None: the first.
 
-    A result's name says after an '@' where it departs from the metric of that name.
+    A result's own name says more: the detector, where the metric leaves it open, and after an '@' where it departs from
+    the metric of that name.
     """
-    found = [r for r in results if r["metric"].partition("@")[0] == metric] or results
+    found = [r for r in results if r.get("asked_for", r["metric"].partition("@")[0]) == metric] or results
     return Score(found[0]["metric"], float(next(iter(found[0]["results"].values()))), found[0]["lower_is_better"])
 
 

@@ -13,10 +13,12 @@ from click.testing import CliRunner
 
 import training.feature_networks.class_embedding
 from dnnlib import UserError
+from dnnlib.classes import Classes
+from dnnlib.util import atomic_file
 from tests.closeness import assert_close, rel_error
 from tests.data_prep.samples import files, metadata, write_zip
 from tests.training.feature_networks.digits import Digits
-from training.dataset import ImageDataset
+from training.dataset import ImageDataset, follow_classes
 from training.feature_networks.class_embedding import class_embedding
 from training.feature_networks.registry import load_backbone
 
@@ -40,7 +42,7 @@ def test_data_gives_the_mean_per_class():
     expected = torch.stack([pooled[torch.as_tensor(data.labels == k)].mean(dim=0) for k in range(10)])
     assert table.dtype == torch.float32
     assert rel_error(table, expected) < 1e-5
-    assert torch.equal(table, class_embedding("data", 10, dataset=data, backbone="local:random"))
+    assert rel_error(class_embedding("data", 10, dataset=data, backbone="local:random"), table) < 1e-5
 
 
 def test_many_images_are_reported_on(monkeypatch):
@@ -154,6 +156,68 @@ def test_command(archive, tmp_path, workers):
     dataset.close()
 
 
+def test_what_took_long_is_kept_beside_the_data(archive, tmp_path, monkeypatch):
+    """The second time nothing is computed, unless data, labels, seed or network differ."""
+    monkeypatch.setattr(training.feature_networks.class_embedding, "KEEP_SECONDS", 0)
+    dataset, said = ImageDataset(archive, use_labels=True), []
+
+    def vectors(seed=0, backbone="local:random"):
+        said.clear()
+        return class_embedding("data", 3, dataset, backbone, seed=seed, say=said.append)
+
+    first = vectors()
+    (kept,) = tmp_path.glob(".farm.zip.class-vectors-*.safetensors")
+    assert [line.strip().partition(":")[2][:9] for line in said] == [" features", " kept in "]
+    assert torch.equal(vectors(), first)
+    assert said == [f"    class vectors: taken from {kept}, where they were kept"]
+    vectors(seed=1)
+    vectors(backbone="local:random:1")
+    follow_classes(dataset, "the run", Classes(["cow", "bee", "ant"]))
+    assert rel_error(vectors(), first.flip(0)) < 1e-5
+    assert len(list(tmp_path.glob(".farm.zip.*"))) == 4
+    dataset.close()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"garbage", lambda content: content[:-9], lambda content: b"",
+    lambda content: content[:-4] + b"\0\0\0\x40", lambda content: content.replace(b"made_from", b"made_of__")])
+def test_damaged_vectors_are_made_anew(archive, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(training.feature_networks.class_embedding, "KEEP_SECONDS", 0)
+    dataset, said = ImageDataset(archive, use_labels=True), []
+    first = class_embedding("data", 3, dataset, "local:random")
+    (kept,) = tmp_path.glob(".farm.zip.class-vectors-*.safetensors")
+    whole = kept.read_bytes()
+    kept.write_bytes(damage(whole))
+    assert torch.equal(class_embedding("data", 3, dataset, "local:random", say=said.append), first)
+    assert re.search(rf"{kept} is made anew: .", said[0])
+    assert kept.read_bytes() == whole
+    dataset.close()
+
+
+def test_a_folder_that_cannot_be_written_to(archive, tmp_path, monkeypatch):
+    """Then the cache holds the vectors; if that cannot be written to either, there is a line and no error."""
+    monkeypatch.setattr(training.feature_networks.class_embedding, "KEEP_SECONDS", 0)
+    monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path / "cache"))
+    dataset, said = ImageDataset(archive, use_labels=True), []
+    refusing = [tmp_path]
+
+    def refuse(path):
+        if path.parent in refusing:
+            raise PermissionError(13, "Permission denied", str(path))
+        return atomic_file(path)
+
+    monkeypatch.setattr("training.feature_networks.kept_vectors.atomic_file", refuse)
+    first = class_embedding("data", 3, dataset, "local:random", say=said.append)
+    assert not list(tmp_path.glob(".farm*"))
+    (kept,) = (tmp_path / "cache" / "class-vectors").iterdir()
+    assert torch.equal(class_embedding("data", 3, dataset, "local:random", say=said.append), first)
+    assert said[-1].endswith(f"taken from {kept}, where they were kept")
+    refusing.append(kept.parent)
+    class_embedding("data", 3, dataset, "local:random", seed=1, say=said.append)
+    assert re.search(r"not kept for the next run \(.*Permission denied\)", said[-1])
+    dataset.close()
+
+
 def test_command_writes_plain_arrays(archive, tmp_path):
     result = run(f"--data={archive}", "--backbone=local:random", f"--out={tmp_path}/t.npy",
                  "--workers=0", "--device=cpu")
@@ -171,6 +235,7 @@ def test_command_refuses(archive, options, match):
     assert re.search(match, result.output)
 
 
+@pytest.mark.usefixtures("_no_packages")
 def test_command_without_weights(archive, tmp_path, monkeypatch):
     """Offline and without a cache: the message that every user of published weights gets."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
