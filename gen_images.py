@@ -107,8 +107,8 @@ class ImageOptions:
         given = [f"--{name.removesuffix('_name').replace('_', '-')}" for name in names
                  if getattr(self, name) is not None] + ["--trunc"] * (self.trunc != 1)
         if given:
-            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: leave "
-                            "it out")
+            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: "
+                            "leave it out")
         check_edits(self.directions, [name for name, _ in self.edits])
 
     @property

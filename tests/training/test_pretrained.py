@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The official recipe in small with weights that know something: backbone, class vectors and guidance by a classifier of
-ImageNet's classes, on crops of two photographs whose classes it knows."""
+"""The official recipe in small with weights that know something, on crops of two photographs whose classes they know:
+backbone, class vectors, and guidance by a classifier of ImageNet's classes."""
 import json
 import zipfile
 
