@@ -260,6 +260,16 @@ def test_an_edit_adds_to_ws_after_truncation(G, file):
     assert max_error(synthesize(G, z, labels, 0.5, edit=edit), synthesize_ws(G, ws)) < 1e-4
 
 
+def test_given_latents_are_moved(network, G, file, tmp_path):
+    w = np.random.RandomState(0).randn(1, G.num_ws, G.w_dim).astype(np.float32)
+    np.save(tmp_path / "w.npy", w)
+    np.save(tmp_path / "moved.npy", w + 2 * read_directions(str(file)).offset("pca1").numpy())
+    made(gen_images.main, f"--network={network}", f"--w={tmp_path / 'w.npy'}", f"--directions={file}",
+         "--edit=pca1:2", f"--npz={tmp_path / 'a.npz'}")
+    made(gen_images.main, f"--network={network}", f"--w={tmp_path / 'moved.npy'}", f"--npz={tmp_path / 'b.npz'}")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
 def test_an_edit_of_no_strength_changes_no_byte(network, file, tmp_path):
     common = (f"--network={network}", "--seeds=0-2", "--trunc=0.7")
     made(gen_images.main, *common, f"--npz={tmp_path / 'a.npz'}")
