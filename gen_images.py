@@ -11,6 +11,8 @@ import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import list_some
+from inference.directions.edits import check_edits, edit_offset
+from inference.directions.files import load_directions
 from inference.frames import make_transform
 from inference.image_inputs import read_labels
 from inference.latents import load_centroids, load_latents
@@ -28,6 +30,7 @@ from inference.sampling import find_classes
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
 from torch_utils.ops import dispatch
+from training.networks_stylegan3 import Generator
 
 SHEET_ROWS = 40             # Rows of a sheet at most, if nobody says which classes it is to have.
 OFFICIAL_SEED, OFFICIAL_SAMPLES = 42, 4         # What the official gen_class_samplesheet.py takes unasked.
@@ -48,6 +51,8 @@ class ImageOptions:
     trunc: float
     batch_sz: int
     centroids_path: str | None
+    directions: list[str]
+    edits: tuple[tuple[str, float], ...]
     translate: tuple[float, float]
     rotate: float
     noise_mode: str
@@ -83,6 +88,7 @@ class ImageOptions:
                             else f"--data={self.data}: has no effect without --labels=dataset: leave it out")
         if self.split is not None and self.data is None:
             raise UserError(f"--split={self.split}: has no effect without --data: leave it out")
+        check_edits(self.directions, [name for name, _ in self.edits])
         self.check_given()
         self.chosen_seeds()
 
@@ -209,6 +215,16 @@ def grid_sheet(options: ImageOptions, resolution: int, count: int) -> Sheet:
 #----------------------------------------------------------------------------
 # Where it goes.
 
+def chosen_edit(G: Generator, options: ImageOptions) -> torch.Tensor | None:
+    """What --edit adds to ws, [num_ws, w_dim]; None without it. Raises UserError."""
+    if not options.edits:
+        return None
+    files, notes = load_directions(options.directions, G)
+    for note in notes:
+        click.echo(f"NOTE: {note}", err=True)
+    return edit_offset(G, files, options.edits)
+
+
 def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples,
                 given: torch.Tensor | None) -> Iterator[np.ndarray]:
     """The images, uint8 [R, R, 3], with a bar that shows how far they are.
@@ -228,10 +244,11 @@ def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples,
     centroids = None
     if options.centroids_path is not None:
         centroids = load_centroids(options.centroids_path, G.w_dim).to(transform.device)
+    edit = chosen_edit(G, options)
     if given is None:
-        images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision)
+        images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision, edit)
     else:
-        images = given_images(G, given, options.batch_sz, options.precision)
+        images = given_images(G, given if edit is None else given + edit, options.batch_sz, options.precision)
     return iter(tqdm.tqdm(images, total=len(samples), unit="image", disable=None))
 
 
@@ -290,6 +307,7 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
               show_default=True)
 @click.option("--centroids-path", help="Truncate towards the nearest of these centres of w (python -m "
               "inference.centroids)", metavar="FILE", type=cli.PathType())
+@cli.edit_options()
 @click.option("--translate", help="Shift of the picture in image widths", type=cli.Vec2(), default="0,0",
               show_default=True)
 @click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=cli.FloatRange(), default=0,

@@ -18,15 +18,15 @@ from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
 from inference.frames import pictures
 from inference.sample_files import Sheet, write_sheet
-from inference.sampling import class_means, find_classes, map_latents
+from inference.sampling import class_means, find_classes, many_w
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
 from torch_utils.ops import dispatch
-from training.data.randomness import CounterRNG
 from training.networks_stylegan3 import Generator
 
 NUM, NUM_PER_CLASS = 50000, 5000        # Latents, if nobody says how many.
-LATENTS_AT_ONCE = 4096                  # The z of so many are in memory; their w are all kept.
+LATENTS_AT_ONCE = 4096                  # Whose distances to all centres are in memory.
+STREAM = "centroids/z"                  # Of the latents.
 MOST_VALUES = 1 << 29                   # Of all w of one k-means, 2 GiB.
 STARTS = 4                              # K-means ends where its start leads it, so the best of several counts.
 CHECKED_PER_CLASS = 32                  # w of each class whose nearest centres are looked at in the end.
@@ -59,24 +59,6 @@ def find_centers(w: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     centers: np.ndarray = kmeans.cluster_centers_[np.argsort(-sizes, kind="stable")].astype(np.float32)
     return centers
 
-
-def many_w(G: Generator, num: int, classes: list[int], seed: int) -> tuple[np.ndarray, torch.Tensor]:
-    """w float32 [num, w_dim], and their classes [num], which take turns. The latents do not depend on the classes.
-
-    Raises:
-        UserError: they are not finite.
-    """
-    rng = CounterRNG(seed)
-    labels = torch.tensor(classes, dtype=torch.int64)[torch.arange(num) % len(classes)]
-    w = np.empty([num, G.w_dim], dtype=np.float32)
-    for first in range(0, num, LATENTS_AT_ONCE):
-        part = slice(first, min(first + LATENTS_AT_ONCE, num))
-        z = torch.from_numpy(rng.normal("centroids/z", range(part.start, part.stop), (G.z_dim,)))
-        w[part] = map_latents(G, z, labels[part]).numpy()
-    if not np.isfinite(w).all():
-        raise UserError("the network gives w that are not finite: the snapshot is of a diverged run")
-    return w, labels
-
 #----------------------------------------------------------------------------
 
 def mean_distance(w: torch.Tensor, centers: torch.Tensor) -> float:
@@ -101,7 +83,7 @@ class Found:
 
 def centers_over_all(G: Generator, num: int, clusters: int, classes: list[int], seed: int) -> Found:
     """Clusters of the w of all these classes together. Raises UserError."""
-    w, labels = many_w(G, num, classes, seed)
+    w, labels = many_w(G, num, classes, seed, STREAM)
     centers = find_centers(w, clusters, seed)
     some = torch.from_numpy(w)
     to_means = (some - class_means(G, labels)).norm(dim=1).mean()
@@ -112,7 +94,7 @@ def centers_per_class(G: Generator, num: int, clusters: int, classes: list[int],
     """Clusters of the w of each class by itself, in the order of the classes. Raises UserError."""
     centers, some = [], []
     for k in tqdm.tqdm(classes, unit="class", disable=None):
-        of_class, _ = many_w(G, num, [k], seed)
+        of_class, _ = many_w(G, num, [k], seed, STREAM)
         centers.append(find_centers(of_class, clusters, seed))
         some.append(of_class[:CHECKED_PER_CLASS].copy())        # A view would keep all of them.
     owners = torch.tensor(classes).repeat_interleave(len(some[0]))

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents and centres of w in files."""
-import zipfile
-
 import numpy as np
 import torch
 
 from dnnlib import UserError, cli
 from torch_utils import checkpoint
-from torch_utils.arrays import open_npz, read_npy
+from torch_utils.arrays import DAMAGED, open_npz, read_npy
 
 #----------------------------------------------------------------------------
 
@@ -55,7 +53,7 @@ def load_latents(path: str, num_ws: int, w_dim: int, option: str = "--w") -> tor
         raise
     except KeyError as err:
         raise UserError(f"{option}={path}: has no array named w: give latents as run_inversion.py writes them") from err
-    except (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zipfile.LargeZipFile) as err:
+    except DAMAGED as err:
         raise UserError(f"{option}={path}: not readable as .npz or .npy ({type(err).__name__}): make it again") from err
     if w.ndim != 3 or len(w) == 0 or w.shape[1] not in (1, num_ws) or w.shape[2] != w_dim:
         raise UserError(f"{option}={path}: expected latents [number, 1 or {num_ws}, {w_dim}], found {list(w.shape)}: "

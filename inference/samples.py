@@ -95,7 +95,8 @@ def class_shares(what: str, labels: np.ndarray, names: Sequence[str] | None, who
 # Images.
 
 def sample_images(G: Generator, samples: Samples, batch_size: int = 1, truncation_psi: float = 1.0,
-                  centroids: torch.Tensor | None = None, precision: str = "auto") -> Iterator[np.ndarray]:
+                  centroids: torch.Tensor | None = None, precision: str = "auto",
+                  edit: torch.Tensor | None = None) -> Iterator[np.ndarray]:
     """The images one by one, uint8 [R, R, 3], rounded as the official sample files are.
 
     In batches of one an image is a function of its seed and its class alone. In larger batches sums may be rounded
@@ -110,7 +111,7 @@ def sample_images(G: Generator, samples: Samples, batch_size: int = 1, truncatio
         part = slice(first, first + batch_size)
         z = torch.stack([seed_latent(seed, G.z_dim) for seed in samples.seeds[part]])
         labels = torch.tensor(samples.labels[part], dtype=torch.int64)
-        for images in generate(G, z, labels, batch_size, truncation_psi, centroids, precision):
+        for images in generate(G, z, labels, batch_size, truncation_psi, centroids, precision, edit):
             yield from to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy()
 
 

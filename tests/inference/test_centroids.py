@@ -9,10 +9,11 @@ from click.testing import CliRunner
 
 import gen_images
 from dnnlib import UserError
-from inference import centroids
-from inference.centroids import centers_per_class, find_centers, many_w
+from inference import centroids, sampling
+from inference.centroids import STREAM, centers_per_class, find_centers
 from inference.latents import load_centroids
 from inference.sample_files import NAME_WIDTH
+from inference.sampling import many_w
 from legacy import load_network
 from tests.closeness import assert_close, max_error
 from tests.parity import DATA
@@ -78,19 +79,19 @@ def test_without_scikit_learn(monkeypatch):
 
 @pytest.mark.numeric
 def test_latents_are_those_of_the_seed_whatever_the_classes(G, monkeypatch):
-    w, labels = many_w(G, 7, [2, 0], seed=5)
+    w, labels = many_w(G, 7, [2, 0], 5, STREAM)
     assert labels.tolist() == [2, 0, 2, 0, 2, 0, 2]
     z = torch.from_numpy(CounterRNG(5).normal("centroids/z", range(7), (G.z_dim,)))
     assert max_error(w, G.mapping(z, torch.eye(3)[labels])[:, 0]) < 1e-5
-    monkeypatch.setattr(centroids, "LATENTS_AT_ONCE", 3)
-    assert max_error(many_w(G, 7, [2], seed=5)[0][::2], w[::2]) < 1e-5
+    monkeypatch.setattr(sampling, "DRAWN_AT_ONCE", 3)
+    assert max_error(many_w(G, 7, [2], 5, STREAM)[0][::2], w[::2]) < 1e-5
 
 
 @pytest.mark.numeric
 def test_one_centre_per_class_is_its_mean(G):
     found = centers_per_class(G, 50, 1, [2, 0], seed=0)
     for row, k in enumerate((2, 0)):
-        w, _ = many_w(G, 50, [k], seed=0)
+        w, _ = many_w(G, 50, [k], 0, STREAM)
         assert max_error(found.centers[row], w.mean(axis=0)) < 1e-5
     assert 0 < found.to_centers < found.to_means        # The running means of this network are random numbers.
 
@@ -98,7 +99,7 @@ def test_one_centre_per_class_is_its_mean(G):
 def test_how_many_are_nearest_to_their_own_class(G, monkeypatch):
     """All, where classes lie apart; half, where two of them are the same."""
     apart = {0: 0.0, 1: 100.0, 2: 100.0}
-    monkeypatch.setattr(centroids, "many_w", lambda G, num, classes, seed: (
+    monkeypatch.setattr(centroids, "many_w", lambda G, num, classes, seed, stream: (
         np.random.RandomState(0).randn(num, G.w_dim).astype(np.float32) + np.float32(apart[classes[0]]), None))
     assert centers_per_class(G, 20, 2, [0, 1], seed=0).own == 1
     assert centers_per_class(G, 20, 2, [1, 2], seed=0).own == 0.5
