@@ -256,7 +256,8 @@ def read_latents(job: Job, layers: Sequence[int]) -> list[np.ndarray]:
 @click.option("--name", help="What the direction is called  [default: after --from and --to]", metavar="TEXT")
 @click.option("--inv-steps", help=f"Steps of the search for latents of pictures  [default: {OFFICIAL_STEPS}]",
               metavar="INT", type=cli.IntRange(min=0))
-@click.option("--distance", help="Of pictures, as in run_inversion.py", metavar="NAME|FILE")
+@click.option("--distance", help="Of pictures, as in run_inversion.py", metavar="NAME|FILE",
+              type=cli.PathType())
 @click.option("--batch-sz", help="Pictures whose latents are searched for at once", metavar="INT",
               type=cli.IntRange(min=1), default=8, show_default=True)
 def folders_command(**options: Any) -> None:
