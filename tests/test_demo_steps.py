@@ -39,7 +39,7 @@ class Machine:
             (run / "best_model.pkl").write_bytes(b"")
         if command[0] == "calc_metrics.py":
             return "".join(json.dumps(line) + "\n" for line in scores(command))
-        return json.dumps({"accuracy": 0.9}) + "\n"        # As training.feature_networks.train prints it.
+        return '{\n  "batch": 32\n}\n{"accuracy": 0.9}\n'       # Settings of train.py, and what a network's training prints.
 
 
 @pytest.fixture
