@@ -39,7 +39,8 @@ class Machine:
             (run / "best_model.pkl").write_bytes(b"")
         if command[0] == "calc_metrics.py":
             return "".join(json.dumps(line) + "\n" for line in scores(command))
-        return '{\n  "batch": 32\n}\n{"accuracy": 0.9}\n'       # Settings of train.py, and what a network's training prints.
+        # train.py prints its settings, and the training of a network its accuracy.
+        return '{\n  "batch": 32\n}\n{"accuracy": 0.9}\n'
 
 
 @pytest.fixture
