@@ -31,9 +31,11 @@ def draw_points(axis: Any, points: np.ndarray, **style: Any) -> None:
 
 
 def draw_images(axis: Any, images: np.ndarray, columns: int) -> None:
-    """uint8 [N, H, W, 3] or [N, H, W] as one sheet without ticks."""
+    """uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W] as one sheet without ticks."""
     if images.ndim == 3:
-        images = np.repeat(images[..., None], 3, axis=3)
+        images = images[..., None]
+    if images.shape[3] == 1:
+        images = np.repeat(images, 3, axis=3)
     count, height, width, depth = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * columns, height, width, depth), 255, dtype=np.uint8)
