@@ -12,9 +12,9 @@ from click.core import ParameterSource
 
 import dnnlib.cli
 from dnnlib import UserError
-from dnnlib.classes import Classes, match
 from dnnlib.download import local_file
 from inference import image_inputs
+from inference.samples import class_shares
 from metrics import metric_main, protocols, records
 from metrics.latents import check_untruncated
 from metrics.options import MetricOptions
@@ -108,17 +108,11 @@ def label_probs(opts: ScoreOptions, network: Any, reference: Reference | None) -
     if labels is None or reference is None or reference.source is None:
         raise UserError("--labels=dataset: classes are drawn as the reference data set has them, but it has no labels: "
                         "name a data set with labels by --data, or use --labels=uniform or --labels=balanced")
-    counts = np.bincount(labels)
-    found = match(f"--{'data' if opts.data else 'ref'}={opts.data or opts.ref}",
-                  Classes(reference.source.description.get("class_names"), len(counts)),
-                  f"--network={opts.network}", Classes(network.class_names, c_dim),
-                  "use the data set it was trained on, or --labels=uniform", np.flatnonzero(counts).tolist())
-    if found.note:
-        distributed.print0(f"Note: {found.note}", file=sys.stderr)
-    shares = np.zeros(c_dim)
-    for i, count in enumerate(counts.tolist()):
-        if count:
-            shares[found.indices[i]] = count / counts.sum()
+    shares, note = class_shares(f"--{'data' if opts.data else 'ref'}={opts.data or opts.ref}", labels,
+                                reference.source.description.get("class_names"), f"--network={opts.network}",
+                                network.class_names, c_dim)
+    if note:
+        distributed.print0(f"Note: {note}", file=sys.stderr)
     return shares
 
 

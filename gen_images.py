@@ -1,108 +1,337 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generate images, or a sample sheet with a row per class, from a snapshot or an official pickle."""
+"""Generate images from a snapshot or an official pickle: single files, an array file, a sample sheet or a grid."""
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import PIL.Image
-import PIL.ImageDraw
+import numpy as np
 import torch
 import tqdm
 
 from dnnlib import UserError, cli
-from dnnlib.util import atomic_file
-from inference.frames import make_transform
-from inference.latents import load_centroids
-from inference.sampling import find_class, generate, seed_label, seed_latent
+from dnnlib.util import list_some
+from inference.directions.edits import check_edits, edit_offset
+from inference.directions.files import load_directions
+from inference.frames import make_transform, pictures
+from inference.image_inputs import read_labels
+from inference.latents import load_centroids, load_latents
+from inference.sample_files import (
+    SHEET_PIXELS,
+    Sheet,
+    class_numbers,
+    folder_names,
+    write_folder,
+    write_npz,
+    write_sheet,
+)
+from inference.samples import Samples, class_shares, drawn_classes, each_class, sample_images
+from inference.sampling import find_classes
+from legacy import LoadedNetwork, load_network
 from torch_utils import misc
-from torch_utils.images import save_image, to_uint8_sample
+from torch_utils.images import save_image
 from torch_utils.ops import dispatch
+from training.networks_stylegan3 import Generator
 
-SHEET_CLASSES = 40          # Rows of a sheet at most.
-SHEET_CELL = 64             # Smaller images are enlarged to about this many pixels.
-SHEET_PIXELS = 1 << 27      # A whole sheet has no more; Pillow warns of larger pictures when it opens them.
-NAME_WIDTH = 96             # Room for class names, in pixels.
+SHEET_ROWS = 40             # Rows of a sheet at most, if nobody says which classes it is to have.
+OFFICIAL_SEED, OFFICIAL_SAMPLES = 42, 4         # What the official gen_class_samplesheet.py takes unasked.
 
 #----------------------------------------------------------------------------
 
-def write_images(network: Any, seeds: list[int], class_idx: int | None, outdir: Path, batch_size: int,
-                 **settings: Any) -> list[Path]:
-    """One file seed<NNNN>.png per seed; returns their paths. Without a class every seed draws its own."""
-    G = network.G_ema
-    paths = [outdir / f"seed{seed:04d}.png" for seed in seeds]
-    bar = tqdm.tqdm(total=len(seeds), unit="image", disable=None)
-    done = iter(paths)
-    for first in range(0, len(seeds), batch_size):      # Latents of a million seeds would fill the memory.
-        part = seeds[first:first + batch_size]
-        labels = torch.zeros(len(part), dtype=torch.int64)
-        if G.c_dim > 0:
-            labels = torch.tensor([seed_label(s, G.c_dim) if class_idx is None else class_idx for s in part])
-        z = torch.stack([seed_latent(s, G.z_dim) for s in part])
-        for images in generate(G, z, labels, batch_size, **settings):
-            for image in to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy():
-                save_image(next(done), image)
-                bar.update()
-    bar.close()
-    return paths
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """The command line."""
+
+    network: str
+    seeds: list[int] | None
+    w: list[str] | None
+    class_name: str | None
+    labels: str | None
+    data: str | None
+    split: str | None
+    trunc: float
+    batch_sz: int
+    centroids_path: str | None
+    directions: list[str]
+    edits: tuple[tuple[str, float], ...]
+    translate: tuple[float, float]
+    rotate: float
+    noise_mode: str
+    outdir: str | None
+    npz: str | None
+    sheet: str | None
+    grid: tuple[int, int] | None
+    grid_width: int | None
+    samples_per_class: int | None
+    seed: int | None
+    precision: str
+    device: str
+
+    def check(self) -> None:
+        """What can be said without the network. Raises UserError."""
+        if self.w:
+            self.check_latents()
+            return
+        if [self.outdir, self.npz, self.sheet].count(None) != 2:
+            raise UserError("give --outdir for single images, --npz for one file of arrays, or --sheet for one "
+                            "picture, one of the three")
+        if self.grid is not None and self.sheet is None:
+            raise UserError(f"--grid={self.shown_grid}: is the form of a picture: name its file by --sheet")
+        for name in ("grid_width", "samples_per_class", "seed"):
+            if getattr(self, name) is not None and not self.has_class_rows:
+                raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: belongs to a --sheet of classes: "
+                                "leave it out, or --grid")
+        if self.labels is not None and self.class_name is not None:
+            raise UserError(f"--labels={self.labels}: says how classes are drawn, and --class which are made: leave "
+                            "one of the two out")
+        if self.labels is not None and self.has_class_rows:
+            raise UserError(f"--labels={self.labels}: a sheet has every class: leave it out, or give --grid for a "
+                            "picture of the images as they come")
+        if (self.data is None) != (self.labels != "dataset"):
+            raise UserError("--labels=dataset: needs a data set with labels: name it by --data" if self.data is None
+                            else f"--data={self.data}: has no effect without --labels=dataset: leave it out")
+        if self.split is not None and self.data is None:
+            raise UserError(f"--split={self.split}: has no effect without --data: leave it out")
+        check_edits(self.directions, [name for name, _ in self.edits])
+        self.chosen_seeds()
+
+    def check_latents(self) -> None:
+        """With latents of files, which are used as they are, some options have no meaning. Raises UserError."""
+        if self.seeds:
+            raise UserError("--w: brings latents, and --seeds others: leave one of the two out")
+        if self.outdir is None:
+            raise UserError("--w: is shown as single images: name their folder by --outdir")
+        names = ("class_name", "labels", "data", "split", "centroids_path", "npz", "sheet", "grid", "grid_width",
+                 "samples_per_class", "seed")
+        given = [f"--{name.removesuffix('_name').replace('_', '-')}" for name in names
+                 if getattr(self, name) is not None] + ["--trunc"] * (self.trunc != 1)
+        if given:
+            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: leave "
+                            "it out")
+        check_edits(self.directions, [name for name, _ in self.edits])
+
+    @property
+    def shown_grid(self) -> str:
+        return "x".join(map(str, self.grid or ()))
+
+    @property
+    def has_class_rows(self) -> bool:
+        """Whether the images are shown by class."""
+        return self.sheet is not None and self.grid is None
+
+    def chosen_seeds(self) -> list[int]:
+        """Each seed once. Raises UserError if it is not clear which."""
+        if self.seeds is not None:
+            if self.seed is not None or self.samples_per_class is not None:
+                raise UserError("--seeds: names the samples of each class: leave --seed and --samples-per-class out")
+            return list(dict.fromkeys(self.seeds))
+        if not self.has_class_rows:
+            raise UserError("give --seeds, such as --seeds=0-9, or latents in files with --w")
+        first = OFFICIAL_SEED if self.seed is None else self.seed
+        last = first + (self.samples_per_class or OFFICIAL_SAMPLES) - 1
+        if last > cli.MAX_SEED or last - first >= cli.MAX_LIST:
+            raise UserError(f"--samples-per-class={last - first + 1}: at most {cli.MAX_LIST} seeds are taken, and "
+                            f"seeds from {first} on end at {cli.MAX_SEED}: give fewer, or a smaller --seed")
+        return list(range(first, last + 1))
+
+#----------------------------------------------------------------------------
+# What is made.
+
+def named_classes(loaded: LoadedNetwork, options: ImageOptions) -> list[int] | None:
+    """The classes of --class, each once; None without it. Raises UserError."""
+    if options.class_name is None:
+        return None
+    classes = list(dict.fromkeys(find_classes(options.class_name, loaded.class_names, loaded.G_ema.c_dim)))
+    names = [loaded.class_names[i] for i in classes] if loaded.class_names else []
+    if len(classes) > 1 and names:
+        click.echo(f"--class={options.class_name}: {list_some(names, 10)}", err=True)
+    elif names and names != [options.class_name]:
+        click.echo(f"--class={options.class_name}: the class {classes[0]}, {names[0]}", err=True)
+    return classes
 
 
-def make_sheet(network: Any, seeds: list[int], classes: list[int], batch_size: int, **settings: Any) -> PIL.Image.Image:
-    """A row per class, a column per seed, names on the left.
+def data_shares(loaded: LoadedNetwork, options: ImageOptions) -> np.ndarray | None:
+    """How often the classes come in --data, float64 [c_dim]; None without it. Raises UserError."""
+    if options.data is None:
+        return None
+    labels, names = read_labels(options.data, options.split)
+    if labels is None:
+        raise UserError(f"--data={options.data}: has no labels: name a data set with labels, or give "
+                        "--labels=balanced")
+    shares, note = class_shares(f"--data={options.data}", labels, names, f"--network={options.network}",
+                                loaded.class_names, loaded.G_ema.c_dim)
+    if note:
+        click.echo(f"NOTE: {note}", err=True)
+    return shares
 
-    Raises:
-        UserError: the picture would be too large.
-    """
-    G = network.G_ema
-    zoom = max(round(SHEET_CELL / G.img_resolution), 1)
-    cell = G.img_resolution * zoom
-    if len(seeds) * len(classes) * cell ** 2 > SHEET_PIXELS:
-        most = SHEET_PIXELS // (len(classes) * cell ** 2)
-        raise UserError(f"--sheet: {len(classes)} row(s) of {len(seeds)} samples of {cell} pixels are more than fit "
-                        f"into one picture: give {f'at most {most} --seeds' if most else 'one --class'}, or --outdir "
-                        "for single images")
-    z = torch.stack([seed_latent(s, G.z_dim) for _ in classes for s in seeds])
-    labels = torch.tensor([k for k in classes for _ in seeds])
-    images = torch.cat([to_uint8_sample(x).cpu() for x in generate(G, z, labels, batch_size, **settings)])
-    names = network.class_names if G.c_dim > 0 and network.class_names else [str(k) for k in range(max(G.c_dim, 1))]
-    left = NAME_WIDTH if G.c_dim > 0 else 0
-    sheet = PIL.Image.new("RGB", (left + len(seeds) * cell, len(classes) * cell), "white")
-    draw = PIL.ImageDraw.Draw(sheet)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        row, column = divmod(i, len(seeds))
-        tile = PIL.Image.fromarray(image).resize((cell, cell), PIL.Image.Resampling.NEAREST)
-        sheet.paste(tile, (left + column * cell, row * cell))
-        if left and column == 0:
-            draw.text((6, row * cell + cell // 2 - 6), str(names[classes[row]])[:14], fill="black")
+
+def choose_samples(loaded: LoadedNetwork, options: ImageOptions, seeds: list[int],
+                   classes: list[int] | None) -> Samples:
+    """Seeds and classes of the images for --outdir, --npz and --grid. Raises UserError."""
+    c_dim = loaded.G_ema.c_dim
+    if options.labels is not None and c_dim == 0:
+        raise UserError(f"--labels={options.labels}: the network is unconditional: leave --labels out")
+    if classes is None:
+        return drawn_classes(seeds, c_dim, options.labels or "uniform", data_shares(loaded, options))
+    if len(seeds) * len(classes) > cli.MAX_LIST:
+        raise UserError(f"--class={options.class_name}: {len(classes)} classes with {len(seeds)} seeds each are "
+                        f"{len(seeds) * len(classes)} images, at most {cli.MAX_LIST} are made at once: give fewer "
+                        "--seeds")
+    return each_class(seeds, classes, by_class=options.grid is not None)
+
+
+def class_sheet(loaded: LoadedNetwork, options: ImageOptions, seeds: list[int],
+                classes: list[int] | None) -> tuple[Sheet, Samples]:
+    """A sheet in which no class is folded over two rows, and its images. Raises UserError."""
+    G = loaded.G_ema
+    per_row = 1 if options.grid_width is None else options.grid_width // len(seeds)
+    if per_row == 0:
+        raise UserError(f"--grid-width={options.grid_width}: a row has no room for the {len(seeds)} samples of a "
+                        "class: give a larger one, or fewer samples")
+    if classes is None:
+        classes = list(range(min(max(G.c_dim, 1), SHEET_ROWS * per_row)))
+    names = loaded.class_names or [str(k) for k in range(G.c_dim)]
+    sheet = Sheet(G.img_resolution, len(seeds), len(classes), per_row,
+                  [names[k] for k in classes] if G.c_dim > 0 else [])
+    if sheet.is_too_large:
+        most = SHEET_PIXELS // (sheet.rows * sheet.columns * sheet.cell ** 2)
+        raise UserError(f"--sheet: {len(classes)} class(es) with {len(seeds)} samples of {sheet.cell} pixels are more "
+                        f"than fit into one picture: give {f'at most {most} samples' if most else 'fewer classes'}, or "
+                        "--outdir for single images")
+    return sheet, each_class(seeds, classes, by_class=True)
+
+
+def grid_sheet(options: ImageOptions, resolution: int, count: int) -> Sheet:
+    """A grid for so many images. Raises UserError."""
+    assert options.grid is not None     # Otherwise nobody asks for one.
+    columns, rows = options.grid
+    sheet = Sheet(resolution, columns, rows)
+    if count > columns * rows:
+        raise UserError(f"--grid={options.shown_grid}: has room for {columns * rows} images, and {count} are asked "
+                        "for: give a larger grid, or fewer seeds and classes")
+    if sheet.is_too_large:
+        raise UserError(f"--grid={options.shown_grid}: images of {sheet.cell} pixels are more than fit into one "
+                        f"picture: give at most {SHEET_PIXELS // sheet.cell ** 2} places, or --outdir for single "
+                        "images")
     return sheet
+
+#----------------------------------------------------------------------------
+# Where it goes.
+
+def chosen_edit(G: Generator, options: ImageOptions) -> torch.Tensor | None:
+    """What --edit adds to ws, [num_ws, w_dim]; None without it. Raises UserError."""
+    if not options.edits:
+        return None
+    files, notes = load_directions(options.directions, G)
+    for note in notes:
+        click.echo(f"NOTE: {note}", err=True)
+    return edit_offset(G, files, options.edits)
+
+
+def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples) -> Iterator[np.ndarray]:
+    """The images, uint8 [R, R, 3], with a bar that shows how far they are. Raises UserError."""
+    G = loaded.G_ema
+    transform = G.synthesis.input.get_buffer("transform")
+    transform.copy_(make_transform(options.translate, options.rotate))
+    centroids = None
+    if options.centroids_path is not None:
+        centroids = load_centroids(options.centroids_path, G.w_dim).to(transform.device)
+    edit = chosen_edit(G, options)
+    images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision, edit)
+    return iter(tqdm.tqdm(images, total=len(samples), unit="image", disable=None))
+
+
+def write_given(G: Generator, options: ImageOptions) -> str:
+    """Make a file w<NNNN>.png of each latent in the files of --w; returns what was written, in words. Raises UserError.
+    """
+    ws = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options.w or []])
+    edit = chosen_edit(G, options)
+    ws = ws if edit is None else ws + edit
+    places = make_transform(options.translate, options.rotate).expand(len(ws), -1, -1)
+    made = pictures(G, [(ws, places)], options.batch_sz, options.precision)
+    for i, image in enumerate(tqdm.tqdm(made, total=len(ws), unit="image", disable=None)):
+        save_image(Path(options.outdir or "", f"w{i:04d}.png"), image.permute(1, 2, 0).numpy())
+    return f"{options.outdir}: {len(ws)} images"
+
+
+def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
+    """Make what is asked for; returns what was written, in words. Raises UserError."""
+    G = loaded.G_ema
+    if options.w:
+        return write_given(G, options)
+    seeds, classes = options.chosen_seeds(), named_classes(loaded, options)
+    sheet: Sheet | None = None
+    if options.has_class_rows:
+        sheet, samples = class_sheet(loaded, options, seeds, classes)
+    else:
+        samples = choose_samples(loaded, options, seeds, classes)
+        if options.grid is not None:
+            sheet = grid_sheet(options, G.img_resolution, len(samples))
+    images = make_images(loaded, options, samples)
+    if sheet is not None:
+        assert options.sheet is not None        # `check` has seen it.
+        write_sheet(options.sheet, sheet, images)
+        if sheet.groups_per_row > 1:
+            return f"{options.sheet}: {sheet.groups} class(es) of {len(seeds)} samples, {sheet.columns} in a row"
+        return f"{options.sheet}: {sheet.rows} row(s) of {sheet.per_group} samples"
+    if options.npz is not None:
+        write_npz(options.npz, samples, images, G.img_resolution, class_numbers(loaded.class_names, G.c_dim))
+        return f"{options.npz}: {len(samples)} images"
+    assert options.outdir is not None
+    by_class = len(classes) > 1 if classes is not None else options.labels in ("balanced", "dataset")
+    folders = folder_names(loaded.class_names, G.c_dim) if by_class else None
+    write_folder(options.outdir, samples, images, folders)
+    called = " in a folder per class" if by_class else ""
+    if by_class and loaded.class_names and folders == [str(i) for i in range(G.c_dim)] != loaded.class_names:
+        called += ", called by its number, because not all names of classes can be names of folders"
+    return f"{options.outdir}: {len(samples)} images{called}"
 
 #----------------------------------------------------------------------------
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
 @click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
               type=cli.PathType(addresses=True), required=True)
-@click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(cli.MAX_SEED), required=True)
-@click.option("--class", "class_name", help="Class by name or index  [default: drawn from each seed]",
-              metavar="NAME|INT")
+@click.option("--seeds", help="Random seeds, e.g. 0,1,4-6", type=cli.IntList(cli.MAX_SEED))
+@click.option("--w", help="Instead of seeds: latents in .npz (array w) or .npy files, used as they are",
+              metavar="FILE,FILE...", type=cli.PathList())
+@click.option("--class", "--classes", "class_name", help="Class by name or index, or several, e.g. cat,3,5-7: every "
+              "seed is made with each  [default: drawn from each seed]", metavar="NAME,INT...")
+@click.option("--labels", help="How the class of each seed is drawn instead: all equally likely, the classes in turn, "
+              "or as often as --data has them  [default: uniform]", metavar="uniform|balanced|dataset",
+              type=click.Choice(["uniform", "balanced", "dataset"]))
+@click.option("--data", help="Data set with the labels for --labels=dataset", metavar="DIR|FILE", type=cli.PathType())
+@click.option("--split", help="Which part of --data, if it has several", metavar="train|val|test|all")
 @click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
               default=1.0, show_default=True)
-@click.option("--batch-sz", help="Seeds per batch; the images do not depend on it", metavar="INT",
-              type=cli.IntRange(min=1), default=1, show_default=True)
-@click.option("--centroids-path", help="Truncate towards the nearest of these centres of w", metavar="FILE",
-              type=cli.PathType())
+@click.option("--batch-sz", "--batch-gpu", "batch_sz", help="Images made at once: more are faster on GPUs and may "
+              "round differently (by one of 255 levels)", metavar="INT", type=cli.IntRange(min=1), default=1,
+              show_default=True)
+@click.option("--centroids-path", help="Truncate towards the nearest of these centres of w (python -m "
+              "inference.centroids)", metavar="FILE", type=cli.PathType())
+@cli.edit_options()
 @click.option("--translate", help="Shift of the picture in image widths", type=cli.Vec2(), default="0,0",
               show_default=True)
 @click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=cli.FloatRange(), default=0,
               show_default=True)
 @click.option("--noise-mode", help="Accepted for old commands: these generators have no noise inputs",
               type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
-@click.option("--outdir", help="Where to save the images", metavar="DIR", type=cli.PathType())
-@click.option("--sheet", help="Write one sheet instead: a row per class, a column per seed", metavar="PNG",
+@click.option("--outdir", help="Write single images here; with several classes in a folder per class", metavar="DIR",
               type=cli.PathType())
+@click.option("--npz", help="Write all images as arrays to one file, which calc_metrics.py reads", metavar="FILE",
+              type=cli.PathType())
+@click.option("--sheet", help="Write one picture: a row per class, a column per seed", metavar="PNG",
+              type=cli.PathType())
+@click.option("--grid", help="Let --sheet show the images as they come: columns x rows", type=cli.Grid())
+@click.option("--grid-width", help="Let rows of --sheet have up to so many images, of as many classes as fit whole",
+              metavar="INT", type=cli.IntRange(min=1))
+@click.option("--samples-per-class", help=f"Of --sheet, without --seeds  [default: {OFFICIAL_SAMPLES}]", metavar="INT",
+              type=cli.IntRange(min=1))
+@click.option("--seed", help=f"The first of --samples-per-class  [default: {OFFICIAL_SEED}]", metavar="INT",
+              type=cli.Seed())
 @cli.precision_option()
 @cli.device_option()
-def main(network: str, seeds: list[int], class_name: str | None, trunc: float, batch_sz: int,
-         centroids_path: str | None, translate: tuple[float, float], rotate: float, noise_mode: str,
-         outdir: str | None, sheet: str | None, precision: str, device: str) -> None:
+def main(**values: Any) -> None:
     """Generate images from a trained network.
 
     \b
@@ -113,36 +342,19 @@ def main(network: str, seeds: list[int], class_name: str | None, trunc: float, b
     \b
       # A sample sheet of all classes.
       python gen_images.py --network=runs/00000-stylegan3-t-digits16-gpus1-batch32 --seeds=0-9 --sheet=samples.png
+
+    \b
+      # 50,000 images, equally many of each class, for metrics.
+      python gen_images.py --network=best_model.pkl --seeds=0-49999 --labels=balanced --npz=samples.npz
     """
-    from legacy import load_network
-    if (outdir is None) == (sheet is None):
-        raise UserError("give --outdir for single images or --sheet for one picture of all classes, one of the two")
-    if noise_mode != "const":
-        click.echo(f"NOTE: --noise-mode={noise_mode} has no effect: these generators have no noise inputs", err=True)
-    seeds = list(dict.fromkeys(seeds))      # A seed that was typed twice is one image.
-    target = misc.select_device(device)
+    options = ImageOptions(**values)
+    options.check()
+    if options.noise_mode != "const":
+        click.echo(f"NOTE: --noise-mode={options.noise_mode} has no effect: these generators have no noise inputs",
+                   err=True)
+    target = misc.select_device(options.device)
     click.echo(dispatch.start_lines(target), err=True)
-    loaded = load_network(network, target)
-    G = loaded.G_ema
-    class_idx = None if class_name is None else find_class(class_name, loaded.class_names, G.c_dim)
-    if class_idx is not None and loaded.class_names and loaded.class_names[class_idx] != class_name:
-        click.echo(f"--class={class_name}: the class {class_idx}, {loaded.class_names[class_idx]}", err=True)
-    transform = G.synthesis.input.get_buffer("transform")
-    transform.copy_(make_transform(translate, rotate))
-    centroids = None
-    if centroids_path is not None:
-        centroids = load_centroids(centroids_path, G.w_dim).to(transform.device)
-    settings: dict[str, Any] = {"batch_size": batch_sz, "truncation_psi": trunc, "centroids": centroids,
-                                "precision": precision}
-    if sheet is not None:
-        classes = [class_idx] if class_idx is not None else list(range(min(max(G.c_dim, 1), SHEET_CLASSES)))
-        picture = make_sheet(loaded, seeds, classes, **settings)
-        with atomic_file(sheet) as f:
-            picture.save(f, format="PNG")
-        click.echo(f"{sheet}: {len(classes)} row(s) of {len(seeds)} samples")
-    elif outdir is not None:
-        paths = write_images(loaded, seeds, class_idx, Path(outdir), **settings)
-        click.echo(f"{outdir}: {len(paths)} images")
+    click.echo(write(load_network(options.network, target), options))
 
 
 if __name__ == "__main__":

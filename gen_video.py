@@ -11,6 +11,8 @@ import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import list_some
+from inference.directions.edits import check_edits, edit_offset
+from inference.directions.files import load_directions
 from inference.frames import pictures, tiled
 from inference.keyframes import EASINGS, Timing
 from inference.latents import load_centroids, load_latents
@@ -49,6 +51,9 @@ class VideoOptions:
     loop: bool
     trunc: float | None
     centroids_path: str | None
+    directions: list[str]
+    edits: tuple[tuple[str, float], ...]
+    sweep_edits: tuple[tuple[str, tuple[float, float]], ...]
     sweep_trunc: tuple[float, float] | None
     sweep_translate: tuple[float, float]
     sweep_rotate: float
@@ -73,6 +78,7 @@ class VideoOptions:
             raise UserError("--interp=z: the latents of --w have no z: leave one of the two out")
         if self.trunc is not None and self.sweep_trunc is not None:
             raise UserError(f"--trunc={self.trunc:g}: --sweep-trunc says it for every frame: leave one of the two out")
+        check_edits(self.directions, [name for name, _ in (*self.edits, *self.sweep_edits)])
 
     @property
     def sweep(self) -> Sweep:
@@ -165,9 +171,22 @@ def make_timing(num_keyframes: int, options: VideoOptions) -> Timing:
     return timing
 
 
-def make_frames(G: Generator, keyframes: Keyframes, timing: Timing, options: VideoOptions) -> Iterator[np.ndarray]:
+def make_sweep(G: Generator, options: VideoOptions) -> Sweep:
+    """What changes over the whole video, with the edits. Raises UserError."""
+    if not options.directions:
+        return options.sweep
+    files, notes = load_directions(options.directions, G)
+    for note in notes:
+        click.echo(f"NOTE: {note}", err=True)
+    ends = [edit_offset(G, files, [*options.edits, *((name, strengths[i]) for name, strengths in options.sweep_edits)])
+            for i in (0, 1)]
+    return dataclasses.replace(options.sweep, edits=(ends[0], ends[1]))
+
+
+def make_frames(G: Generator, keyframes: Keyframes, timing: Timing, sweep: Sweep,
+                options: VideoOptions) -> Iterator[np.ndarray]:
     """The frames, uint8 [H, W, 3], as they are asked for."""
-    views = Motion(G, keyframes, timing, options.sweep, between_z=options.interp == "z").views()
+    views = Motion(G, keyframes, timing, sweep, between_z=options.interp == "z").views()
     if options.mix_layers is not None:
         views = style_mixed(views, options.grid[0], options.mix_layers)
     cells = pictures(G, views, options.batch_sz, options.precision)
@@ -225,6 +244,9 @@ def check_network(G: Generator, options: VideoOptions) -> None:
               type=cli.FloatRange())
 @click.option("--centroids-path", help="Truncate towards the nearest of these centres of w", metavar="FILE",
               type=cli.PathType())
+@cli.edit_options()
+@click.option("--sweep-edit", "sweep_edits", help="Move along a direction from one strength to the other and, in a "
+              "loop, back; may be given several times", type=cli.EditSweep(), multiple=True)
 @click.option("--sweep-trunc", help="Truncation psi from one value to the other and, in a loop, back",
               metavar="FROM,TO", type=cli.Vec2())
 @click.option("--sweep-translate", help="Shift the pictures so far, in image widths, and back", type=cli.Vec2(),
@@ -266,7 +288,7 @@ def main(**values: Any) -> None:
         names = [loaded.class_names[i] for i in dict.fromkeys(keyframes.classes.T.flatten().tolist())]
         click.echo(f"--class={options.class_name}: {list_some(names, 10)}", err=True)
     timing = make_timing(len(keyframes.ws), options)
-    frames = make_frames(G, keyframes, timing, options)
+    frames = make_frames(G, keyframes, timing, make_sweep(G, options), options)
     click.echo(f"{options.output}: {write_video(frames, timing.num_frames, G.img_resolution, options)}")
 
 

@@ -23,6 +23,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 MAX_FLOAT = 3.4e38          # The largest float32: beyond it a tensor holds infinity.
 MAX_INT = 2 ** 31 - 1
 MAX_SEED = 2 ** 64 - 1      # What PyTorch and the counter-based generators take.
+MAX_STRENGTH = 1000         # Of an edit, in standard deviations of w.
 MAX_LIST = 1_000_000        # Numbers in a list on the command line.
 
 #----------------------------------------------------------------------------
@@ -219,6 +220,36 @@ class Grid(click.ParamType):
             self.fail(f"{value!r} is not columns x rows such as 4x3", param, ctx)
         return columns_rows
 
+
+class Edit(click.ParamType):
+    """'smile:1.5' -> ('smile', 1.5): the name of a direction, which may hold colons, and a strength."""
+
+    name = "NAME:STRENGTH"
+    example = "smile:1.5"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, colon, strength = value.rpartition(":")
+        if not colon or not name.strip():
+            self.fail(f"{value!r} is not the name of a direction and a strength such as {self.example}", param, ctx)
+        return name, self.strength(strength, param, ctx)
+
+    def strength(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What stands behind the colon, as a number."""
+        return FloatRange(min=-MAX_STRENGTH, max=MAX_STRENGTH).convert(value, param, ctx)
+
+
+class EditSweep(Edit):
+    """'smile:-2,2' -> ('smile', (-2.0, 2.0))."""
+
+    name = "NAME:FROM,TO"
+    example = "smile:-2,2"
+
+    def strength(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        first, last = Vec2().convert(value, param, ctx)
+        return super().strength(str(first), param, ctx), super().strength(str(last), param, ctx)
+
 #----------------------------------------------------------------------------
 # Names and paths.
 
@@ -286,6 +317,18 @@ def precision_option() -> Callable[[Decorated], Decorated]:
                         default="auto", show_default=True, help="How the generator computes; auto: fp16 on "
                         "GPUs in the layers that are trained so, else fp32; bf16: in these layers, faster on "
                         "processors that have it")
+
+
+def edit_options() -> Callable[[Decorated], Decorated]:
+    """The options `--directions` and `--edit`, the same for every script that shows pictures."""
+    def add(command: Decorated) -> Decorated:
+        files = click.option("--directions", metavar="FILE,FILE...", type=PathList(), default="",
+                             help="Files of directions for --edit, as directions.py makes them")
+        edits = click.option("--edit", "edits", type=Edit(), multiple=True, help="Move the pictures along a "
+                             "direction, after truncation, by so many standard deviations of w; may be given several "
+                             "times")
+        return files(edits(command))
+    return add
 
 
 def device_option() -> Callable[[Decorated], Decorated]:

@@ -59,6 +59,29 @@ def has_samples(path: str | os.PathLike[str]) -> bool:
         return "arr_0.npy" in archive.namelist()
 
 
+def _open_with_labels(name: str, options: SourceOptions) -> Source:
+    """A source with its labels, if it has any. Raises UserError."""
+    try:
+        return open_source(name, options)
+    except UserError as err:
+        # The option is one of dataset_tool.py.
+        raise UserError(str(err).replace(", or add --no-labels", "")) from err
+
+
+def read_labels(path: str | os.PathLike[str], split: str | None = None,
+                split_option: str = "--split") -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels int64 [N] of the images at `path`, and the names of the classes; None where there are none.
+
+    Arguments as `open_images`. Images are not looked at.
+
+    Raises:
+        UserError: nothing there, no images in it, a split must be chosen, or the labels are broken.
+    """
+    found = _open_with_labels(os.fspath(path), SourceOptions(split=split, split_option=split_option, allow_gaps=True))
+    found.store.close()
+    return None if found.labels is None else np.array(found.labels, dtype=np.int64), found.classes
+
+
 def open_images(path: str | os.PathLike[str], labels: bool = False, workers: int = 0, split: str | None = None,
                 split_option: str = "--split") -> DatasetSource:
     """The images at `path`, whatever they lie in.
@@ -76,10 +99,10 @@ def open_images(path: str | os.PathLike[str], labels: bool = False, workers: int
     name = os.fspath(path)
     options = SourceOptions(split=split, split_option=split_option, allow_gaps=True)
     try:
-        found = open_source(name, options)
-    except UserError as err:
-        if labels:              # The option is one of dataset_tool.py.
-            raise UserError(str(err).replace(", or add --no-labels", "")) from err
+        found = _open_with_labels(name, options)
+    except UserError:
+        if labels:
+            raise
         found = open_source(name, SourceOptions(False, split=split, split_option=split_option))
     served = np.array(found.labels, dtype=np.int64) if labels and found.labels is not None else None
     source = source_of_files(found, name, served, workers)

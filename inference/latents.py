@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents and centres of w in files."""
-import zipfile
-
 import numpy as np
 import torch
 
 from dnnlib import UserError, cli
 from torch_utils import checkpoint
-from torch_utils.arrays import open_npz, read_npy
+from torch_utils.arrays import DAMAGED, open_npz, read_npy
 
 #----------------------------------------------------------------------------
 
@@ -25,7 +23,8 @@ def load_centroids(path: str, w_dim: int) -> torch.Tensor:
     except OSError:         # No such file, and the like: the command says which.
         raise
     except Exception as err:
-        raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__})") from err
+        raise UserError(f"--centroids-path={path}: not readable as .npy or .pt ({type(err).__name__}): make it by "
+                        "python -m inference.centroids") from err
     if not isinstance(centroids, torch.Tensor) or centroids.ndim != 2 or centroids.shape[1] != w_dim:
         shape = list(centroids.shape) if isinstance(centroids, torch.Tensor) else type(centroids).__name__
         raise UserError(f"--centroids-path={path}: expected a tensor [number of centroids, {w_dim}], found {shape}")
@@ -54,7 +53,7 @@ def load_latents(path: str, num_ws: int, w_dim: int, option: str = "--w") -> tor
         raise
     except KeyError as err:
         raise UserError(f"{option}={path}: has no array named w: give latents as run_inversion.py writes them") from err
-    except (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zipfile.LargeZipFile) as err:
+    except DAMAGED as err:
         raise UserError(f"{option}={path}: not readable as .npz or .npy ({type(err).__name__}): make it again") from err
     if w.ndim != 3 or len(w) == 0 or w.shape[1] not in (1, num_ws) or w.shape[2] != w_dim:
         raise UserError(f"{option}={path}: expected latents [number, 1 or {num_ws}, {w_dim}], found {list(w.shape)}: "

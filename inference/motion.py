@@ -61,11 +61,19 @@ class Sweep:
     psi: tuple[float, float] = (1.0, 1.0)           # Truncation at the beginning and at the farthest point.
     translate: tuple[float, float] = (0.0, 0.0)     # Shift at the farthest point, in image widths.
     rotate: float = 0.0                             # Degrees. Whole turns go on in one direction, others go back.
+    edits: tuple[torch.Tensor, torch.Tensor] | None = None      # Added to ws [num_ws, w_dim], as `psi`.
 
     def psi_at(self, timing: Timing, frame: int) -> float:
         """Truncation of a frame."""
         first, last = self.psi
         return first if first == last else first + (last - first) * timing.there_and_back(frame)
+
+    def edit_at(self, timing: Timing, frame: int) -> torch.Tensor | None:
+        """What is added to the ws of a frame after truncation: [num_ws, w_dim]."""
+        if self.edits is None:
+            return None
+        first, last = self.edits
+        return first.lerp(last, timing.there_and_back(frame))
 
     def transform_at(self, timing: Timing, frame: int) -> torch.Tensor:
         """Where the pictures of a frame lie: [3, 3], as the synthesis input wants it."""
@@ -106,7 +114,9 @@ class Motion:
         if psi != 1:
             center = self.centers(position)
             ws = center + psi * (ws - center)
-        return torch.from_numpy(ws).float().expand(-1, self.G.num_ws, -1)
+        shown = torch.from_numpy(ws).float().expand(-1, self.G.num_ws, -1)
+        edit = self.sweep.edit_at(self.timing, frame)
+        return shown if edit is None else shown + edit
 
     @torch.no_grad()
     def _mapped(self, position: float) -> np.ndarray:

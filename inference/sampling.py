@@ -16,6 +16,7 @@ from training.generator.layer_schedule import largest_batch
 from training.generator.synthesis import require_finite, synthesize
 from training.networks_stylegan3 import Generator
 
+DRAWN_AT_ONCE = 4096        # Latents that are in memory; their w all are.
 MAPPED_AT_ONCE = 256        # Latents: what their w is then does not depend on the batches of images.
 
 #----------------------------------------------------------------------------
@@ -96,6 +97,31 @@ def map_latents(G: Generator, z: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return torch.cat(parts)
 
 
+def many_w(G: Generator, num: int, classes: Sequence[int], seed: int, stream: str) -> tuple[np.ndarray, torch.Tensor]:
+    """w float32 [num, w_dim] of random latents, and their classes int64 [num], which take turns.
+
+    Args:
+        G: The generator.
+        num: How many.
+        classes: That take turns; [0] if there are none. The latents do not depend on them.
+        seed: Of the latents.
+        stream: Another one gives other latents.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    rng = CounterRNG(seed)
+    labels = torch.tensor(classes, dtype=torch.int64)[torch.arange(num) % len(classes)]
+    w = np.empty([num, G.w_dim], dtype=np.float32)
+    for first in range(0, num, DRAWN_AT_ONCE):
+        part = slice(first, min(first + DRAWN_AT_ONCE, num))
+        z = torch.from_numpy(rng.normal(stream, range(part.start, part.stop), (G.z_dim,)))
+        w[part] = map_latents(G, z, labels[part]).numpy()
+    if not np.isfinite(w).all():
+        raise UserError("the network gives w that are not finite: the snapshot is of a diverged run")
+    return w, labels
+
+
 def class_means(G: Generator, labels: torch.Tensor) -> torch.Tensor:
     """Where truncation pulls the classes [N], on the CPU: [N, w_dim]."""
     means = G.mapping.w_avg.cpu()
@@ -103,7 +129,8 @@ def class_means(G: Generator, labels: torch.Tensor) -> torch.Tensor:
 
 
 def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: int, truncation_psi: float = 1.0,
-             centroids: torch.Tensor | None = None, precision: str = "auto") -> Iterator[torch.Tensor]:
+             centroids: torch.Tensor | None = None, precision: str = "auto",
+             edit: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
     """Batches of images [n, 3, R, R], about [-1, 1], for latents [N, z_dim] and classes [N].
 
     Arguments as `synthesize`.
@@ -112,7 +139,7 @@ def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: in
         UserError: an image has non-finite values.
     """
     for z_part, label_part in zip(z.split(batch_size), labels.split(batch_size), strict=True):
-        images = synthesize(G, z_part, label_part, truncation_psi, centroids, precision)
+        images = synthesize(G, z_part, label_part, truncation_psi, centroids, precision, edit)
         require_finite(torch.isfinite(images).all())
         yield images
 

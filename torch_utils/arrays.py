@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,10 @@ from dnnlib.npy import npy_header
 from torch_utils.pickle_values import Limits, Refused
 
 PLAIN_KINDS = "biufcSU"         # Kinds of NumPy types that are read: bools, numbers and texts.
+
+# What a file that is damaged, or no such file, can raise while it is read.
+DAMAGED = (ValueError, EOFError, NotImplementedError, RuntimeError, OverflowError, zipfile.BadZipFile,
+           zipfile.LargeZipFile, zlib.error)
 
 #----------------------------------------------------------------------------
 

@@ -48,15 +48,24 @@ class Lpips(torch.nn.Module):
             x = normalised(torch.cat([first, second]).float())
             return functools.reduce(torch.add, self._layer_distances(x))
 
-    def _layer_distances(self, x: torch.Tensor) -> list[torch.Tensor]:
-        distances: list[torch.Tensor] = []
+    def unit_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Features of five layers, of unit length per position: of images that were normalised as ImageNet's are.
+
+        It can be differentiated. `weight0` to `weight4` belong to the layers.
+        """
+        maps: list[torch.Tensor] = []
         for layer, module in enumerate(self.features):
             x = module(x)
             if layer in TAPS:
-                unit = x / (x.norm(dim=1, keepdim=True) + EPSILON)
-                a, b = unit.chunk(2)
-                weight = getattr(self, f"weight{len(distances)}")[:, None, None]
-                distances.append(((a - b).square() * weight).sum(dim=1).mean(dim=(1, 2)))
+                maps.append(x / (x.norm(dim=1, keepdim=True) + EPSILON))
+        return maps
+
+    def _layer_distances(self, x: torch.Tensor) -> list[torch.Tensor]:
+        distances: list[torch.Tensor] = []
+        for unit in self.unit_maps(x):
+            a, b = unit.chunk(2)
+            weight = getattr(self, f"weight{len(distances)}")[:, None, None]
+            distances.append(((a - b).square() * weight).sum(dim=1).mean(dim=(1, 2)))
         return distances
 
 #----------------------------------------------------------------------------

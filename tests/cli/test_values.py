@@ -14,12 +14,15 @@ from click.testing import CliRunner
 import calc_metrics
 import dataset_tool
 import demo
+import directions
 import export
 import gen_images
 import gen_video
+import run_inversion
 import train
 from data_prep import random_data
 from dnnlib import cli, util
+from inference import centroids
 from metrics import prefetch
 from torch_utils.misc import random_state
 from torch_utils.ops import build
@@ -34,12 +37,14 @@ from transport.ttc import experiment as ttc
 
 COMMANDS = {
     "train": train.main, "gen_images": gen_images.main, "gen_video": gen_video.main,
+    "run_inversion": run_inversion.main,
     "calc_metrics": calc_metrics.main, "demo": demo.main, "export": export.main,
     "dataset_tool": dataset_tool.main.commands["make"], "verify": dataset_tool.main.commands["verify"],
     "random_data": random_data.main, "prefetch": prefetch.main, "build": build.main,
     "class_embedding": class_embedding.main, "train_local": train_local.main, "html_report": html_report.main,
     "diagnose": diagnose.main, "congested": congested.main, "latent1d": latent1d.main, "dcgan": dcgan.main,
-    "toy": toy.main, "ttc": ttc.main,
+    "toy": toy.main, "ttc": ttc.main, "centroids": centroids.main,
+    **{f"directions {name}": command for name, command in directions.main.commands.items()},
 }
 NUMBERS = (cli.IntRange, cli.FloatRange, cli.IntList, cli.IntOrAuto, cli.Vec2)
 PATH_WORDS = re.compile(r"DIR|FILE|PATH|ZIP|NPZ|PNG|PKL|RUNDIR|DATA\b")

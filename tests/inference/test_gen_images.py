@@ -11,7 +11,7 @@ import calc_metrics
 import gen_images
 import train
 from dnnlib import UserError
-from inference import sampling
+from inference import sample_files, sampling
 from inference.sampling import GeneratorSource, find_class, generate, seed_label, seed_latent
 from legacy import load_network
 from tests.parity import DATA, load_npz
@@ -90,7 +90,7 @@ def test_sheet_has_a_row_per_class(network, tmp_path):
     result = invoke(f"--network={network}", "--seeds=0-4", f"--sheet={tmp_path / 'sheet.png'}")
     assert result.exit_code == 0, result.output
     with PIL.Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (gen_images.NAME_WIDTH + 5 * 64, 3 * 64)
+        assert sheet.size == (sample_files.NAME_WIDTH + 5 * 64, 3 * 64)
 
 
 def test_transforms_move_the_picture(network, tmp_path):
@@ -265,11 +265,11 @@ def test_seeds_without_end_are_one_line(network, tmp_path):
         assert said in result.output
     result = invoke(f"--network={network}", "--seeds=0-999999", f"--sheet={tmp_path / 'sheet.png'}")
     assert result.exit_code == 2
-    assert "give at most 10922 --seeds, or --outdir" in result.output
+    assert "give at most 10922 samples, or --outdir" in result.output
 
 
 def test_outdir_or_sheet(network):
-    assert "one of the two" in invoke(f"--network={network}", "--seeds=0").output
+    assert "one of the three" in invoke(f"--network={network}", "--seeds=0").output
 
 
 def test_unwritable_outdir(network, tmp_path):

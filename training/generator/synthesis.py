@@ -9,13 +9,15 @@ from training.networks_stylegan3 import PRECISIONS, Generator
 
 @torch.no_grad()
 def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_psi: float = 1.0,
-               centroids: torch.Tensor | None = None, precision: str = "auto") -> torch.Tensor:
+               centroids: torch.Tensor | None = None, precision: str = "auto",
+               edit: torch.Tensor | None = None) -> torch.Tensor:
     """Images [N, 3, R, R], about [-1, 1], of one batch of latents [N, z_dim] and classes [N].
 
     Args:
         centroids: [K, w_dim]; truncation pulls every w towards the nearest of them instead of the class's mean
             (multi-modal truncation, Mokady et al. 2022).
         precision: A key of `PRECISIONS`.
+        edit: Added to the ws after truncation: [num_ws, w_dim].
     """
     device = next(G.parameters()).device
     with evaluating(G), full_precision():
@@ -25,6 +27,8 @@ def synthesize(G: Generator, z: torch.Tensor, labels: torch.Tensor, truncation_p
         else:
             ws = G.mapping(z, c)
             ws = nearest_centroids(ws[:, 0], centroids).unsqueeze(1).lerp(ws, truncation_psi)
+        if edit is not None:
+            ws = ws + to_device(edit, device)
         return synthesize_ws(G, ws, precision)
 
 

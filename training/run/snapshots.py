@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib import UserError
+from torch_utils.nested import copy_to_cpu
 from training.config import GeneratorConfig, TrainConfig, from_dict, to_dict
 from training.networks_stylegan3 import Generator
 from training.run.formats import NETWORK_FORMAT, STATE_FORMAT, VERSION
@@ -72,6 +73,30 @@ def network_snapshot(state: dict[str, Any], config: TrainConfig, class_names: li
         "progress": state["counters"] | {"pl_mean": float(state["pl_mean"])},
         "score": score,
         "options": to_dict(config),
+    }
+
+
+def generator_snapshot(G: Generator, class_names: list[str] | None, progress: dict[str, Any],
+                       more: dict[str, Any]) -> Snapshot:
+    """A snapshot of a generator that was made of a trained one: it takes the place of G_ema, and there is no D.
+
+    Args:
+        G: The generator.
+        class_names: One per class, if they are known.
+        progress: Counters of the run that trained the original.
+        more: Where it comes from: plain values under names that snapshots of training do not have.
+    """
+    return {
+        "format": NETWORK_FORMAT,
+        "version": VERSION,
+        "generator_config": to_dict(G.config),
+        "G": None,
+        "G_ema": copy_to_cpu(G.state_dict()),
+        "discriminator_config": None,
+        "D": None,
+        "class_names": class_names,
+        "progress": progress,
+        **more,
     }
 
 

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find directions along which the pictures of a trained network change, and show what they do."""
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import tqdm
+
+from dnnlib import UserError, cli
+from dnnlib.util import list_some
+from inference.directions.edits import find_offset
+from inference.directions.files import Directions, load_directions, read_directions, save_directions
+from inference.directions.methods import change, class_changes, joined, pca, sefa
+from inference.latents import load_latents
+from inference.sample_files import Sheet, write_sheet
+from inference.samples import Samples, sample_images
+from inference.sampling import find_class, find_classes, many_w, seed_label
+from legacy import LoadedNetwork, load_network
+from torch_utils import misc
+from torch_utils.ops import dispatch
+
+MOST_VALUES = 1 << 27       # Of the w that are looked at: 1 GiB in float64.
+MOST_DIRECTIONS = 10_000    # In a file.
+
+#----------------------------------------------------------------------------
+# What all methods share.
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Options of every method, and the network."""
+
+    method: str
+    options: dict[str, Any]         # The command line.
+    loaded: LoadedNetwork
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of all classes: their numbers if they have none, or if two have the same one."""
+        names, c_dim = self.loaded.class_names, self.loaded.G_ema.c_dim
+        return names if names and len(set(names)) == len(names) else [str(k) for k in range(c_dim)]
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that are moved."""
+        num_ws, given = self.loaded.G_ema.num_ws, self.options["layers"]
+        if given is None:
+            return list(range(num_ws))
+        if max(given) >= num_ws:
+            raise UserError(f"--layers: the network has the layers 0 to {num_ws - 1}: leave out what is beyond")
+        return list(dict.fromkeys(given))
+
+    def classes(self, option: str) -> list[int]:
+        """The classes that an option names, each once; all of them, or [0], if it names none. Raises UserError."""
+        G, value = self.loaded.G_ema, self.options[option]
+        if value is None:
+            return list(range(max(G.c_dim, 1)))
+        return list(dict.fromkeys(find_classes(value, self.loaded.class_names, G.c_dim)))
+
+    def samples(self, classes: Sequence[int]) -> np.ndarray:
+        """w [N, w_dim] of these classes, which take turns."""
+        G, num = self.loaded.G_ema, self.options["samples"]
+        if num * G.w_dim > MOST_VALUES:
+            raise UserError(f"--samples={num}: their w do not fit into 1 GiB: give at most {MOST_VALUES // G.w_dim}")
+        return many_w(G, num, classes, self.options["seed"], "directions/z")[0]
+
+    @property
+    def num(self) -> int:
+        """How many directions are asked for. Raises UserError: there are not so many."""
+        num, samples, w_dim = self.options["num"], self.options["samples"], self.loaded.G_ema.w_dim
+        if num >= samples or num > w_dim:
+            raise UserError(f"--num={num}: w has {w_dim} values, and --samples={samples} of them are looked at: give "
+                            f"at most {min(samples - 1, w_dim)}")
+        return int(num)
+
+    def save(self, found: Directions) -> None:
+        """Write the directions and list them."""
+        dest = self.options["dest"]
+        save_directions(dest, found, self.loaded.G_ema, {
+            "method": self.method, "network": str(self.loaded.path), "network_sha256": self.loaded.sha256,
+            "options": self.options})
+        click.echo("\n".join([f"{dest}: {len(found)} direction(s)", *table(found)]))
+
+
+def start(method: str, options: dict[str, Any]) -> Job:
+    """Open the network. Raises UserError."""
+    if not options["dest"].endswith(".npz"):
+        raise UserError(f"--dest={options['dest']}: becomes an .npz file: name one that ends with .npz")
+    target = misc.select_device(options["device"])
+    click.echo(dispatch.start_lines(target), err=True)
+    return Job(method, options, load_network(options["network"], target))
+
+
+def table(directions: Directions, most: int = 20) -> list[str]:
+    """Names and what is known of them, a line for each."""
+    width = max(len(name) for name in directions.names[:most])
+    lines = [f"  {name:{width}}  {note}"
+             for name, note in zip(directions.names[:most], directions.notes[:most], strict=True)]
+    return lines if len(directions) <= most else [*lines, f"  and {len(directions) - most} more"]
+
+
+def method_options(command: cli.Decorated) -> cli.Decorated:
+    """The options that all methods have."""
+    for option in (
+        cli.device_option(),
+        click.option("--seed", help="Of the random latents", metavar="INT", type=cli.Seed(), default=0,
+                     show_default=True),
+        click.option("--samples", help="w to look at", metavar="INT", type=cli.IntRange(min=2), default=10_000,
+                     show_default=True),
+        click.option("--layers", help="Layers that are moved, e.g. 3-7  [default: all]", type=cli.IntList()),
+        click.option("--dest", help="Where to write the directions, .npz", metavar="FILE", type=cli.PathType(),
+                     required=True),
+        click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
+                     type=cli.PathType(addresses=True), required=True),
+    ):
+        command = option(command)
+    return command
+
+
+def num_option(command: cli.Decorated) -> cli.Decorated:
+    """How many directions, and what they are called."""
+    named = click.option("--name", help="What the names of the directions begin with  [default: sefa or pca]",
+                         metavar="TEXT")
+    return named(click.option("--num", help="How many directions; with --per-class of each class", metavar="INT",
+                              type=cli.IntRange(min=1), default=10, show_default=True)(command))
+
+
+def class_option(command: cli.Decorated) -> cli.Decorated:
+    """Whose w is looked at."""
+    return click.option("--class", "--classes", "class_name", help="Look at w of these classes, by name or index, e.g. "
+                        "cat,3,5-7  [default: all]", metavar="NAME,INT...")(command)
+
+#----------------------------------------------------------------------------
+
+@click.group()
+def main() -> None:
+    """Find directions in the space of w, and show what they do.
+
+    gen_images.py and gen_video.py move pictures along them: --directions=FILE --edit=NAME:STRENGTH. A strength of 1 is
+    one standard deviation of w.
+    """
+
+
+@main.command("sefa", cls=cli.Command)
+@method_options
+@num_option
+@class_option
+def sefa_command(**options: Any) -> None:
+    """Directions along which styles change most, from the weights alone (SeFa).
+
+    \b
+    Example:
+      python directions.py sefa --network=best_model.pkl --layers=1-5 --dest=sefa.npz
+    """
+    job = start("sefa", options)
+    num, layers = job.num, job.layers
+    w = job.samples(job.classes("class_name"))
+    job.save(sefa(job.loaded.G_ema, w, num, layers, options["name"] or "sefa"))
+
+
+@main.command("pca", cls=cli.Command)
+@method_options
+@num_option
+@class_option
+@click.option("--per-class", help="Components of each class by itself, called CLASS-pca0 and so on", is_flag=True)
+def pca_command(**options: Any) -> None:
+    """Principal components of w (GANSpace).
+
+    \b
+    Examples:
+      python directions.py pca --network=best_model.pkl --dest=pca.npz
+      python directions.py pca --network=best_model.pkl --class=cat,dog --per-class --num=5 --dest=pets.npz
+    """
+    job = start("pca", options)
+    G, classes, name = job.loaded.G_ema, job.classes("class_name"), options["name"] or "pca"
+    num, layers = job.num, job.layers
+    if not options["per_class"]:
+        job.save(pca(G, job.samples(classes), num, layers, name))
+        return
+    if G.c_dim == 0:
+        raise UserError("--per-class: the network is unconditional: leave it out")
+    if num * len(classes) > MOST_DIRECTIONS:
+        raise UserError(f"--num={num}: {num * len(classes)} directions in all, at most {MOST_DIRECTIONS} are kept in a "
+                        "file: give fewer, or fewer classes by --class")
+    job.save(joined([pca(G, job.samples([k]), num, layers, f"{job.class_names[k]}-{name}")
+                     for k in tqdm.tqdm(classes, unit="class", disable=None)]))
+
+
+@main.command("classes", cls=cli.Command)
+@method_options
+@click.option("--from", "first", help="Classes where the ways begin  [default: the mean of all]",
+              metavar="NAME,INT...")
+@click.option("--to", "second", help="Classes where they end  [default: all]", metavar="NAME,INT...")
+def classes_command(**options: Any) -> None:
+    """From the mean w of one class to that of another; such a direction is called CLASS-to-CLASS.
+
+    \b
+    Examples:
+      python directions.py classes --network=best_model.pkl --from=cat --to=dog,owl --dest=cat.npz
+      python directions.py classes --network=best_model.pkl --dest=all.npz
+    """
+    job = start("classes", options)
+    G = job.loaded.G_ema
+    if G.c_dim < 2:
+        raise UserError(f"--network={options['network']}: has fewer than two classes: take sefa, pca or folders")
+    first, second, layers = job.classes("first"), job.classes("second"), job.layers
+    if first == second and len(first) == 1:
+        raise UserError(f"--from={options['first']}: is the class of --to: name another one")
+    if len(first) * len(second) > MOST_DIRECTIONS and options["first"] is not None:
+        raise UserError(f"--from={options['first']}: {len(first) * len(second)} directions in all, at most "
+                        f"{MOST_DIRECTIONS} are kept in a file: name fewer classes")
+    w = job.samples(sorted({*first, *second}))
+    begins = None if options["first"] is None else first
+    job.save(class_changes(G, w, begins, second, job.class_names, layers))
+
+
+@main.command("folders", cls=cli.Command)
+@method_options
+@class_option
+@click.option("--from", "first", help="Latents (.npz with an array w, or .npy) of pictures without something",
+              metavar="FILE", type=cli.PathType(), required=True)
+@click.option("--to", "second", help="Latents of pictures with it", metavar="FILE", type=cli.PathType(), required=True)
+@click.option("--name", help="What the direction is called  [default: after --from and --to]", metavar="TEXT")
+def folders_command(**options: Any) -> None:
+    """From the latents of some pictures to those of others.
+
+    \b
+    Example:
+      python directions.py folders --network=best_model.pkl --from=plain.npz --to=smiling.npz --name=smile --dest=s.npz
+    """
+    job = start("folders", options)
+    G, layers = job.loaded.G_ema, job.layers
+    sides = [load_latents(options[side], G.num_ws, G.w_dim, option)[:, layers].mean(dim=1).numpy()
+             for side, option in (("first", "--from"), ("second", "--to"))]
+    name = options["name"] or f"{Path(options['first']).stem}-to-{Path(options['second']).stem}"
+    job.save(change(G, job.samples(job.classes("class_name")), sides[0], sides[1], name, layers))
+
+#----------------------------------------------------------------------------
+
+@main.command("list", cls=cli.Command)
+@click.argument("file", metavar="FILE", type=cli.PathType())
+def list_command(file: str) -> None:
+    """List the directions of a file."""
+    directions = read_directions(file, "FILE")
+    click.echo("\n".join([f"{file}: {len(directions)} direction(s)", *table(directions, most=MOST_DIRECTIONS)]))
+
+
+def chosen(directions: Directions, names: Sequence[str]) -> Directions:
+    """Some directions, or all of them if none is named. Raises UserError: there is no such direction."""
+    if missing := [name for name in names if name not in directions.names]:
+        raise UserError(f"--name={missing[0]}: --directions has none of this name, but "
+                        f"{list_some(directions.names, 10)}: give one of these")
+    places = [i for i, name in enumerate(directions.names) if name in names or not names]
+    return dataclasses.replace(
+        directions, names=[directions.names[i] for i in places], notes=[directions.notes[i] for i in places],
+        vectors=directions.vectors[places], layers=directions.layers[places])
+
+
+def pictures_along(loaded: LoadedNetwork, directions: Directions, strengths: Sequence[float],
+                   options: dict[str, Any]) -> Iterator[np.ndarray]:
+    """The picture of a seed, uint8 [R, R, 3], moved by each strength along each direction. Raises UserError."""
+    G, seed = loaded.G_ema, options["seed"]
+    label = seed_label(seed, G.c_dim) if G.c_dim > 0 else 0
+    if options["class_name"] is not None:
+        label = find_class(options["class_name"], loaded.class_names, G.c_dim)
+    offsets = [find_offset([directions], name) for name in directions.names]
+    for offset in offsets:
+        for strength in strengths:
+            yield next(sample_images(G, Samples([seed], [label]), 1, options["trunc"], None, options["precision"],
+                                     offset * strength))
+
+
+@main.command("show", cls=cli.Command)
+@click.option("--directions", "paths", help="The files", metavar="FILE,FILE...", type=cli.PathList(), required=True)
+@click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
+              type=cli.PathType(addresses=True), required=True)
+@click.option("--sheet", help="The picture to write", metavar="PNG", type=cli.PathType(), required=True)
+@click.option("--name", "names", help="Only this direction; may be given several times", metavar="TEXT", multiple=True)
+@click.option("--seed", help="Of the picture", metavar="INT", type=cli.Seed(), default=0, show_default=True)
+@click.option("--class", "class_name", help="Of the picture  [default: drawn from the seed]", metavar="NAME|INT")
+@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
+              default=1.0, show_default=True)
+@click.option("--strength", help="How far the rows go to both sides", metavar="FLOAT",
+              type=cli.FloatRange(min=-cli.MAX_STRENGTH, max=cli.MAX_STRENGTH), default=3.0, show_default=True)
+@click.option("--steps", help="Pictures in a row; an odd number has the unchanged one in the middle", metavar="INT",
+              type=cli.IntRange(min=2, max=101), default=7, show_default=True)
+@cli.precision_option()
+@cli.device_option()
+def show_command(**options: Any) -> None:
+    """Draw a picture that moves along each direction of some files, a row for each.
+
+    \b
+    Example:
+      python directions.py show --directions=pca.npz --network=best_model.pkl --sheet=pca.png
+    """
+    target = misc.select_device(options["device"])
+    click.echo(dispatch.start_lines(target), err=True)
+    loaded = load_network(options["network"], target)
+    files, notes = load_directions(options["paths"], loaded.G_ema)
+    for note in notes:
+        click.echo(f"NOTE: {note}", err=True)
+    fitted = chosen(joined(files), options["names"])
+    strengths = np.linspace(-options["strength"], options["strength"], options["steps"]).tolist()
+    sheet = Sheet(loaded.G_ema.img_resolution, len(strengths), len(fitted), names=fitted.names)
+    if sheet.is_too_large:
+        raise UserError(f"--sheet={options['sheet']}: {len(fitted)} directions are more than fit into one picture: "
+                        "name some of them by --name")
+    write_sheet(options["sheet"], sheet, pictures_along(loaded, fitted, strengths, options))
+    click.echo(f"{options['sheet']}: {sheet.rows} row(s), from {strengths[0]:g} to {strengths[-1]:g}")
+
+
+if __name__ == "__main__":
+    main()
