@@ -74,6 +74,8 @@ CONFINED = {
     "onnx": {"inference/export/onnx_graph.py"},
     "onnxscript": {"inference/export/onnx_graph.py"},
     "onnxruntime": {"inference/export/onnx_graph.py"},
+    "gradio": {"inference/page/app.py", "inference/page/server.py"},
+    "starlette": {"inference/page/server.py"},
     "tarfile": set(),
     "lmdb": {"data_prep/sources/tables.py"},
     "pyarrow": {"data_prep/sources/tables.py"},
