@@ -113,30 +113,34 @@ class Panel:
         self.class_idx = gr.Dropdown(choices, value=0, label="Class", visible=bool(choices), filterable=True)
         self.seed = self._seed("Seed")
         self.psi = gr.Slider(0, 2, value=1, step=0.01, label="Truncation psi (1: none, 0: the mean of the class)")
-        with gr.Tab("Around"):
-            self.noise = gr.Slider(0, 1, value=0, step=0.01, label="Distance from the seed (1: unrelated to it)")
-            self.noise_seed = self._seed("Seed of the noise")
-            self.around = gr.Button("Show the neighbours of the seed")
-            self.neighbours = gr.HTML(elem_id="neighbours")
-        with gr.Tab("Mix"):
-            self.is_mixed = gr.Checkbox(False, label="Take some layers from another seed")
-            self.mix_seed = self._seed("Other seed")
-            self.mix_class = gr.Dropdown(choices, value=0, label="Other class", visible=bool(choices))
-            self.first = gr.Slider(0, G.num_ws - 1, value=min(3, G.num_ws - 1), step=1, label="First layer")
-            self.last = gr.Slider(0, G.num_ws - 1, value=G.num_ws - 1, step=1, label="Last layer")
-        with gr.Tab("Move"):
-            self.right = gr.Slider(-1, 1, value=0, step=0.01, label="To the right, in image widths")
-            self.down = gr.Slider(-1, 1, value=0, step=0.01, label="Down, in image widths")
-            self.rotate = gr.Slider(-180, 180, value=0, step=1, label="Turn, in degrees")
-        with gr.Tab("Directions"):
-            self.strengths = self._strengths()
-        with gr.Tab("Between"):
-            gr.Markdown("Save two pictures as A and B, then choose 'between A and B' above.")
-            self.between = gr.Slider(0, 1, value=0, step=0.01, label="From A to B")
-        with gr.Tab("Layers"):
-            self.layer = gr.Dropdown([NO_LAYER, *layer_names(G)], value=NO_LAYER, label="Layer")
-            self.channel = gr.Slider(0, num_channels(G, layer_names(G)[0]) - 1, value=0, step=1, label="Channel")
-            self.maps = gr.HTML(elem_id="maps")
+        with gr.Tabs():
+            with gr.Tab("Around"):
+                self.noise = gr.Slider(0, 1, value=0, step=0.01, label="Distance from the seed (1: unrelated to it)")
+                self.noise_seed = self._seed("Seed of the noise")
+                self.around = gr.Button("Show the neighbours of the seed")
+                self.neighbours = gr.HTML(elem_id="neighbours")
+            with gr.Tab("Mix"):
+                self.is_mixed = gr.Checkbox(False, label="Take some layers from another seed")
+                self.mix_seed = self._seed("Other seed")
+                self.mix_class = gr.Dropdown(choices, value=0, label="Other class", visible=bool(choices))
+                self.first = gr.Slider(0, G.num_ws - 1, value=min(3, G.num_ws - 1), step=1, label="First layer")
+                self.last = gr.Slider(0, G.num_ws - 1, value=G.num_ws - 1, step=1, label="Last layer")
+            with gr.Tab("Move"):
+                self.right = gr.Slider(-1, 1, value=0, step=0.01, label="To the right, in image widths")
+                self.down = gr.Slider(-1, 1, value=0, step=0.01, label="Down, in image widths")
+                self.rotate = gr.Slider(-180, 180, value=0, step=1, label="Turn, in degrees")
+            with gr.Tab("Directions"):
+                self.strengths = self._strengths()
+            with gr.Tab("Between"):
+                gr.Markdown("Save two pictures as A and B, then choose 'between A and B' above.")
+                self.between = gr.Slider(0, 1, value=0, step=0.01, label="From A to B")
+
+    def layers(self) -> None:
+        """The controls of what layers show, which have their place below."""
+        G = self.studio.G
+        self.layer = gr.Dropdown([NO_LAYER, *layer_names(G)], value=NO_LAYER, label="Layer")
+        self.channel = gr.Slider(0, num_channels(G, layer_names(G)[0]) - 1, value=0, step=1, label="Channel")
+        self.maps = gr.HTML(elem_id="maps")
 
     def _seed(self, label: str) -> gr.Number:
         return gr.Number(0, label=label, minimum=0, maximum=LARGEST_SEED, precision=0)
@@ -209,10 +213,13 @@ class Page:
                     self._picture()
                 with gr.Column():
                     self.panel = Panel(studio)
-                    with gr.Tab("Invert"):
-                        self._inversion()
-                    with gr.Tab("Report") as self.report_tab:
-                        self.report_shown = gr.HTML(elem_id="report")
+            with gr.Tabs():
+                with gr.Tab("Layers"):
+                    self.panel.layers()
+                with gr.Tab("Invert"):
+                    self._inversion()
+                with gr.Tab("Report") as self.report_tab:
+                    self.report_shown = gr.HTML(elem_id="report")
             self._connect()
 
     def _picture(self) -> None:
