@@ -139,7 +139,7 @@ class Panel:
         """The controls of what layers show, which have their place below."""
         G = self.studio.G
         self.layer = gr.Dropdown([NO_LAYER, *layer_names(G)], value=NO_LAYER, label="Layer")
-        self.channel = gr.Slider(0, num_channels(G, layer_names(G)[0]) - 1, value=0, step=1, label="Channel")
+        self.channel = gr.Slider(0, max(num_channels(G, layer_names(G)[0]) - 1, 1), value=0, step=1, label="Channel")
         self.maps = gr.HTML(elem_id="maps")
 
     def _seed(self, label: str) -> gr.Number:
@@ -261,7 +261,8 @@ class Page:
         search = self.find.click(
             self._invert, {self.upload, self.steps, self.space, self.any_class, panel.class_idx, self.saved},
             [self.saved, self.progress], concurrency_limit=1, api_visibility="private")
-        search.success(lambda: PICTURE, None, panel.source, api_visibility="private").then(
+        # Psi of the picture that was shown before would pull the one that was found towards its mean.
+        search.success(lambda: (PICTURE, 1), None, [panel.source, panel.psi], api_visibility="private").then(
             self._show, inputs, shown, api_visibility="private")
         self.stop.click(lambda: "Stopped.", None, self.progress, cancels=[search], api_visibility="private")
         self.report_tab.select(self._report, None, self.report_shown, api_visibility="private")
@@ -282,7 +283,7 @@ class Page:
     @told
     def _limit_channel(self, layer: str) -> gr.Slider:
         count = num_channels(self.studio.G, layer) if layer in layer_names(self.studio.G) else 1
-        return gr.Slider(maximum=count - 1, value=0)
+        return gr.Slider(maximum=max(count - 1, 1), value=0)        # A slider has two values at least.
 
     @told
     def _neighbours(self, values: Values) -> str:

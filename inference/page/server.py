@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server that shows the page, on this machine and to nobody else unless it is asked to."""
 import os
+import socket
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -29,6 +30,23 @@ class AskNobodyElse:
         await self.app(scope, receive, answer)
 
 
+def require_place(host: str, port: int | None) -> None:
+    """Refuse a place where no page can be shown. Gradio would try a hundred ports, and wait at each.
+
+    Raises:
+        UserError: the port is taken, or the address is not one of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # As the server does.
+            trial.bind(address)
+    except (OSError, UnicodeError) as err:          # The latter of names that are no names.
+        where = f"--host={host}" + ("" if port is None else f" --port={port}")
+        raise UserError(f"{where}: the page cannot be shown there ({err}): give another --port, or leave it out, and "
+                        "an address of this machine as --host") from err
+
+
 def serve(page: Page, host: str, port: int | None, share: bool, wait: bool = True) -> str:
     """Show the page to browsers.
 
@@ -49,16 +67,12 @@ def serve(page: Page, host: str, port: int | None, share: bool, wait: bool = Tru
     # Proxies are for other machines. Gradio asks its own server whether it answers.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(
         filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", host]))
-    try:
-        _, local, public = page.blocks.queue(default_concurrency_limit=4).launch(
-            server_name=host, server_port=port, share=share, inbrowser=False, quiet=True, prevent_thread_lock=True,
-            footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
-            max_file_size=LARGEST_UPLOAD, theme=theme, css=STYLE,
-            app_kwargs={"middleware": [Middleware(AskNobodyElse)]})
-    except OSError as err:
-        where = f"--host={host}" + ("" if port is None else f" --port={port}")
-        raise UserError(f"{where}: the page cannot be shown there ({err}): give another --port, or leave it out, and "
-                        "an address of this machine as --host") from err
+    require_place(host, port)
+    _, local, public = page.blocks.queue(default_concurrency_limit=4).launch(
+        server_name=host, server_port=port, share=share, inbrowser=False, quiet=True, prevent_thread_lock=True,
+        footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
+        max_file_size=LARGEST_UPLOAD, theme=theme, css=STYLE,
+        app_kwargs={"middleware": [Middleware(AskNobodyElse)]})
     address: str = public or local
     if wait:
         print(f"{address}  (end with Ctrl-C)", flush=True)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import shlex
+import socket
 import threading
 
 import numpy as np
@@ -323,3 +324,14 @@ def test_directions_that_cannot_be_offered(studio):
     found = Studio(studio.G, studio.origin, files)
     assert list(found.offsets) == ["red"]
     assert "still: moves no layer" in found.left_out[0]
+
+
+def test_places_where_no_page_can_be():
+    server = pytest.importorskip("inference.page.server", reason="gradio is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"--host=127.0.0.1 --port={port}: the page cannot be shown there"):
+            server.require_place("127.0.0.1", port)
+    server.require_place("127.0.0.1", None)
+    with pytest.raises(UserError, match="give another --port"):
+        server.require_place("192.0.2.1", None)         # Reserved for documents: no machine has it.

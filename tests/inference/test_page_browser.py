@@ -187,6 +187,9 @@ def test_layers_and_report(tab):
     before = tab.page.get_attribute("#maps img", "src")
     tab.fill("Channel", 2)
     tab.page.wait_for_function("before => document.querySelector('#maps img').src != before", arg=before)
+    tab.choose("Layer", "none")
+    tab.page.wait_for_function("document.querySelectorAll('#maps img').length == 0")
+    assert tab.page.locator("[data-testid=toast-body]").count() == 0
     tab.open("Report")
     assert "How the run went." in tab.page.frame_locator("#report iframe").locator("body").inner_text()
     hosts = {url.split("/")[2] for url in tab.asked if not url.startswith(("data:", "blob:", "about:"))}
