@@ -190,11 +190,16 @@ def kimg_fraction(total_kimg: float) -> Callable[[str], float | None]:
 
 
 def metric_values(output: str) -> dict[str, float]:
-    """The values in the JSON lines that calc_metrics.py prints."""
+    """The values in the JSON lines that calc_metrics.py prints, by the names that were asked for.
+
+    Names of results may have the detector's in them.
+    """
     values: dict[str, float] = {}
     for line in output.splitlines():
         if line.startswith("{"):
-            values |= json.loads(line)["results"]
+            record = parse_json(line)
+            values |= {record["asked_for"] + name.removeprefix(record["metric"]): value
+                       for name, value in record["results"].items()}
     return values
 
 #----------------------------------------------------------------------------
@@ -245,12 +250,18 @@ class Steps:
 
     def __call__(self, title: str, seconds: float, command: list[str],
                  fraction: Callable[[str], float | None] = lambda line: None) -> dict[str, float]:
-        """Run a step, unless it ended before; returns the values that it printed. `seconds` are expected."""
+        """Run a step, unless it ended before; returns the scores that it printed, and `seconds`, the time it took.
+
+        Args:
+            seconds: The time that is expected, for the bar.
+        """
         if title in self.done:
             self.progress.end(seconds)
         else:
             started = time.time()
-            values = metric_values(run_step(self.progress, self.log, title, seconds, command, fraction))
+            output = run_step(self.progress, self.log, title, seconds, command, fraction)
+            # Training prints JSON of its own.
+            values = metric_values(output) if command[0] == "calc_metrics.py" else {}
             self.done[title] = values | {"seconds": time.time() - started}
             self._note()
         return self.done[title]

@@ -7,13 +7,18 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import list_some
 from inference.directions.edits import find_offset
 from inference.directions.files import Directions, load_directions, read_directions, save_directions
+from inference.directions.labelled import has_latents, invert
 from inference.directions.methods import change, class_changes, joined, pca, sefa
+from inference.inversion.distances import default_distance, make_distance
+from inference.inversion.projection import ProjectionSettings
+from inference.inversion.targets import list_targets
 from inference.latents import load_latents
 from inference.sample_files import Sheet, write_sheet
 from inference.samples import Samples, sample_images
@@ -24,6 +29,7 @@ from torch_utils.ops import dispatch
 
 MOST_VALUES = 1 << 27       # Of the w that are looked at: 1 GiB in float64.
 MOST_DIRECTIONS = 10_000    # In a file.
+OFFICIAL_STEPS = ProjectionSettings.steps
 
 #----------------------------------------------------------------------------
 # What all methods share.
@@ -216,26 +222,60 @@ def classes_command(**options: Any) -> None:
     job.save(class_changes(G, w, begins, second, job.class_names, layers))
 
 
+def read_latents(job: Job, layers: Sequence[int]) -> list[np.ndarray]:
+    """w [N, w_dim] of --from and of --to: from files, or found for the pictures of folders. Raises UserError."""
+    G, options, names = job.loaded.G_ema, job.options, ("--from", "--to")
+    paths = [options["first"], options["second"]]
+    pictures = [[] if has_latents(path) else list_targets([path], option)
+                for path, option in zip(paths, names, strict=True)]
+    for target in [target for targets in pictures for target in targets]:
+        target.load(G.img_resolution)       # What cannot be read is told before anything is computed.
+    steps, name = options["inv_steps"], options["distance"]
+    if not any(pictures) and (steps is not None or name is not None):
+        raise UserError("--inv-steps and --distance: --from and --to bring latents, so there is nothing to search for: "
+                        "leave them out")
+    classes = job.classes("class_name")
+    settings = ProjectionSettings(OFFICIAL_STEPS if steps is None else steps, "w", options["seed"])
+    found = [load_latents(path, G.num_ws, G.w_dim, option) if has_latents(path) else torch.empty(0)
+             for path, option in zip(paths, names, strict=True)]
+    if any(pictures):
+        distance = make_distance(name or default_distance(), G.img_resolution, next(G.parameters()).device)
+        click.echo(f"--distance={distance.name}{': ' + distance.source if distance.source else ''}", err=True)
+        found = [invert(G, targets, distance, classes, settings, options["batch_sz"]) if targets else w
+                 for targets, w in zip(pictures, found, strict=True)]
+    return [w[:, list(layers)].mean(dim=1).numpy() for w in found]
+
+
 @main.command("folders", cls=cli.Command)
 @method_options
 @class_option
-@click.option("--from", "first", help="Latents (.npz with an array w, or .npy) of pictures without something",
-              metavar="FILE", type=cli.PathType(), required=True)
-@click.option("--to", "second", help="Latents of pictures with it", metavar="FILE", type=cli.PathType(), required=True)
+@click.option("--from", "first", help="Pictures without something: a folder, or their latents (.npz with an array w, "
+              "or .npy)", metavar="DIR|FILE", type=cli.PathType(), required=True)
+@click.option("--to", "second", help="Pictures with it, or their latents", metavar="DIR|FILE", type=cli.PathType(),
+              required=True)
 @click.option("--name", help="What the direction is called  [default: after --from and --to]", metavar="TEXT")
+@click.option("--inv-steps", help=f"Steps of the search for latents of pictures  [default: {OFFICIAL_STEPS}]",
+              metavar="INT", type=cli.IntRange(min=0))
+@click.option("--distance", help="Of pictures, as in run_inversion.py", metavar="NAME|FILE",
+              type=cli.PathType())
+@click.option("--batch-sz", help="Pictures whose latents are searched for at once", metavar="INT",
+              type=cli.IntRange(min=1), default=8, show_default=True)
 def folders_command(**options: Any) -> None:
-    """From the latents of some pictures to those of others.
+    """From the mean w of some pictures to that of others.
+
+    Latents of pictures are searched for as run_inversion.py does it, whose projected_w.npz is taken, too.
 
     \b
-    Example:
-      python directions.py folders --network=best_model.pkl --from=plain.npz --to=smiling.npz --name=smile --dest=s.npz
+    Examples:
+      python directions.py folders --network=best_model.pkl --from=plain --to=smiling --name=smile --dest=smile.npz
+      python directions.py folders --network=best_model.pkl --from=plain.npz --to=smiling.npz --dest=smile.npz
     """
     job = start("folders", options)
     G, layers = job.loaded.G_ema, job.layers
-    sides = [load_latents(options[side], G.num_ws, G.w_dim, option)[:, layers].mean(dim=1).numpy()
-             for side, option in (("first", "--from"), ("second", "--to"))]
+    w = job.samples(job.classes("class_name"))
+    before, after = read_latents(job, layers)
     name = options["name"] or f"{Path(options['first']).stem}-to-{Path(options['second']).stem}"
-    job.save(change(G, job.samples(job.classes("class_name")), sides[0], sides[1], name, layers))
+    job.save(change(G, w, before, after, name, layers))
 
 #----------------------------------------------------------------------------
 

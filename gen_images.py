@@ -2,7 +2,6 @@
 """Generate images from a snapshot or an official pickle: single files, an array file, a sample sheet or a grid."""
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,7 +13,7 @@ from dnnlib import UserError, cli
 from dnnlib.util import list_some
 from inference.directions.edits import check_edits, edit_offset
 from inference.directions.files import load_directions
-from inference.frames import make_transform, pictures
+from inference.frames import make_transform
 from inference.image_inputs import read_labels
 from inference.latents import load_centroids, load_latents
 from inference.sample_files import (
@@ -26,11 +25,10 @@ from inference.sample_files import (
     write_npz,
     write_sheet,
 )
-from inference.samples import Samples, class_shares, drawn_classes, each_class, sample_images
+from inference.samples import Samples, class_shares, drawn_classes, each_class, given_images, sample_images
 from inference.sampling import find_classes
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
-from torch_utils.images import save_image
 from torch_utils.ops import dispatch
 from training.networks_stylegan3 import Generator
 
@@ -70,9 +68,6 @@ class ImageOptions:
 
     def check(self) -> None:
         """What can be said without the network. Raises UserError."""
-        if self.w:
-            self.check_latents()
-            return
         if [self.outdir, self.npz, self.sheet].count(None) != 2:
             raise UserError("give --outdir for single images, --npz for one file of arrays, or --sheet for one "
                             "picture, one of the three")
@@ -94,22 +89,21 @@ class ImageOptions:
         if self.split is not None and self.data is None:
             raise UserError(f"--split={self.split}: has no effect without --data: leave it out")
         check_edits(self.directions, [name for name, _ in self.edits])
+        self.check_given()
         self.chosen_seeds()
 
-    def check_latents(self) -> None:
-        """With latents of files, which are used as they are, some options have no meaning. Raises UserError."""
-        if self.seeds:
-            raise UserError("--w: brings latents, and --seeds others: leave one of the two out")
-        if self.outdir is None:
-            raise UserError("--w: is shown as single images: name their folder by --outdir")
-        names = ("class_name", "labels", "data", "split", "centroids_path", "npz", "sheet", "grid", "grid_width",
-                 "samples_per_class", "seed")
-        given = [f"--{name.removesuffix('_name').replace('_', '-')}" for name in names
-                 if getattr(self, name) is not None] + ["--trunc"] * (self.trunc != 1)
-        if given:
-            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: leave "
-                            "it out")
-        check_edits(self.directions, [name for name, _ in self.edits])
+    def check_given(self) -> None:
+        """Given latents are used as they are, so some options have no meaning with them. Raises UserError."""
+        if not self.w:
+            return
+        if self.has_class_rows:
+            raise UserError("--sheet: has a row per class, and the latents of --w have none: give --grid, too")
+        choices = {"--seeds": self.seeds is not None, "--class": self.class_name is not None,
+                   "--labels": self.labels is not None, "--trunc": self.trunc != 1,
+                   "--centroids-path": self.centroids_path is not None}
+        if given := [option for option, is_given in choices.items() if is_given]:
+            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: "
+                            "leave it out")
 
     @property
     def shown_grid(self) -> str:
@@ -121,7 +115,9 @@ class ImageOptions:
         return self.sheet is not None and self.grid is None
 
     def chosen_seeds(self) -> list[int]:
-        """Each seed once. Raises UserError if it is not clear which."""
+        """Each seed once; none with --w. Raises UserError if it is not clear which."""
+        if self.w:
+            return []
         if self.seeds is not None:
             if self.seed is not None or self.samples_per_class is not None:
                 raise UserError("--seeds: names the samples of each class: leave --seed and --samples-per-class out")
@@ -229,8 +225,19 @@ def chosen_edit(G: Generator, options: ImageOptions) -> torch.Tensor | None:
     return edit_offset(G, files, options.edits)
 
 
-def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples) -> Iterator[np.ndarray]:
-    """The images, uint8 [R, R, 3], with a bar that shows how far they are. Raises UserError."""
+def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples,
+                given: torch.Tensor | None) -> Iterator[np.ndarray]:
+    """The images, uint8 [R, R, 3], with a bar that shows how far they are.
+
+    Args:
+        loaded: The network.
+        options: The command line.
+        samples: What is made.
+        given: ws of --w, [N, num_ws, w_dim], of which it is made then.
+
+    Raises:
+        UserError: an image has non-finite values.
+    """
     G = loaded.G_ema
     transform = G.synthesis.input.get_buffer("transform")
     transform.copy_(make_transform(options.translate, options.rotate))
@@ -238,37 +245,27 @@ def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples) 
     if options.centroids_path is not None:
         centroids = load_centroids(options.centroids_path, G.w_dim).to(transform.device)
     edit = chosen_edit(G, options)
-    images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision, edit)
+    if given is None:
+        images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision, edit)
+    else:
+        images = given_images(G, given if edit is None else given + edit, options.batch_sz, options.precision)
     return iter(tqdm.tqdm(images, total=len(samples), unit="image", disable=None))
-
-
-def write_given(G: Generator, options: ImageOptions) -> str:
-    """Make a file w<NNNN>.png of each latent in the files of --w; returns what was written, in words. Raises UserError.
-    """
-    ws = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options.w or []])
-    edit = chosen_edit(G, options)
-    ws = ws if edit is None else ws + edit
-    places = make_transform(options.translate, options.rotate).expand(len(ws), -1, -1)
-    made = pictures(G, [(ws, places)], options.batch_sz, options.precision)
-    for i, image in enumerate(tqdm.tqdm(made, total=len(ws), unit="image", disable=None)):
-        save_image(Path(options.outdir or "", f"w{i:04d}.png"), image.permute(1, 2, 0).numpy())
-    return f"{options.outdir}: {len(ws)} images"
 
 
 def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
     """Make what is asked for; returns what was written, in words. Raises UserError."""
     G = loaded.G_ema
-    if options.w:
-        return write_given(G, options)
     seeds, classes = options.chosen_seeds(), named_classes(loaded, options)
+    given = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options.w]) if options.w else None
     sheet: Sheet | None = None
     if options.has_class_rows:
         sheet, samples = class_sheet(loaded, options, seeds, classes)
     else:
-        samples = choose_samples(loaded, options, seeds, classes)
+        samples = (choose_samples(loaded, options, seeds, classes) if given is None
+                   else Samples(range(len(given)), [0] * len(given)))
         if options.grid is not None:
             sheet = grid_sheet(options, G.img_resolution, len(samples))
-    images = make_images(loaded, options, samples)
+    images = make_images(loaded, options, samples, given)
     if sheet is not None:
         assert options.sheet is not None        # `check` has seen it.
         write_sheet(options.sheet, sheet, images)
@@ -276,12 +273,13 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
             return f"{options.sheet}: {sheet.groups} class(es) of {len(seeds)} samples, {sheet.columns} in a row"
         return f"{options.sheet}: {sheet.rows} row(s) of {sheet.per_group} samples"
     if options.npz is not None:
-        write_npz(options.npz, samples, images, G.img_resolution, class_numbers(loaded.class_names, G.c_dim))
+        numbers = class_numbers(loaded.class_names, G.c_dim) if given is None else []
+        write_npz(options.npz, samples, images, G.img_resolution, numbers)
         return f"{options.npz}: {len(samples)} images"
     assert options.outdir is not None
     by_class = len(classes) > 1 if classes is not None else options.labels in ("balanced", "dataset")
     folders = folder_names(loaded.class_names, G.c_dim) if by_class else None
-    write_folder(options.outdir, samples, images, folders)
+    write_folder(options.outdir, samples, images, folders, "seed" if given is None else "w")
     called = " in a folder per class" if by_class else ""
     if by_class and loaded.class_names and folders == [str(i) for i in range(G.c_dim)] != loaded.class_names:
         called += ", called by its number, because not all names of classes can be names of folders"

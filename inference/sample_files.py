@@ -45,7 +45,7 @@ def folder_names(class_names: Sequence[str] | None, c_dim: int) -> list[str]:
 
 
 def write_folder(outdir: str | os.PathLike[str], samples: Samples, images: Iterable[np.ndarray],
-                 folders: Sequence[str] | None = None) -> None:
+                 folders: Sequence[str] | None = None, prefix: str = "seed") -> None:
     """A file seed<NNNN>.png for each image.
 
     Args:
@@ -53,10 +53,11 @@ def write_folder(outdir: str | os.PathLike[str], samples: Samples, images: Itera
         samples: What the images are.
         images: uint8 [R, R, 3], one after the other.
         folders: The folder of each class inside of `outdir`; None: all images lie in `outdir`.
+        prefix: What stands for "seed" where images have none.
     """
     for seed, label, image in zip(samples.seeds, samples.labels, images, strict=True):
         folder = Path(outdir) if folders is None else Path(outdir, folders[label])
-        save_image(folder / f"seed{seed:04d}.png", image)
+        save_image(folder / f"{prefix}{seed:04d}.png", image)
 
 #----------------------------------------------------------------------------
 # One array file.

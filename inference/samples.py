@@ -11,6 +11,7 @@ from inference.sampling import generate, seed_label, seed_latent
 from torch_utils.images import to_uint8_sample
 from training.data.randomness import CounterRNG
 from training.generator.layer_schedule import largest_batch
+from training.generator.synthesis import require_finite, synthesize_ws
 from training.networks_stylegan3 import Generator
 
 #----------------------------------------------------------------------------
@@ -112,3 +113,11 @@ def sample_images(G: Generator, samples: Samples, batch_size: int = 1, truncatio
         labels = torch.tensor(samples.labels[part], dtype=torch.int64)
         for images in generate(G, z, labels, batch_size, truncation_psi, centroids, precision, edit):
             yield from to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def given_images(G: Generator, ws: torch.Tensor, batch_size: int = 1, precision: str = "auto") -> Iterator[np.ndarray]:
+    """The same of latents [N, num_ws, w_dim] that are given, without truncation."""
+    for part in ws.split(min(batch_size, largest_batch(G.config))):
+        images = synthesize_ws(G, part, precision)
+        require_finite(torch.isfinite(images).all())
+        yield from to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy()

@@ -10,11 +10,14 @@ from click.testing import CliRunner
 import directions
 import gen_images
 import gen_video
+import run_inversion
 from dnnlib import UserError
+from inference.directions import labelled
 from inference.directions.axes import components, deviations, factorised, principal_axes
 from inference.directions.edits import edit_offset, find_offset
 from inference.directions.files import Directions, fit_directions, mapping_sha256, read_directions, save_directions
 from inference.directions.methods import class_changes, pca, sefa, style_weights
+from inference.inversion import start as inversion_start
 from inference.keyframes import Timing
 from inference.motion import Motion, Sweep, make_keyframes
 from inference.sampling import class_means, many_w, map_latents
@@ -257,6 +260,16 @@ def test_an_edit_adds_to_ws_after_truncation(G, file):
     assert max_error(synthesize(G, z, labels, 0.5, edit=edit), synthesize_ws(G, ws)) < 1e-4
 
 
+def test_given_latents_are_moved(network, G, file, tmp_path):
+    w = np.random.RandomState(0).randn(1, G.num_ws, G.w_dim).astype(np.float32)
+    np.save(tmp_path / "w.npy", w)
+    np.save(tmp_path / "moved.npy", w + 2 * read_directions(str(file)).offset("pca1").numpy())
+    made(gen_images.main, f"--network={network}", f"--w={tmp_path / 'w.npy'}", f"--directions={file}",
+         "--edit=pca1:2", f"--npz={tmp_path / 'a.npz'}")
+    made(gen_images.main, f"--network={network}", f"--w={tmp_path / 'moved.npy'}", f"--npz={tmp_path / 'b.npz'}")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
 def test_an_edit_of_no_strength_changes_no_byte(network, file, tmp_path):
     common = (f"--network={network}", "--seeds=0-2", "--trunc=0.7")
     made(gen_images.main, *common, f"--npz={tmp_path / 'a.npz'}")
@@ -310,6 +323,30 @@ def test_latents_of_two_files(network, G, tmp_path):
     found = read_directions(str(tmp_path / "d.npz"))
     assert torch.cosine_similarity(found.vectors[0], way, dim=0) == pytest.approx(1, abs=1e-6)
 
+
+def test_pictures_of_two_folders(network, tmp_path, monkeypatch):
+    """Their latents are those that run_inversion.py finds."""
+    monkeypatch.setattr(inversion_start, "NUM_SAMPLES", 100)
+    for module in (labelled, run_inversion):
+        monkeypatch.setattr(module, "default_count", lambda classes, class_given: 8)
+    rng = np.random.RandomState(0)
+    for name in ("plain/a", "plain/b", "smiling/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(rng.randint(0, 255, [20, 20, 3], dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    common, search = (f"--network={network}", "--seed=7"), ("--inv-steps=2", "--distance=pixels")
+    folders = command("folders"), *common, "--samples=50"
+    for name in ("plain", "smiling"):
+        made(run_inversion.main, *common, *search, f"--target={tmp_path / name}", f"--outdir={tmp_path / 'out' / name}",
+             "--save-video=0")
+    latents = [f"--{option}={tmp_path / 'out' / name / 'projected_w.npz'}"
+               for option, name in (("from", "plain"), ("to", "smiling"))]
+    made(*folders, *latents, f"--dest={tmp_path / 'a.npz'}", "--name=smile")
+    made(*folders, *search, f"--from={tmp_path / 'plain'}", f"--to={tmp_path / 'smiling'}", "--name=smile",
+         f"--dest={tmp_path / 'b.npz'}")
+    a, b = (read_directions(str(tmp_path / f"{name}.npz")) for name in "ab")
+    assert a.names == b.names == ["smile"]
+    assert max_error(a.vectors, b.vectors) < 1e-3 * float(a.vectors.norm())
+
 #----------------------------------------------------------------------------
 # Mistakes: one line, exit code 2, nothing written.
 
@@ -323,12 +360,14 @@ def test_latents_of_two_files(network, G, tmp_path):
     ("classes", ["--from=cat", "--to=cat"], "--from=cat: is the class of --to"),
     ("classes", ["--to=7"], "no class of this name"),
     ("folders", ["--from={out}.npy", "--to={out}.npy"], "No such file"),
+    ("folders", ["--from={out}/a", "--to={out}.npy"], "--from={out}/a: no such file or folder"),
+    ("folders", ["--from=a.npy", "--to=b.npy", "--inv-steps=1"], "there is nothing to search for"),
 ])
 def test_mistakes(network, tmp_path, name, args, message):
     out = tmp_path / "out.npz"
     result = invoke(command(name), f"--network={network}", f"--dest={out}", *(arg.format(out=out) for arg in args))
     assert result.exit_code == 2, result.output
-    assert message in result.output
+    assert message.format(out=out) in result.output
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from data_prep.transforms import Size, center_crop
 from dnnlib import UserError
@@ -228,15 +229,18 @@ def test_neighbours_lie_at_the_published_distance(G):
 
 
 @pytest.mark.numeric
+@pytest.mark.slow
 def test_tuning_makes_what_the_generator_could_not(G, pixels):
-    """A picture that no latents of it give, to 0.02; the original and the mapping stay."""
-    goal, start = Goal(smooth_pictures(1), pixels), mean_start(G, 1)
+    """A handwritten digit, which it never saw, to 0.02; the original and the mapping stay."""
+    digit = torch.tensor(load_digits().images[5], dtype=torch.float32).expand(1, 3, 8, 8) / 8 - 1
+    target = torch.nn.functional.interpolate(digit, size=16, mode="bilinear")
+    goal, start = Goal(target, pixels), mean_start(G, 1)
     before = {name: x.clone() for name, x in G.state_dict().items()}
     assert goal.squared_errors(synthesize_ws(G, start.ws)) > 0.1
     seen = []
-    tuned = tune(G, goal, start.ws, 0, TuningSettings(steps=90, learning_rate=3e-2), seen.append)
+    tuned = tune(G, goal, start.ws, 0, TuningSettings(steps=140, learning_rate=1e-2), seen.append)
     assert goal.squared_errors(synthesize_ws(tuned, start.ws)) < 0.02
-    assert len(seen) == 90
+    assert len(seen) == 140
     after, now = G.state_dict(), tuned.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(torch.equal(before[name], now[name]) for name in before if name.startswith("mapping."))

@@ -2,6 +2,7 @@
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from click.testing import CliRunner
 
 import gen_images
@@ -9,7 +10,8 @@ from dnnlib import UserError
 from inference.image_inputs import open_images
 from inference.sample_files import NAME_WIDTH, Sheet, class_numbers, folder_names, write_npz
 from inference.samples import Samples, class_shares, drawn_classes, each_class
-from inference.sampling import seed_label
+from inference.sampling import seed_label, seed_latent
+from legacy import load_network
 from tests.conftest import write_dataset
 
 CELL = 64                   # Images of 16 pixels, four times as large.
@@ -116,6 +118,22 @@ def test_no_class_is_folded_over_two_rows():
     drawn = np.asarray(sheet.draw(pictures))[::64, ::64, 0]
     assert drawn[:3].tolist() == [[8 * row + i for i in range(8)] for row in range(3)]
     assert drawn[3].tolist() == [24, 25, 26, 27, 255, 255, 255, 255]
+
+def test_given_latents_give_the_same_bytes(network, by_class, tmp_path):
+    """w of the seeds of a class, as they are, to all places."""
+    G = load_network(network).G_ema
+    w = G.mapping(torch.stack([seed_latent(s, 64) for s in (1, 3)]), torch.eye(3)[[2, 2]])
+    np.save(tmp_path / "w.npy", w.numpy())
+    for output in ("--outdir={}", "--npz={}/a.npz", "--sheet={}/g.png --grid=2x1"):
+        made(f"--network={network}", f"--w={tmp_path / 'w.npy'}", *output.format(tmp_path).split())
+    grid = pixels(tmp_path / "g.png")[::4, ::4]
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays.files == ["arr_0"]
+        for i, seed in enumerate((1, 3)):
+            single = pixels(tmp_path / f"w000{i}.png")
+            assert np.abs(single.astype(int) - image(by_class, "owl", seed)).max() <= 1    # Mapped as a batch of two.
+            assert np.array_equal(arrays["arr_0"][i], single)
+            assert np.array_equal(grid[:, 16 * i : 16 * i + 16], single)
 
 #----------------------------------------------------------------------------
 # Classes.
@@ -238,6 +256,10 @@ def test_arrays_without_classes(tmp_path):
     (["--seeds=0", "--outdir={out}", "--data=x.zip"], "has no effect without --labels=dataset"),
     (["--seeds=0", "--outdir={out}", "--split=val"], "has no effect without --data"),
     (["--seeds=0", "--outdir={out}", "--class=cat,cow"], "--class=cow: no class of this name"),
+    (["--seeds=0", "--w=x.npy", "--outdir={out}"], "--w: its latents are used as they are, and --seeds would"),
+    (["--w=x.npy", "--sheet={out}/a.png"], "the latents of --w have none: give --grid, too"),
+    (["--w=x.npy", "--outdir={out}", "--trunc=0.5", "--class=cat"], "and --class, --trunc would change nothing"),
+    (["--w=x.npy", "--outdir={out}"], "x.npy: No such file"),
     (["--seeds=0-499999", "--outdir={out}", "--class=0-2"], "are 1500000 images, at most 1000000"),
     (["--seeds=0", "--npz={out}/a.npz", "--labels=dataset", "--data={out}.zip"], "no such folder, archive"),
 ])

@@ -78,7 +78,11 @@ class Result:
                 "c_permutation": once and once.cost, "k_threshold": walk.threshold, "w1_median": self.median,
                 "optimal_over_bound": float(self.optimal[last] / bound(walk, self.speeds[last])),
                 **ratios, "ratio_from_optimum": round(self.best("table", "transport", "optimum").ratio, 4),
-                "smallest_ratio": round(min(t.ratio for t in self.trained), 4), **slopes}
+                "smallest_ratio": round(min(t.ratio for t in self.trained), 4),
+                "sweep_w1": dict(zip(MULTIPLES, (round(t.w1, 4) for t in self.sweep), strict=True)),
+                "sweep_ratio": dict(zip(MULTIPLES, (round(t.ratio, 4) for t in self.sweep), strict=True)), **slopes,
+                "curve_over_sample": {f"{law.dims}d, {law.points} points": round(law.curve / law.sample, 4)
+                                      for law in self.laws}}
 
 #----------------------------------------------------------------------------
 
