@@ -283,7 +283,8 @@ class Page:
     @told
     def _limit_channel(self, layer: str) -> gr.Slider:
         count = num_channels(self.studio.G, layer) if layer in layer_names(self.studio.G) else 1
-        return gr.Slider(maximum=max(count - 1, 1), value=0)        # A slider has two values at least.
+        # A slider has two values at least. Its value stays, which somebody may have changed meanwhile.
+        return gr.Slider(maximum=max(count - 1, 1))
 
     @told
     def _neighbours(self, values: Values) -> str:
