@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("dnnlib", "torch_utils", "training", "metrics", "inference", "data_prep", "transport")
 SOURCES = sorted(p for f in FOLDERS for p in (ROOT / f).rglob("*.py")) + sorted(ROOT.glob("*.py"))
-OURS = {*FOLDERS, "legacy", "train", "gen_images", "gen_video", "run_inversion", "directions", "calc_metrics",
-        "dataset_tool", "demo", "export"}
+OURS = {*FOLDERS, "legacy", "train", "gen_images", "gen_video", "run_inversion", "directions", "visualizer",
+        "calc_metrics", "dataset_tool", "demo", "export"}
 
 # Arrows point one way: dnnlib <- torch_utils <- {training, metrics} <- inference <- legacy <- scripts;
 # data_prep, which makes data sets, stands above training and below inference, which takes no more of it than the reader
@@ -74,6 +74,8 @@ CONFINED = {
     "onnx": {"inference/export/onnx_graph.py"},
     "onnxscript": {"inference/export/onnx_graph.py"},
     "onnxruntime": {"inference/export/onnx_graph.py"},
+    "gradio": {"inference/page/app.py", "inference/page/server.py"},
+    "starlette": {"inference/page/server.py"},
     "tarfile": set(),
     "lmdb": {"data_prep/sources/tables.py"},
     "pyarrow": {"data_prep/sources/tables.py"},

@@ -20,6 +20,7 @@ import gen_images
 import gen_video
 import run_inversion
 import train
+import visualizer
 from data_prep import random_data
 from dnnlib import cli, util
 from inference import centroids
@@ -37,8 +38,8 @@ from transport.ttc import experiment as ttc
 
 COMMANDS = {
     "train": train.main, "gen_images": gen_images.main, "gen_video": gen_video.main,
+    "run_inversion": run_inversion.main, "visualizer": visualizer.main,
     "calc_metrics": calc_metrics.main, "demo": demo.main, "export": export.main,
-    "run_inversion": run_inversion.main,
     "dataset_tool": dataset_tool.main.commands["make"], "verify": dataset_tool.main.commands["verify"],
     "random_data": random_data.main, "prefetch": prefetch.main, "build": build.main,
     "class_embedding": class_embedding.main, "train_local": train_local.main, "html_report": html_report.main,
