@@ -13,7 +13,7 @@ import torch.utils.data
 
 from dnnlib import UserError
 from dnnlib.classes import Classes, match
-from training.data.credit import credit_of
+from training.data.credit import Credit, credit_of
 from training.data.images import Decoded, changes_in_words, decode, decode_pixels
 from training.data.inventory import Inventory, inventory
 from training.data.labels import METADATA_NAME, read_labels
@@ -52,7 +52,6 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
         self.xflip = xflip
         self._store = open_store(path)
         self._check_splits()
-        self.credit = credit_of(f"{path}: {METADATA_NAME}", self._store.metadata)       # Who is to be named.
         self._use_labels = use_labels
         self._image_labels: np.ndarray | None = None
         self.class_names: list[str] = []
@@ -66,6 +65,11 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
             self._chosen = np.sort(self._chosen[:max_size])
         self.changes = ""               # What is done to files when they are read, in words; '' if nothing.
         self.resolution = self._check_images()
+
+    @functools.cached_property
+    def credit(self) -> Credit | None:
+        """Who is to be named with the images. It is read when it is asked for: dataset.json may be large."""
+        return credit_of(f"{self.path}: {METADATA_NAME}", self._store.metadata)
 
     def _check_splits(self) -> None:
         """Images for training and others must not be mixed unseen; a dataset.json that lists all means all."""

@@ -23,14 +23,18 @@ NAN = float("nan")
 # Diversity.
 
 class Fake(torch.nn.Module):
-    """A generator whose ws are z and c, which `synthesis` makes an image of."""
+    """A generator whose ws are z and c beside each other, which `picture` makes an image of."""
 
     def __init__(self, c_dim):
         super().__init__()
         self.c_dim, self.where = c_dim, torch.nn.Parameter(torch.zeros(()))
 
     def mapping(self, z, c, truncation_psi):
-        return z, c
+        return torch.cat([z, c], dim=1)
+
+    def synthesis(self, ws, transform):
+        assert transform is None
+        return self.picture(*ws.split([ws.shape[1] - self.c_dim, self.c_dim], dim=1))
 
 
 class Copier(Fake):
@@ -41,8 +45,7 @@ class Copier(Fake):
         images = [torch.from_numpy(dataset[i][0]).float() / 127.5 - 1 for i in range(len(dataset))]
         self.images = [[images[i] for i in np.flatnonzero(dataset.labels == c)] for c in range(max(dataset.c_dim, 1))]
 
-    def synthesis(self, ws):
-        z, c = ws
+    def picture(self, z, c):
         classes = c.argmax(dim=1) if c.shape[1] else torch.zeros(len(z), dtype=torch.int64)
         chosen = [self.images[k][int(abs(float(v)) * 1e4) % len(self.images[k])]
                   for k, v in zip(classes.tolist(), z[:, 0], strict=True)]
@@ -52,8 +55,7 @@ class Copier(Fake):
 class Constant(Fake):
     """One picture per class."""
 
-    def synthesis(self, ws):
-        _, c = ws
+    def picture(self, z, c):
         return c.argmax(dim=1).float()[:, None, None, None].expand(-1, 3, 16, 16) / 10
 
 
