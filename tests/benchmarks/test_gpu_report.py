@@ -206,6 +206,7 @@ def test_everything_in_miniature(report, tmp_path, monkeypatch):
     assert len([line for line in done.output.splitlines() if line.startswith("[")]) == 2 * len(report.STEPS)
 
 
+@pytest.mark.slow
 def test_a_step_runs_in_its_process(report, tmp_path):
     """As the report starts it."""
     done = CliRunner().invoke(report.main, ["--device=cpu", "--quick", "--only=build", f"--folder={tmp_path}/work",

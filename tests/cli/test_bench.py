@@ -39,6 +39,7 @@ def run_bench(*args) -> dict:
 
 #----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_stem(data16, tmp_path):
     out = tmp_path / "runs"
     found = run_bench(*SMALL, f"--outdir={out}", f"--data={data16}", "--kimg=100")

@@ -236,6 +236,7 @@ def many(tmp_path, count=40):
     return write_zip(tmp_path / "source.zip", content)
 
 
+@pytest.mark.slow
 def test_killed_runs_continue_to_the_same_bytes(tmp_path, monkeypatch):
     source = many(tmp_path)
     args = [f"--source={source}", "--resolutions=4,8", "--fit=pad", f"--dest={tmp_path}/k/set"]
@@ -482,6 +483,7 @@ def test_chunks_are_bounded():
     assert [len(c) for c in parallel.chunks(range(5), lambda _i: parallel.CHUNK_BYTES // 2)] == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = ("import os, time\nfrom data_prep.parallel import ordered_map\n"
             "def pid(_i):\n    return os.getpid()\n"

@@ -90,6 +90,7 @@ class TestFeatures:
     def test_clean_fid(self, weights, images, files):
         assert_equal(ours("inception-2015-12-05-clean", weights, images)["pool"], others.by_clean_fid(files, weights))
 
+    @pytest.mark.slow
     def test_resizes_are_told_apart(self, weights, images):
         """What the tests above would not forgive."""
         names = ("inception-2015-12-05", "inception-2015-12-05-clean", "inception-2015-12-05-pytorch_fid")

@@ -42,6 +42,7 @@ def test_layer_is_ref(code, options, dtype):
     assert_layer_is_ref("cpu", options, dtype, (3, 7, 9, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 def test_layer_of_many_tiles_is_ref(code, last):
     """More rows, columns and planes than one piece of work has; groups of planes that end within an image."""

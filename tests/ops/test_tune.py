@@ -96,6 +96,7 @@ print(choices.choose("a call", {"first": 1, "second": 2}, None), len(choices._ke
 """
 
 
+@pytest.mark.slow
 def test_choices_are_kept(folder):
     """In a file of plain text, for other processes."""
     tune.open_choices(CPU).choose("a call", FORMS, Clock(first=3.0, second=1.0, third=2.0))

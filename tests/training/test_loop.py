@@ -143,6 +143,7 @@ def test_samples_do_not_depend_on_how_a_batch_is_cut(data16, stem_run):
             assert torch.equal(value, whole[name]), (name, batch_gpu, ranks)
 
 
+@pytest.mark.slow
 def test_superres_stage(stem_run, data32, tmp_path):
     stem = tmp_path / "stem"
     shutil.copytree(stem_run, stem)
@@ -163,6 +164,7 @@ def test_superres_stage(stem_run, data32, tmp_path):
     assert image.shape == (2, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_guidance_by_a_local_classifier(stem_run, data32, tmp_path):
     net = tmp_path / "net.safetensors"
     save_own_network(net, OwnNetwork(own_config(4, 32, (8, 8), class_names=["0", "1", "2", "3"])))
@@ -182,12 +184,14 @@ def test_unconditional_run_of_config_r_with_plain_heads(tmp_path):
     assert not [name for name in D if name.endswith(".scale")]
 
 
+@pytest.mark.slow
 def test_resume_option_takes_weights_into_a_new_run(stem_run, data16, tmp_path):
     train(tmp_path, data16, f"--resume={stem_run}", "--kimg=0.008")
     start = open_snapshot(only_run(tmp_path) / "network-snapshot-000000.pkl")
     assert_equal_states(start["G_ema"], open_snapshot(stem_run)["G_ema"])
 
 
+@pytest.mark.slow
 def test_restart_every_exits_with_3(data16, tmp_path):
     args = [*SMALL, f"--outdir={tmp_path}", f"--data={data16}", "--kimg=100", "--tick=0.008", "--restart_every=1"]
     result = CliRunner().invoke(main, args)
@@ -195,6 +199,7 @@ def test_restart_every_exits_with_3(data16, tmp_path):
     assert (only_run(tmp_path) / STATE_FILE).is_file()
 
 
+@pytest.mark.slow
 def test_metrics_choose_the_best_model(data16, tmp_path):
     """A judge scores every snapshot; the best is kept under its own name."""
     judge = tmp_path / "judge.safetensors"

@@ -272,6 +272,7 @@ def test_loaders_are_born_with_signals_blocked(workers):
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+@pytest.mark.slow
 def test_stop_file_ends_the_stage_and_the_same_command_goes_on(data16, tmp_path, monkeypatch):
     at_iteration(monkeypatch, 1, lambda: (only_run(tmp_path) / STOP_FILE).touch())
     code, output = run(tmp_path, data16)

@@ -91,6 +91,7 @@ def test_nothing_is_said_after_the_first_tick(started):
     assert said[2:] == ["    first Greg: 3.0 s"]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_is_doing(data16, tmp_path):
     result = CliRunner().invoke(main, ["--cfg=stylegan3-t", "--preset=demo", "--cbase=64", "--cmax=8", "--batch=8",
                                        "--device=cpu", "--workers=0", "--metrics=none", "--backbones=local:random",

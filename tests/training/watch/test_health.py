@@ -136,6 +136,7 @@ def constant_generator(monkeypatch):
     monkeypatch.setattr(CollapseWatch, "PATIENCE_STEPS", 2)
 
 
+@pytest.mark.slow
 def test_collapse_stops_the_run_when_asked_to(data16, tmp_path, constant_generator):
     result = run(tmp_path, data16, "--kimg=0.8", "--tick=0.008", "--snap=100", "--on-collapse=stop")
     assert result.exit_code == EXIT_COLLAPSE == 5

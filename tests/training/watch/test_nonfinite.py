@@ -115,6 +115,7 @@ def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkey
         assert snapshot["progress"]["cur_nimg"] == saved[-1]
 
 
+@pytest.mark.slow
 def test_last_good_snapshot_is_readable_and_finite(data16, tmp_path):
     assert run(tmp_path, data16, "--kimg=0.008").exit_code == 0
     folder = only_run(tmp_path)
