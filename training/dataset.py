@@ -28,6 +28,11 @@ NUM_PAIRS = 1024            # Pairs of images whose distance is measured, at mos
 
 #----------------------------------------------------------------------------
 
+def _cannot_decode(where: str, err: Exception) -> UserError:
+    return UserError(f"{where}: cannot be decoded ({err}): replace the file or make the data set again with "
+                     "dataset_tool.py")
+
+
 class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
     """Square images in a zip archive or a folder, with optional class labels in dataset.json.
 
@@ -119,11 +124,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
         try:
             return decode(read_file(self._store, index))
         except (OSError, ValueError) as err:
-            raise self._cannot_decode(index, err) from err
-
-    def _cannot_decode(self, index: int, err: Exception) -> UserError:
-        return UserError(f"{self._store.where(index)}: cannot be decoded ({err}): replace the file or make the data "
-                         "set again with dataset_tool.py")
+            raise _cannot_decode(self._store.where(index), err) from err
 
     def __len__(self) -> int:
         return len(self._chosen) * (2 if self.xflip else 1)
@@ -142,7 +143,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
         try:
             pixels = decode_pixels(read_file(self._store, index), self.resolution)
         except (OSError, ValueError) as err:
-            raise self._cannot_decode(index, err) from err
+            raise _cannot_decode(self._store.where(index), err) from err
         self._check((pixels.shape[1], pixels.shape[0]), index, self.resolution)
         return pixels
 

@@ -111,6 +111,7 @@ def test_snapshots(G):
     assert lines[("G_ema",), "absent"] == "the file lacks G_ema"
 
 
+@pytest.mark.slow
 def test_states(G):
     content, shape = state_of(G)
     check_state(content, shape)

@@ -96,6 +96,7 @@ def test_gradients(recorded, monkeypatch):
         assert data.error(key, grad) < data.bound(key), key
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_form_of_the_filters(case, monkeypatch):
     """In float64, where rounding crosses no kink, the form that training uses gives the same gradients."""
     G, data = case[torch.float64]

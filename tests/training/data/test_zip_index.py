@@ -135,6 +135,7 @@ def test_zip64(tmp_path, monkeypatch, extra_first):
     dataset.close()
 
 
+@pytest.mark.slow
 def test_more_than_65535_files(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -455,6 +456,7 @@ def read_or_refuse(path, data):
     store.close()
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=500, **FUZZ)
 @hypothesis.given(changes=edits)
 def test_mutated_archives(tmp_path, changes):

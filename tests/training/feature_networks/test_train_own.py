@@ -27,6 +27,7 @@ def test_parts_are_disjoint_and_cover_everything():
     assert (whole.tolist(), len(nothing)) == (list(range(7)), 0)
 
 
+@pytest.mark.slow
 def test_digits_are_told_apart():
     net, report = train_own_network(Digits(), Settings(resolution=16, split=(0, 2)))
     assert (report.num_train, report.num_heldout) == (899, 898)

@@ -53,6 +53,7 @@ def random_batch(to: str | torch.dtype = "cpu") -> MicroBatch:
     return MicroBatch(**{name: x.to(to) for name, x in vars(batch).items()})
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_official_structure():
     """Slow forms, passes apart, sums over the micro-batch against what training does. In float64, because batches of
     two make BatchNorm enlarge rounding errors."""

@@ -61,6 +61,7 @@ def pictures(text: str) -> list[PIL.Image.Image]:
             for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
 
 
+@pytest.mark.slow
 def test_report_stands_alone_and_is_complete(folder):
     text = write_report(folder).read_text()
     assert text.isascii()

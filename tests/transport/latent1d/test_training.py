@@ -48,6 +48,7 @@ def test_training_finds_nothing_below_the_optimum():            # Not even in th
     assert 0.98 <= after.ratio < 1.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", line_generators.FIELDS)
 def test_trained_against_a_critic(field):                       # A WGAN comes nearer and never goes below the bound.
     case = solve(KNOWN["triangle"])

@@ -103,6 +103,7 @@ def test_slope_and_direction_of_a_known_discriminator():
     assert (found.stretch, found.pair_ratio, found.slope) == (approx(1), approx(1), approx(3))
 
 
+@pytest.mark.slow
 def test_command_keeps_its_runs(tmp_path):
     data = f"--data={write_dataset(tmp_path / 'data.zip', 8, 40, 3)}"
     done = command(data, "--loss=hinge", f"--outdir={tmp_path}")
