@@ -258,12 +258,12 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_killed_and_continued_is_the_unbroken_run(tmp_path, gpus):
+@pytest.mark.parametrize(("gpus", "kills", "kimg"), [(1, 1, 0.2), (2, 2, 0.4)])
+def test_killed_and_continued_is_the_unbroken_run(tmp_path, gpus, kills, kimg):
     """2N iterations == N iterations, SIGKILL, the rest; for every tensor, bit by bit; compared by the benchmark."""
     table = tmp_path / "table.md"
-    command = [sys.executable, str(ROOT / "benchmarks/soak_kill.py"), "--kills=2", f"--gpus={gpus}", "--kimg=0.4",
-               f"--dest={table}"]
+    command = [sys.executable, str(ROOT / "benchmarks/soak_kill.py"), f"--kills={kills}", f"--gpus={gpus}",
+               f"--kimg={kimg}", f"--dest={table}"]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
                           timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
