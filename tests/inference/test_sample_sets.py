@@ -46,7 +46,7 @@ def image(by_class, name: str, seed: int) -> np.ndarray:
     return pixels(by_class / name / f"seed{seed:04d}.png")
 
 #----------------------------------------------------------------------------
-# The same bytes, whatever else is asked for.
+# A picture depends on its seed and class alone: whatever else a call asks for, its bytes are the same.
 
 def test_folders_are_classes_for_those_who_read_them(by_class):
     source = open_images(by_class, labels=True)

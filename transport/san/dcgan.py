@@ -118,10 +118,9 @@ class Result:
 def _summary(runs: list[Run]) -> dict[str, Any]:
     """Every number at every measurement, per seed, and of the Frechet distance its mean and deviation over seeds."""
     found: dict[str, Any] = {"iterations": [m.iteration for m in runs[0].history]}
-    found |= {field: [[_rounded(getattr(m.score, field)) for m in run.history] for run in runs]
-              for field in Score._fields}
-    found |= {field: [[_rounded(getattr(m.conditions, field)) for m in run.history] for run in runs]
-              for field in Conditions._fields}
+    for part, fields in (("score", Score._fields), ("conditions", Conditions._fields)):
+        found |= {field: [[_rounded(getattr(getattr(m, part), field)) for m in run.history] for run in runs]
+                  for field in fields}
     columns = list(zip(*found["fid"], strict=True))
     found["fid_mean"] = [round(statistics.fmean(column), 2) for column in columns]
     found["fid_std"] = [round(statistics.stdev(column), 2) if len(column) > 1 else None for column in columns]
