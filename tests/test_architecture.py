@@ -3,6 +3,7 @@ import ast
 import graphlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,15 @@ def test_no_private_torch_and_no_removed_packages():
         tree = ast.parse(text)
         uses = imports(tree) | {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert not [name for name in uses if re.match(r"torch\._(C|dynamo|inductor)\b", name)], path
+
+
+@pytest.mark.slow
+def test_commands_that_sample_and_score_load_no_more_than_they_need():
+    """Each of these takes as long to load as a few images take to make."""
+    code = ("import gen_images, gen_video, calc_metrics, export, sys\n"
+            "print([name for name in ('torch._dynamo', 'timm', 'torchvision', 'scipy.signal') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_nothing_large_or_generated_is_committed():

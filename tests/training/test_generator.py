@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import scipy.signal
 import torch
 
 from tests.closeness import rel_error
@@ -170,6 +171,17 @@ def test_frequencies_fill_the_disc_uniformly():
     # The official rule is close to uniform, not exactly: r = exp(-g^2/4) has distribution function r^2.
     assert np.abs(radii ** 2 - quantiles).max() < 0.02
     assert radii.max() <= 1
+
+
+@pytest.mark.parametrize("num_taps", [2, 6, 12, 13, 24])
+@pytest.mark.parametrize("width", [0.02, 0.3, 0.7, 3.0, 6.0])
+def test_filters_are_those_of_scipy(num_taps, width):
+    """For attenuations on both sides of 21 and 50 dB. Radial filters are compared with the recorded ones."""
+    want = scipy.signal.firwin(num_taps, 2.5, width=width, fs=16)
+    got = networks_stylegan3.design_lowpass_filter(num_taps, 2.5, width, 16)
+    assert np.allclose(got, want, rtol=1e-7, atol=1e-9)
+    beta = scipy.signal.kaiser_beta(scipy.signal.kaiser_atten(num_taps, width / 8))
+    assert np.allclose(networks_stylegan3.kaiser_window(num_taps, width / 8), np.kaiser(num_taps, beta), rtol=1e-13)
 
 
 def test_growing_keeps_the_stem_bit_for_bit():
