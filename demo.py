@@ -319,7 +319,7 @@ def run_demo(demo: Demo, folder: Path, seed: int, san: bool, quick: bool) -> dic
         f"--data={folder}/{demo.archive}{first.resolution}.zip"])
     after = step("score of the trained generator", 25, [
         *judged, f"--metrics={demo.metrics}", f"--network={run}",
-        f"--data={folder}/{demo.archive}{last.resolution}.zip"])
+        f"--data={folder}/{demo.archive}{last.resolution}.zip", f"--out={folder}"])
     step.progress.bar.close()
 
     shutil.copyfile(run / "best_model.pkl", folder / "best_model.pkl")

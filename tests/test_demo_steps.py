@@ -83,8 +83,9 @@ def test_the_emoji_follow_the_official_recipe(machine):
         assert {"--backbones=tf_efficientnet_lite0", "--san=1", "--diversity=0", "--mirror=1", "--cond=1"} <= stage
         assert not any(word.startswith("--embedding") for word in stage)        # From the data, by default.
     assert ["--cls_weight=8" in stage for stage in stages] == [False, True, True]
-    assert {"--detector=timm:tf_efficientnet_lite2", "--metrics=fd,kid,pr,probe_accuracy", "--num=4442"} <= (
-        words_of(machine, "calc_metrics.py")[1])
+    judged = words_of(machine, "calc_metrics.py")[1]
+    assert {"--detector=timm:tf_efficientnet_lite2", "--metrics=fd,kid,pr,probe_accuracy", "--num=4442"} <= judged
+    assert f"--out={Path('runs/demo-emoji').resolve()}" in judged       # export.py reads the scores there.
 
 
 def test_the_emoji_go_on_where_they_were_broken_off(machine):

@@ -133,11 +133,19 @@ def _metric_rows(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def _metrics_text(snapshot: Snapshot, records: list[dict[str, Any]]) -> str:
     score = snapshot.get("score")
     if records:
-        return (_table(_metric_rows(records)) + "\n\nThe name of a metric is a protocol: it fixes the detector, the "
-                "numbers of images and the\nformula. Values of different protocols cannot be compared.")
+        return (_table(_metric_rows(records)) + "\n\nA protocol fixes the detector, the numbers of images and the "
+                "formula; where it is free, the row says them.\nValues of different protocols or detectors cannot be "
+                "compared.")
     if score:
         return f"In training {_cell(score['metric'])} was {_cell(score['value'])}. Beside the file lies no more of it."
     return "None are recorded beside the file."
+
+
+def _metric_name(record: dict[str, Any], key: str) -> str:
+    """What the hub calls a result: a FID in the features of another detector must not be taken for one."""
+    if record.get("protocol") != "free":
+        return key
+    return f"{key} ({_last_name(record.get('detector') or NOT_KNOWN)}, {record.get('num_gen')} images)"
 
 
 def _front_matter(subject: Subject, name: str, licence: str, records: list[dict[str, Any]]) -> str:
@@ -145,8 +153,8 @@ def _front_matter(subject: Subject, name: str, licence: str, records: list[dict[
     from huggingface_hub import EvalResult, ModelCardData
 
     data = data_name(subject.snapshot)
-    results = [EvalResult(task_type=TASK, dataset_type=data, dataset_name=data, metric_type=key,
-                          metric_value=float(value))
+    results = [EvalResult(task_type=TASK, dataset_type=data, dataset_name=data,
+                          metric_type=_metric_name(record, key), metric_value=float(value))
                for record in records for key, value in record["results"].items()
                if data is not None and isinstance(value, int | float) and math.isfinite(value)]
     card = ModelCardData(license=licence, library_name="stylesan-xl", pipeline_tag=TASK, model_name=name,

@@ -194,6 +194,18 @@ def test_metrics_of_calc_metrics_count_by_the_content_of_the_file(run_folder, tm
     assert "| is50k_mean | 7.25 |" in (tmp_path / "x" / "README.md").read_text()
 
 
+def test_a_distance_in_other_features_is_not_published_as_fid(run_folder, tmp_path):
+    (run_folder / "metric-fid.jsonl").write_text(json.dumps(RECORD | {
+        "metric": "fid", "results": {"fid": 0.85}, "protocol": "free", "num_gen": 1797,
+        "detector": "local:models/judge.safetensors",
+        "generated": {"fingerprint": legacy.load_network(run_folder).sha256}}) + "\n")
+    done(run_folder, "hub", tmp_path / "x")
+    card = huggingface_hub.ModelCard((tmp_path / "x" / "README.md").read_text()).data
+    names = [r.metric_type for r in card.eval_results]
+    assert "fid (judge.safetensors, 1797 images)" in names
+    assert "fid" not in names
+
+
 def test_a_folder_that_cannot_be_finished_leaves_nothing(run_folder, tmp_path, monkeypatch):
     written = hub_folder.atomic_file
     def fails(path):
