@@ -109,7 +109,7 @@ class ParquetStore(NoMetadata):
         self.path, self._files = Path(path), list(files)
         _need("pyarrow", path)
         self.values: list[Any] = []                 # What the column of labels holds.
-        self.splits: list[str | None] = []          # What the column of splits holds, if there is one.
+        self.splits: list[Any] = []                 # What the column of splits holds, if there is one.
         self.classes: list[str] | None = None
         self.column = ""
         self.label_column: str | None = None
@@ -134,7 +134,7 @@ class ParquetStore(NoMetadata):
                 self.column = _image_column(file, schema)
                 self.label_column = next((name for name in CLASS_COLUMNS if name in schema.names), None)
                 self.classes = _class_names(schema, self.label_column)
-                self._split_column = _split_column(schema)
+                self._split_column = _split_column(file, schema)
             columns = [name for name in (self.column, self.label_column, self._split_column) if name is not None]
             if missing := [name for name in columns if name not in schema.names]:
                 raise UserError(f"{file}: has no column {list_some(missing)}, unlike {self._files[0]}: "
@@ -202,14 +202,23 @@ def _image_column(file: Path, schema: Any) -> str:
                     f"{list_some(list(IMAGE_COLUMNS), 3)}")
 
 
-def _split_column(schema: Any) -> str | None:
-    """The column of text that says which split a row belongs to, by its name."""
+def _split_column(file: Path, schema: Any) -> str | None:
+    """The column that says which split a row belongs to, by its name. Raises UserError: it holds no single values."""
     import pyarrow
     if SPLIT_COLUMN not in schema.names:
         return None
     kind = schema.field(SPLIT_COLUMN).type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    return SPLIT_COLUMN if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) else None
+    if pyarrow.types.is_nested(kind):
+        raise UserError(f"{file}: the column '{SPLIT_COLUMN}' holds {kind}, where each row's split is looked for: give "
+                        "it a word or number per row, or another name")
+    return SPLIT_COLUMN
+
+
+def _split_name(value: Any) -> str:
+    """What a row's split is called; "" if it has none."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    return "" if value is None else str(value).strip().lower()
 
 
 def _class_names(schema: Any, column: str | None) -> list[str] | None:
@@ -231,7 +240,7 @@ def parquet(path: str | os.PathLike[str], files: Sequence[Path], use_labels: boo
     rows: Sequence[int] = range(len(store.names))
     counts: dict[str, int] = {}
     chosen: list[str] = []
-    keys = [(value or "").strip().lower() for value in store.splits]
+    keys = [_split_name(value) for value in store.splits]
     if any(keys):
         found = collections.Counter(key for key in keys if key)
         counts = {key: found[key] for key in in_order(found)}

@@ -442,9 +442,24 @@ def test_names_of_parquet_files_and_their_columns_must_both_say_it(tmp_path):
     assert len(open_source(str(tmp_path), SourceOptions(split="all")).indices) == 18
 
 
-def parquet_with_splits(path, labels):
+@pytest.mark.parametrize(("splits", "word"), [
+    ([0, 0, 0, 0, 1, 1], "0"), ([False] * 4 + [True] * 2, "false"), ([b"train"] * 4 + [b"test"] * 2, "train")])
+def test_a_column_of_numbers_or_bytes_says_the_split_too(tmp_path, splits, word):
+    path = parquet_with_splits(tmp_path / "a.parquet", [0, 1, 2, 0, 1, 0], splits)
+    with pytest.raises(UserError, match=rf"{word} \(4 images\).*choose one"):
+        open_source(str(path))
+    assert open_source(str(path), SourceOptions(split=word)).labels == [0, 1, 2, 0]
+
+
+def test_a_column_of_splits_that_holds_lists_is_refused(tmp_path):
+    path = parquet_with_splits(tmp_path / "a.parquet", [0, 1, 2, 0, 1, 0], [["train"]] * 6)
+    with pytest.raises(UserError, match="the column 'split' holds list<.*: give it a word or number per row"):
+        open_source(str(path))
+
+
+def parquet_with_splits(path, labels, splits=("train",) * 4 + ("test",) * 2):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     images = [{"bytes": encoded(pixels(i)), "path": None} for i in range(6)]
-    columns = {"image": images, "label": labels, "split": ["train"] * 4 + ["test"] * 2}
+    columns = {"image": images, "label": labels, "split": list(splits)}
     parquet.write_table(pyarrow.table(columns), path)
     return path
