@@ -26,6 +26,7 @@ from inference.sampling import find_class, find_classes, many_w, seed_label
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
 from torch_utils.ops import dispatch
+from training.generator.synthesis import Offset, combined
 
 MOST_VALUES = 1 << 27       # Of the w that are looked at: 1 GiB in float64.
 MOST_DIRECTIONS = 10_000    # In a file.
@@ -287,29 +288,30 @@ def list_command(file: str) -> None:
     click.echo("\n".join([f"{file}: {len(directions)} direction(s)", *table(directions, most=MOST_DIRECTIONS)]))
 
 
-def chosen(directions: Directions, names: Sequence[str]) -> Directions:
-    """Some directions, or all of them if none is named. Raises UserError: there is no such direction."""
-    if missing := [name for name in names if name not in directions.names]:
-        raise UserError(f"--name={missing[0]}: --directions has none of this name, but "
-                        f"{list_some(directions.names, 10)}: give one of these")
-    places = [i for i, name in enumerate(directions.names) if name in names or not names]
-    return dataclasses.replace(
-        directions, names=[directions.names[i] for i in places], notes=[directions.notes[i] for i in places],
-        vectors=directions.vectors[places], layers=directions.layers[places])
+def chosen(files: Sequence[Directions], names: Sequence[str]) -> dict[str, Offset]:
+    """Some directions of some files, or all of them if none is named, and what one unit of each adds.
+
+    Raises:
+        UserError: there is no such direction, or there are two.
+    """
+    known = [name for directions in files for name in directions.names]
+    if missing := [name for name in names if name not in known]:
+        raise UserError(f"--name={missing[0]}: --directions has none of this name, but {list_some(known, 10)}: give "
+                        "one of these")
+    return {name: find_offset(files, name) for name in known if name in names or not names}
 
 
-def pictures_along(loaded: LoadedNetwork, directions: Directions, strengths: Sequence[float],
+def pictures_along(loaded: LoadedNetwork, offsets: Sequence[Offset], strengths: Sequence[float],
                    options: dict[str, Any]) -> Iterator[np.ndarray]:
     """The picture of a seed, uint8 [R, R, 3], moved by each strength along each direction. Raises UserError."""
     G, seed = loaded.G_ema, options["seed"]
     label = seed_label(seed, G.c_dim) if G.c_dim > 0 else 0
     if options["class_name"] is not None:
         label = find_class(options["class_name"], loaded.class_names, G.c_dim)
-    offsets = [find_offset([directions], name) for name in directions.names]
     for offset in offsets:
         for strength in strengths:
             yield next(sample_images(G, Samples([seed], [label]), 1, options["trunc"], None, options["precision"],
-                                     offset * strength))
+                                     combined([(strength, offset)])))
 
 
 @main.command("show", cls=cli.Command)
@@ -322,10 +324,12 @@ def pictures_along(loaded: LoadedNetwork, directions: Directions, strengths: Seq
 @click.option("--class", "class_name", help="Of the picture  [default: drawn from the seed]", metavar="NAME|INT")
 @click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
               default=1.0, show_default=True)
-@click.option("--strength", help="How far the rows go to both sides", metavar="FLOAT",
+@click.option("--strength", help="Strength at the end of each row", metavar="FLOAT",
               type=cli.FloatRange(min=-cli.MAX_STRENGTH, max=cli.MAX_STRENGTH), default=3.0, show_default=True)
-@click.option("--steps", help="Pictures in a row; an odd number has the unchanged one in the middle", metavar="INT",
-              type=cli.IntRange(min=2, max=101), default=7, show_default=True)
+@click.option("--from", "first", help="Strength at the beginning  [default: as far to the other side]", metavar="FLOAT",
+              type=cli.FloatRange(min=-cli.MAX_STRENGTH, max=cli.MAX_STRENGTH))
+@click.option("--steps", help="Pictures in a row; without --from an odd number has the unchanged one in the middle",
+              metavar="INT", type=cli.IntRange(min=2, max=101), default=7, show_default=True)
 @cli.precision_option()
 @cli.device_option()
 def show_command(**options: Any) -> None:
@@ -335,19 +339,24 @@ def show_command(**options: Any) -> None:
     Example:
       python directions.py show --directions=pca.npz --network=best_model.pkl --sheet=pca.png
     """
+    last = options["strength"]
+    first = -last if options["first"] is None else options["first"]
+    if first == last:
+        raise UserError(f"--strength={last:g}: is where the rows begin, so that all their pictures would be the same: "
+                        "give another one, or another --from")
     target = misc.select_device(options["device"])
     click.echo(dispatch.start_lines(target), err=True)
     loaded = load_network(options["network"], target)
     files, notes = load_directions(options["paths"], loaded.G_ema)
     for note in notes:
         click.echo(f"NOTE: {note}", err=True)
-    fitted = chosen(joined(files), options["names"])
-    strengths = np.linspace(-options["strength"], options["strength"], options["steps"]).tolist()
-    sheet = Sheet(loaded.G_ema.img_resolution, len(strengths), len(fitted), names=fitted.names)
+    offsets = chosen(files, options["names"])
+    strengths = np.linspace(first, last, options["steps"]).tolist()
+    sheet = Sheet(loaded.G_ema.img_resolution, len(strengths), len(offsets), names=list(offsets))
     if sheet.is_too_large:
-        raise UserError(f"--sheet={options['sheet']}: {len(fitted)} directions are more than fit into one picture: "
+        raise UserError(f"--sheet={options['sheet']}: {len(offsets)} directions are more than fit into one picture: "
                         "name some of them by --name")
-    write_sheet(options["sheet"], sheet, pictures_along(loaded, fitted, strengths, options))
+    write_sheet(options["sheet"], sheet, pictures_along(loaded, list(offsets.values()), strengths, options))
     click.echo(f"{options['sheet']}: {sheet.rows} row(s), from {strengths[0]:g} to {strengths[-1]:g}")
 
 

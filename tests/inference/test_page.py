@@ -111,7 +111,7 @@ def test_the_pipeline_is_its_definition(studio, saved):
     expected = 0.75 * a.ws + 0.25 * b.ws
     centers = 0.75 * a.centers + 0.25 * b.centers
     expected[1:3], centers[1:3] = other.ws[1:3], other.centers[1:3]
-    expected = centers + 0.5 * (expected - centers) + 2 * studio.offsets["red"]
+    expected = centers + 0.5 * (expected - centers) + 2 * studio.offsets["red"].ws
     torch.testing.assert_close(studio.show(controls, saved).ws[0], expected, rtol=1e-5, atol=1e-5)
 
 
