@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import printable
+from dnnlib.util import list_some, printable
 from inference.directions.edits import find_offset
 from inference.directions.files import Directions
 from inference.frames import View, pictures
@@ -30,6 +30,7 @@ from training.generator.synthesis import Offset, combined, require_finite
 from training.networks_stylegan3 import Generator
 
 MOST_STEPS = 2000           # Of a search for latents.
+MOST_SLIDERS = 40           # Of directions.
 
 #----------------------------------------------------------------------------
 
@@ -82,11 +83,21 @@ class Studio:
         self.distance = distance
         self.offsets: dict[str, Offset] = {}                # Of each direction that has a slider, by name.
         self.left_out: list[str] = []                       # Why some directions are not offered.
+        no_room: list[str] = []
         for name in dict.fromkeys(name for directions in files for name in directions.names):
             try:
-                self.offsets[name] = find_offset(files, name)
+                offset = find_offset(files, name)
             except UserError as err:
                 self.left_out.append(str(err))
+                continue
+            if len(self.offsets) < MOST_SLIDERS:
+                self.offsets[name] = offset
+            else:
+                no_room.append(name)
+        if no_room:
+            self.left_out.append(f"--directions: the page has {MOST_SLIDERS} sliders, and {len(no_room)} more "
+                                 f"directions have none ({list_some(no_room)}): give files with fewer, or take "
+                                 "gen_images.py for these")
         self._turns = Turns()
 
     @property
