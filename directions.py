@@ -12,10 +12,23 @@ import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import list_some
+from inference.directions.clip import DEFAULT as DEFAULT_CLIP
+from inference.directions.clip import load_clip
 from inference.directions.edits import find_offset
 from inference.directions.files import Directions, load_directions, read_directions, save_directions
 from inference.directions.labelled import has_latents, invert
 from inference.directions.methods import change, class_changes, joined, pca, sefa
+from inference.directions.text import (
+    PER_STEP,
+    TextStep,
+    as_directions,
+    default_name,
+    find_text_direction,
+    given_steps,
+    movable_layers,
+    seed_steps,
+    split_prompts,
+)
 from inference.inversion.distances import default_distance, make_distance
 from inference.inversion.projection import ProjectionSettings
 from inference.inversion.targets import list_targets
@@ -31,6 +44,7 @@ from training.generator.synthesis import Offset, combined
 MOST_VALUES = 1 << 27       # Of the w that are looked at: 1 GiB in float64.
 MOST_DIRECTIONS = 10_000    # In a file.
 OFFICIAL_STEPS = ProjectionSettings.steps
+DEFAULT_STEPS = 16          # Of the search for a direction of a text.
 
 #----------------------------------------------------------------------------
 # What all methods share.
@@ -82,12 +96,12 @@ class Job:
                             f"at most {min(samples - 1, w_dim)}")
         return int(num)
 
-    def save(self, found: Directions) -> None:
-        """Write the directions and list them."""
+    def save(self, found: Directions, **settings: Any) -> None:
+        """Write the directions, with what else it takes to make them again, and list them."""
         dest = self.options["dest"]
         save_directions(dest, found, self.loaded.G_ema, {
             "method": self.method, "network": str(self.loaded.path), "network_sha256": self.loaded.sha256,
-            "options": self.options})
+            "options": self.options, **settings})
         click.echo("\n".join([f"{dest}: {len(found)} direction(s)", *table(found)]))
 
 
@@ -109,14 +123,22 @@ def table(directions: Directions, most: int = 20) -> list[str]:
 
 
 def method_options(command: cli.Decorated) -> cli.Decorated:
-    """The options that all methods have."""
+    """The options that all methods of w have."""
     for option in (
-        cli.device_option(),
         click.option("--seed", help="Of the random latents", metavar="INT", type=cli.Seed(), default=0,
                      show_default=True),
         click.option("--samples", help="w to look at", metavar="INT", type=cli.IntRange(min=2), default=10_000,
                      show_default=True),
         click.option("--layers", help="Layers that are moved, e.g. 3-7  [default: all]", type=cli.IntList()),
+    ):
+        command = option(command)
+    return file_options(command)
+
+
+def file_options(command: cli.Decorated) -> cli.Decorated:
+    """The options that all methods have."""
+    for option in (
+        cli.device_option(),
         click.option("--dest", help="Where to write the directions, .npz", metavar="FILE", type=cli.PathType(),
                      required=True),
         click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
@@ -143,10 +165,10 @@ def class_option(command: cli.Decorated) -> cli.Decorated:
 
 @click.group()
 def main() -> None:
-    """Find directions in the space of w, and show what they do.
+    """Find directions in the space of w or of styles, and show what they do.
 
     gen_images.py and gen_video.py move pictures along them: --directions=FILE --edit=NAME:STRENGTH. A strength of 1 is
-    one standard deviation of w.
+    one standard deviation of w; along a direction of a text it is what was found.
     """
 
 
@@ -277,6 +299,74 @@ def folders_command(**options: Any) -> None:
     before, after = read_latents(job, layers)
     name = options["name"] or f"{Path(options['first']).stem}-to-{Path(options['second']).stem}"
     job.save(change(G, w, before, after, name, layers))
+
+
+def text_steps(job: Job) -> tuple[int, Iterator[torch.Tensor]]:
+    """How many steps a search for a direction of a text takes, and the latents of each. Raises UserError."""
+    G, options, psi = job.loaded.G_ema, job.options, job.options["trunc"]
+    seeds = range(PER_STEP * DEFAULT_STEPS) if options["seeds"] is None else options["seeds"]
+    if options["w"]:
+        choices = {"--seeds": options["seeds"] is not None, "--class": options["class_name"] is not None,
+                   "--trunc": psi != 1}
+        if given := [option for option, is_given in choices.items() if is_given]:
+            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: "
+                            "leave it out")
+        ws = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options["w"]])
+        num_steps = options["steps"] or DEFAULT_STEPS
+        return num_steps, given_steps(ws, PER_STEP * num_steps)
+    if options["class_name"] is None:
+        labels = [seed_label(seed, G.c_dim) if G.c_dim > 0 else 0 for seed in seeds]
+    else:
+        classes = job.classes("class_name")
+        labels = [classes[i % len(classes)] for i in range(len(seeds))]
+    num_pictures = len(seeds) if options["steps"] is None else PER_STEP * options["steps"]
+    return -(-num_pictures // PER_STEP), seed_steps(G, seeds, labels, psi, num_pictures)
+
+
+@main.command("text", cls=cli.Command)
+@file_options
+@click.option("--prompt", help="What the pictures are to become; several texts with | between them", metavar="TEXT",
+              required=True)
+@click.option("--name", help="What the direction is called  [default: after the text]", metavar="TEXT")
+@click.option("--layers", help="Layers whose styles are moved, e.g. 3-7  [default: all but the input and the last "
+              "ones, which are critically sampled]", type=cli.IntList())
+@click.option("--seeds", help=f"Pictures to look at, {PER_STEP} in each step  [default: 0-"
+              f"{PER_STEP * DEFAULT_STEPS - 1}]", type=cli.IntList(cli.MAX_SEED))
+@click.option("--w", help="Instead of seeds: latents in .npz (array w) or .npy files", metavar="FILE,FILE...",
+              type=cli.PathList())
+@click.option("--steps", help=f"Seeds or latents are repeated for so many steps  [default: once through all seeds; "
+              f"{DEFAULT_STEPS} with --w]", metavar="INT", type=cli.IntRange(min=1, max=100_000))
+@click.option("--class", "--classes", "class_name", help="Classes of the pictures, by name or index, which take turns  "
+              "[default: drawn from each seed]", metavar="NAME,INT...")
+@click.option("--trunc", help="Truncation psi of the pictures: 1 is none, 0 the mean", metavar="FLOAT",
+              type=cli.FloatRange(), default=1.0, show_default=True)
+@click.option("--clip", help="A network of open_clip, or NAME:WEIGHTS", metavar="NAME", default=DEFAULT_CLIP,
+              show_default=True)
+@click.option("--clip-weights", help="Its weights  [default: looked for on this machine, or downloaded]",
+              metavar="FILE", type=cli.PathType())
+@click.option("--batch-sz", help="Pictures at once: less takes less memory", metavar="INT", type=cli.IntRange(min=1),
+              default=4, show_default=True)
+def text_command(**options: Any) -> None:
+    """A direction of styles along which pictures become what a text says (StyleMC, with CLIP).
+
+    \b
+    Example:
+      python directions.py text --network=best_model.pkl --prompt="a smiling face" --name=smile --dest=smile.npz
+    """
+    prompts = split_prompts(options["prompt"])
+    job = start("text", options)
+    G = job.loaded.G_ema
+    layers = movable_layers(G, options["layers"])
+    num_steps, steps = text_steps(job)
+    clip = load_clip(options["clip"], options["clip_weights"], next(G.parameters()).device)
+    click.echo(f"--clip={clip.name}: {clip.source}", err=True)
+    with tqdm.tqdm(total=num_steps, unit="step", disable=None) as bar:
+        def watch(step: TextStep) -> None:
+            bar.set_postfix_str(f"distance {step.distance:.3f}", refresh=False)
+            bar.update()
+        found = find_text_direction(G, clip, prompts, steps, layers, options["batch_sz"], watch=watch)
+    job.save(as_directions(G, found, options["name"] or default_name(options["prompt"])), clip=clip.name,
+             clip_sha256=clip.sha256 or "")
 
 #----------------------------------------------------------------------------
 
