@@ -95,9 +95,9 @@ def serve(page: Page, host: str, port: int | None, share: bool, wait: bool = Tru
             footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
             max_file_size=LARGEST_UPLOAD, theme=theme, css=STYLE,
             app_kwargs={"middleware": [Middleware(AskNobodyElse)]})
-    except OSError as err:          # Another program was faster.
-        raise UserError(f"--port={port}: the server does not start there: it was free a moment ago, so begin again, or "
-                        "give another one") from err
+    except OSError:
+        find_port(host, port)       # It raises the error for people if another program was faster.
+        raise
     address: str = public or local
     if wait:
         print(f"{address}  (end with Ctrl-C)", flush=True)

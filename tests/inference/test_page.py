@@ -6,6 +6,7 @@ import math
 import shlex
 import socket
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -352,6 +353,24 @@ def test_places_where_no_page_can_be(server):
     assert server.find_port("127.0.0.1", port) == port
     with pytest.raises(UserError, match="--host=192.0.2.1: .*give an address of this machine"):
         server.find_port("192.0.2.1", None)             # Reserved for documents: no machine has it.
+
+
+def test_another_program_is_faster(server, monkeypatch):
+    """It takes the port when it has just been found to be free."""
+    for name in ("NO_PROXY", "no_proxy"):           # Which `serve` sets.
+        monkeypatch.setenv(name, "")
+
+    class Blocks:
+        def queue(self, **_settings):
+            return self
+
+        def launch(self, server_port, **_settings):
+            self.other = socket.create_server(("127.0.0.1", server_port))
+            raise OSError("no port")
+    blocks = Blocks()
+    with pytest.raises(UserError, match="the page cannot be shown there"):
+        server.serve(SimpleNamespace(blocks=blocks), "127.0.0.1", None, share=False)
+    blocks.other.close()
 
 
 def test_a_free_port_is_found_if_there_is_one(server, monkeypatch):
