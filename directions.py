@@ -109,6 +109,8 @@ def start(method: str, options: dict[str, Any]) -> Job:
     """Open the network. Raises UserError."""
     if not options["dest"].endswith(".npz"):
         raise UserError(f"--dest={options['dest']}: becomes an .npz file: name one that ends with .npz")
+    if (name := options.get("name")) is not None and not name.strip():
+        raise UserError(f"--name={name!r}: is blank, and --edit could not name it: give letters, or leave it out")
     target = misc.select_device(options["device"])
     click.echo(dispatch.start_lines(target), err=True)
     return Job(method, options, load_network(options["network"], target))

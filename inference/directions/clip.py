@@ -170,7 +170,13 @@ def find_weights(model: str, tag: str, published: dict[str, Any]) -> Path:
 
 def _load(net: torch.nn.Module, path: Path, name: str) -> None:
     """Give a network its weights. Raises UserError: they are not its own."""
-    state = read_weights(path)
+    try:
+        state = read_weights(path)
+    except UserError as err:
+        if not path.is_file():
+            raise
+        raise UserError(f"{err}. Of CLIP a .safetensors such as {HUB_FILES[0]} is taken, or a plain state dict of "
+                        "torch.save; the files of OpenAI's own program hold code") from err
     try:
         compare_shapes(state, "its content", net.state_dict())
     except Unfit as err:

@@ -358,6 +358,7 @@ def test_pictures_of_two_folders(network, tmp_path, monkeypatch):
     ("pca", ["--num=5", "--samples=5"], "give at most 4"),
     ("pca", ["--samples=100000000"], "do not fit into 1 GiB: give at most"),
     ("pca", ["--dest=x.png"], "name one that ends with .npz"),
+    ("pca", ["--name= "], "--name=' ': is blank"),
     ("classes", ["--from=cat", "--to=cat"], "--from=cat: is the class of --to"),
     ("classes", ["--to=7"], "no class of this name"),
     ("folders", ["--from={out}.npy", "--to={out}.npy"], "No such file"),

@@ -488,6 +488,9 @@ def test_weights_of_another_network(weights, tmp_path):
     safetensors.torch.save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="does not hold the weights of tiny .*visual.proj"):
         load_clip("tiny", str(tmp_path / "other.safetensors"), CPU)
+    torch.save({"state_dict": state}, tmp_path / "nested.pt")
+    with pytest.raises(UserError, match="holds a dict as 'state_dict'.* a plain state dict of torch.save"):
+        load_clip("tiny", str(tmp_path / "nested.pt"), CPU)
 
 
 def test_where_weights_are_looked_for(weights, tmp_path, monkeypatch):
