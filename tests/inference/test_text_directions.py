@@ -40,6 +40,7 @@ from inference.directions.text import (
 from inference.page.commands import command_line
 from inference.page.scene import Controls, Mixing
 from legacy import load_network
+from tests import needs_cuda
 from tests.closeness import max_error
 from torch_utils.images import to_uint8_sample
 from training.generator.layer_schedule import stem_config, superres_config
@@ -186,6 +187,17 @@ def test_the_search_is_its_definition(G, weights):
     before, after = (spherical_distances(clip.embed_images(synthesize_ws(G, ws, styles=strength * found.vector)),
                                          clip.embed_texts(PROMPTS)).sum(dim=1) for strength in (0, 1))
     assert (after < before).all()
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_the_search_on_a_gpu(G, weights):
+    found = []
+    for device in (CPU, torch.device("cuda", 0)):
+        own, clip = load_double(G).to(device), load_clip("tiny", str(weights), device)
+        clip.encode_image.__self__.double()
+        found.append(find_text_direction(own, clip, PROMPTS, seed_steps(own, range(16), [0] * 16, 0.7, 16), [1, 2]))
+    assert max_error(found[0].vector, found[1].vector) < 1e-4
 
 
 def load_double(G):
