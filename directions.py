@@ -12,10 +12,23 @@ import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import list_some
+from inference.directions.clip import DEFAULT as DEFAULT_CLIP
+from inference.directions.clip import load_clip
 from inference.directions.edits import find_offset
 from inference.directions.files import Directions, load_directions, read_directions, save_directions
 from inference.directions.labelled import has_latents, invert
 from inference.directions.methods import change, class_changes, joined, pca, sefa
+from inference.directions.text import (
+    PER_STEP,
+    TextStep,
+    as_directions,
+    default_name,
+    find_text_direction,
+    given_steps,
+    movable_layers,
+    seed_steps,
+    split_prompts,
+)
 from inference.inversion.distances import default_distance, make_distance
 from inference.inversion.projection import ProjectionSettings
 from inference.inversion.targets import list_targets
@@ -26,10 +39,12 @@ from inference.sampling import find_class, find_classes, many_w, seed_label
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
 from torch_utils.ops import dispatch
+from training.generator.synthesis import Offset, combined
 
 MOST_VALUES = 1 << 27       # Of the w that are looked at: 1 GiB in float64.
 MOST_DIRECTIONS = 10_000    # In a file.
 OFFICIAL_STEPS = ProjectionSettings.steps
+DEFAULT_STEPS = 16          # Of the search for a direction of a text.
 
 #----------------------------------------------------------------------------
 # What all methods share.
@@ -81,12 +96,12 @@ class Job:
                             f"at most {min(samples - 1, w_dim)}")
         return int(num)
 
-    def save(self, found: Directions) -> None:
-        """Write the directions and list them."""
+    def save(self, found: Directions, **settings: Any) -> None:
+        """Write the directions, with what else it takes to make them again, and list them."""
         dest = self.options["dest"]
         save_directions(dest, found, self.loaded.G_ema, {
             "method": self.method, "network": str(self.loaded.path), "network_sha256": self.loaded.sha256,
-            "options": self.options})
+            "options": self.options, **settings})
         click.echo("\n".join([f"{dest}: {len(found)} direction(s)", *table(found)]))
 
 
@@ -94,6 +109,8 @@ def start(method: str, options: dict[str, Any]) -> Job:
     """Open the network. Raises UserError."""
     if not options["dest"].endswith(".npz"):
         raise UserError(f"--dest={options['dest']}: becomes an .npz file: name one that ends with .npz")
+    if (name := options.get("name")) is not None and not name.strip():
+        raise UserError(f"--name={name!r}: is blank, and --edit could not name it: give letters, or leave it out")
     target = misc.select_device(options["device"])
     click.echo(dispatch.start_lines(target), err=True)
     return Job(method, options, load_network(options["network"], target))
@@ -108,14 +125,22 @@ def table(directions: Directions, most: int = 20) -> list[str]:
 
 
 def method_options(command: cli.Decorated) -> cli.Decorated:
-    """The options that all methods have."""
+    """The options that all methods of w have."""
     for option in (
-        cli.device_option(),
         click.option("--seed", help="Of the random latents", metavar="INT", type=cli.Seed(), default=0,
                      show_default=True),
         click.option("--samples", help="w to look at", metavar="INT", type=cli.IntRange(min=2), default=10_000,
                      show_default=True),
         click.option("--layers", help="Layers that are moved, e.g. 3-7  [default: all]", type=cli.IntList()),
+    ):
+        command = option(command)
+    return file_options(command)
+
+
+def file_options(command: cli.Decorated) -> cli.Decorated:
+    """The options that all methods have."""
+    for option in (
+        cli.device_option(),
         click.option("--dest", help="Where to write the directions, .npz", metavar="FILE", type=cli.PathType(),
                      required=True),
         click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
@@ -142,10 +167,10 @@ def class_option(command: cli.Decorated) -> cli.Decorated:
 
 @click.group()
 def main() -> None:
-    """Find directions in the space of w, and show what they do.
+    """Find directions in the space of w or of styles, and show what they do.
 
     gen_images.py and gen_video.py move pictures along them: --directions=FILE --edit=NAME:STRENGTH. A strength of 1 is
-    one standard deviation of w.
+    one standard deviation of w; along a direction of a text it is what was found.
     """
 
 
@@ -277,6 +302,74 @@ def folders_command(**options: Any) -> None:
     name = options["name"] or f"{Path(options['first']).stem}-to-{Path(options['second']).stem}"
     job.save(change(G, w, before, after, name, layers))
 
+
+def text_steps(job: Job) -> tuple[int, Iterator[torch.Tensor]]:
+    """How many steps a search for a direction of a text takes, and the latents of each. Raises UserError."""
+    G, options, psi = job.loaded.G_ema, job.options, job.options["trunc"]
+    seeds = range(PER_STEP * DEFAULT_STEPS) if options["seeds"] is None else options["seeds"]
+    if options["w"]:
+        choices = {"--seeds": options["seeds"] is not None, "--class": options["class_name"] is not None,
+                   "--trunc": psi != 1}
+        if given := [option for option, is_given in choices.items() if is_given]:
+            raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: "
+                            "leave it out")
+        ws = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options["w"]])
+        num_steps = options["steps"] or DEFAULT_STEPS
+        return num_steps, given_steps(ws, PER_STEP * num_steps)
+    if options["class_name"] is None:
+        labels = [seed_label(seed, G.c_dim) if G.c_dim > 0 else 0 for seed in seeds]
+    else:
+        classes = job.classes("class_name")
+        labels = [classes[i % len(classes)] for i in range(len(seeds))]
+    num_pictures = len(seeds) if options["steps"] is None else PER_STEP * options["steps"]
+    return -(-num_pictures // PER_STEP), seed_steps(G, seeds, labels, psi, num_pictures)
+
+
+@main.command("text", cls=cli.Command)
+@file_options
+@click.option("--prompt", help="What the pictures are to become; several texts with | between them", metavar="TEXT",
+              required=True)
+@click.option("--name", help="What the direction is called  [default: after the text]", metavar="TEXT")
+@click.option("--layers", help="Layers whose styles are moved, e.g. 3-7  [default: all but the input and the last "
+              "ones, which are critically sampled]", type=cli.IntList())
+@click.option("--seeds", help=f"Pictures to look at, {PER_STEP} in each step  [default: 0-"
+              f"{PER_STEP * DEFAULT_STEPS - 1}]", type=cli.IntList(cli.MAX_SEED))
+@click.option("--w", help="Instead of seeds: latents in .npz (array w) or .npy files", metavar="FILE,FILE...",
+              type=cli.PathList())
+@click.option("--steps", help=f"Seeds or latents are repeated for so many steps  [default: once through all seeds; "
+              f"{DEFAULT_STEPS} with --w]", metavar="INT", type=cli.IntRange(min=1, max=100_000))
+@click.option("--class", "--classes", "class_name", help="Classes of the pictures, by name or index, which take turns  "
+              "[default: drawn from each seed]", metavar="NAME,INT...")
+@click.option("--trunc", help="Truncation psi of the pictures: 1 is none, 0 the mean", metavar="FLOAT",
+              type=cli.FloatRange(), default=1.0, show_default=True)
+@click.option("--clip", help="A network of open_clip, or NAME:WEIGHTS", metavar="NAME", default=DEFAULT_CLIP,
+              show_default=True)
+@click.option("--clip-weights", help="Its weights  [default: looked for on this machine, or downloaded]",
+              metavar="FILE", type=cli.PathType())
+@click.option("--batch-sz", help="Pictures at once: less takes less memory", metavar="INT", type=cli.IntRange(min=1),
+              default=4, show_default=True)
+def text_command(**options: Any) -> None:
+    """A direction of styles along which pictures become what a text says (StyleMC, with CLIP).
+
+    \b
+    Example:
+      python directions.py text --network=best_model.pkl --prompt="a smiling face" --name=smile --dest=smile.npz
+    """
+    prompts = split_prompts(options["prompt"])
+    job = start("text", options)
+    G = job.loaded.G_ema
+    layers = movable_layers(G, options["layers"])
+    num_steps, steps = text_steps(job)
+    clip = load_clip(options["clip"], options["clip_weights"], next(G.parameters()).device)
+    click.echo(f"--clip={clip.name}: {clip.source}", err=True)
+    with tqdm.tqdm(total=num_steps, unit="step", disable=None) as bar:
+        def watch(step: TextStep) -> None:
+            bar.set_postfix_str(f"distance {step.distance:.3f}", refresh=False)
+            bar.update()
+        found = find_text_direction(G, clip, prompts, steps, layers, options["batch_sz"], watch=watch)
+    job.save(as_directions(G, found, options["name"] or default_name(options["prompt"])), clip=clip.name,
+             clip_sha256=clip.sha256 or "")
+
 #----------------------------------------------------------------------------
 
 @main.command("list", cls=cli.Command)
@@ -287,29 +380,30 @@ def list_command(file: str) -> None:
     click.echo("\n".join([f"{file}: {len(directions)} direction(s)", *table(directions, most=MOST_DIRECTIONS)]))
 
 
-def chosen(directions: Directions, names: Sequence[str]) -> Directions:
-    """Some directions, or all of them if none is named. Raises UserError: there is no such direction."""
-    if missing := [name for name in names if name not in directions.names]:
-        raise UserError(f"--name={missing[0]}: --directions has none of this name, but "
-                        f"{list_some(directions.names, 10)}: give one of these")
-    places = [i for i, name in enumerate(directions.names) if name in names or not names]
-    return dataclasses.replace(
-        directions, names=[directions.names[i] for i in places], notes=[directions.notes[i] for i in places],
-        vectors=directions.vectors[places], layers=directions.layers[places])
+def chosen(files: Sequence[Directions], names: Sequence[str]) -> dict[str, Offset]:
+    """Some directions of some files, or all of them if none is named, and what one unit of each adds.
+
+    Raises:
+        UserError: there is no such direction, or there are two.
+    """
+    known = [name for directions in files for name in directions.names]
+    if missing := [name for name in names if name not in known]:
+        raise UserError(f"--name={missing[0]}: --directions has none of this name, but {list_some(known, 10)}: give "
+                        "one of these")
+    return {name: find_offset(files, name) for name in known if name in names or not names}
 
 
-def pictures_along(loaded: LoadedNetwork, directions: Directions, strengths: Sequence[float],
+def pictures_along(loaded: LoadedNetwork, offsets: Sequence[Offset], strengths: Sequence[float],
                    options: dict[str, Any]) -> Iterator[np.ndarray]:
     """The picture of a seed, uint8 [R, R, 3], moved by each strength along each direction. Raises UserError."""
     G, seed = loaded.G_ema, options["seed"]
     label = seed_label(seed, G.c_dim) if G.c_dim > 0 else 0
     if options["class_name"] is not None:
         label = find_class(options["class_name"], loaded.class_names, G.c_dim)
-    offsets = [find_offset([directions], name) for name in directions.names]
     for offset in offsets:
         for strength in strengths:
             yield next(sample_images(G, Samples([seed], [label]), 1, options["trunc"], None, options["precision"],
-                                     offset * strength))
+                                     combined([(strength, offset)])))
 
 
 @main.command("show", cls=cli.Command)
@@ -322,10 +416,12 @@ def pictures_along(loaded: LoadedNetwork, directions: Directions, strengths: Seq
 @click.option("--class", "class_name", help="Of the picture  [default: drawn from the seed]", metavar="NAME|INT")
 @click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
               default=1.0, show_default=True)
-@click.option("--strength", help="How far the rows go to both sides", metavar="FLOAT",
+@click.option("--strength", help="Strength at the end of each row", metavar="FLOAT",
               type=cli.FloatRange(min=-cli.MAX_STRENGTH, max=cli.MAX_STRENGTH), default=3.0, show_default=True)
-@click.option("--steps", help="Pictures in a row; an odd number has the unchanged one in the middle", metavar="INT",
-              type=cli.IntRange(min=2, max=101), default=7, show_default=True)
+@click.option("--from", "first", help="Strength at the beginning  [default: as far to the other side]", metavar="FLOAT",
+              type=cli.FloatRange(min=-cli.MAX_STRENGTH, max=cli.MAX_STRENGTH))
+@click.option("--steps", help="Pictures in a row; without --from an odd number has the unchanged one in the middle",
+              metavar="INT", type=cli.IntRange(min=2, max=101), default=7, show_default=True)
 @cli.precision_option()
 @cli.device_option()
 def show_command(**options: Any) -> None:
@@ -335,19 +431,24 @@ def show_command(**options: Any) -> None:
     Example:
       python directions.py show --directions=pca.npz --network=best_model.pkl --sheet=pca.png
     """
+    last = options["strength"]
+    first = -last if options["first"] is None else options["first"]
+    if first == last:
+        raise UserError(f"--strength={last:g}: is where the rows begin, so that all their pictures would be the same: "
+                        "give another one, or another --from")
     target = misc.select_device(options["device"])
     click.echo(dispatch.start_lines(target), err=True)
     loaded = load_network(options["network"], target)
     files, notes = load_directions(options["paths"], loaded.G_ema)
     for note in notes:
         click.echo(f"NOTE: {note}", err=True)
-    fitted = chosen(joined(files), options["names"])
-    strengths = np.linspace(-options["strength"], options["strength"], options["steps"]).tolist()
-    sheet = Sheet(loaded.G_ema.img_resolution, len(strengths), len(fitted), names=fitted.names)
+    offsets = chosen(files, options["names"])
+    strengths = np.linspace(first, last, options["steps"]).tolist()
+    sheet = Sheet(loaded.G_ema.img_resolution, len(strengths), len(offsets), names=list(offsets))
     if sheet.is_too_large:
-        raise UserError(f"--sheet={options['sheet']}: {len(fitted)} directions are more than fit into one picture: "
+        raise UserError(f"--sheet={options['sheet']}: {len(offsets)} directions are more than fit into one picture: "
                         "name some of them by --name")
-    write_sheet(options["sheet"], sheet, pictures_along(loaded, fitted, strengths, options))
+    write_sheet(options["sheet"], sheet, pictures_along(loaded, list(offsets.values()), strengths, options))
     click.echo(f"{options['sheet']}: {sheet.rows} row(s), from {strengths[0]:g} to {strengths[-1]:g}")
 
 

@@ -30,6 +30,7 @@ from inference.sampling import find_classes
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
 from torch_utils.ops import dispatch
+from training.generator.synthesis import UNMOVED, Offset
 from training.networks_stylegan3 import Generator
 
 SHEET_ROWS = 40             # Rows of a sheet at most, if nobody says which classes it is to have.
@@ -215,14 +216,14 @@ def grid_sheet(options: ImageOptions, resolution: int, count: int) -> Sheet:
 #----------------------------------------------------------------------------
 # Where it goes.
 
-def chosen_edit(G: Generator, options: ImageOptions) -> torch.Tensor | None:
-    """What --edit adds to ws, [num_ws, w_dim]; None without it. Raises UserError."""
+def chosen_edit(G: Generator, options: ImageOptions) -> Offset:
+    """What --edit adds. Raises UserError."""
     if not options.edits:
-        return None
+        return UNMOVED
     files, notes = load_directions(options.directions, G)
     for note in notes:
         click.echo(f"NOTE: {note}", err=True)
-    return edit_offset(G, files, options.edits)
+    return edit_offset(files, options.edits)
 
 
 def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples,
@@ -248,7 +249,7 @@ def make_images(loaded: LoadedNetwork, options: ImageOptions, samples: Samples,
     if given is None:
         images = sample_images(G, samples, options.batch_sz, options.trunc, centroids, options.precision, edit)
     else:
-        images = given_images(G, given if edit is None else given + edit, options.batch_sz, options.precision)
+        images = given_images(G, given, options.batch_sz, options.precision, edit)
     return iter(tqdm.tqdm(images, total=len(samples), unit="image", disable=None))
 
 

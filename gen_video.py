@@ -178,7 +178,7 @@ def make_sweep(G: Generator, options: VideoOptions) -> Sweep:
     files, notes = load_directions(options.directions, G)
     for note in notes:
         click.echo(f"NOTE: {note}", err=True)
-    ends = [edit_offset(G, files, [*options.edits, *((name, strengths[i]) for name, strengths in options.sweep_edits)])
+    ends = [edit_offset(files, [*options.edits, *((name, strengths[i]) for name, strengths in options.sweep_edits)])
             for i in (0, 1)]
     return dataclasses.replace(options.sweep, edits=(ends[0], ends[1]))
 

@@ -36,8 +36,9 @@ def make_studio(loaded: LoadedNetwork, network: str, directions: list[str], prec
     G = loaded.G_ema
     files, notes = load_directions(directions, G)
     options = [f"--{name}={value}" for name, value in (("precision", precision), ("device", device)) if value != "auto"]
-    studio = Studio(G, Origin(network, loaded.sha256, loaded.class_names, G.c_dim, directions, options), files,
-                    precision)
+    style_names = {name for found in files if found.styles is not None for name in found.names}
+    studio = Studio(G, Origin(network, loaded.sha256, loaded.class_names, G.c_dim, directions, style_names, options),
+                    files, precision)
     for note in [*notes, *studio.left_out]:
         click.echo(f"NOTE: {note}", err=True)
     return studio

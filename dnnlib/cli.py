@@ -23,7 +23,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 MAX_FLOAT = 3.4e38          # The largest float32: beyond it a tensor holds infinity.
 MAX_INT = 2 ** 31 - 1
 MAX_SEED = 2 ** 64 - 1      # What PyTorch and the counter-based generators take.
-MAX_STRENGTH = 1000         # Of an edit, in standard deviations of w.
+MAX_STRENGTH = 1000         # Of an edit, in units of its direction.
 MAX_LIST = 1_000_000        # Numbers in a list on the command line.
 
 #----------------------------------------------------------------------------
@@ -325,8 +325,8 @@ def edit_options() -> Callable[[Decorated], Decorated]:
         files = click.option("--directions", metavar="FILE,FILE...", type=PathList(), default="",
                              help="Files of directions for --edit, as directions.py makes them")
         edits = click.option("--edit", "edits", type=Edit(), multiple=True, help="Move the pictures along a "
-                             "direction, after truncation, by so many standard deviations of w; may be given several "
-                             "times")
+                             "direction, after truncation, by so many of its units, which are standard deviations of w "
+                             "unless it belongs to a text; may be given several times")
         return files(edits(command))
     return add
 

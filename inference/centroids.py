@@ -16,7 +16,7 @@ import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
-from inference.frames import pictures
+from inference.frames import View, pictures
 from inference.sample_files import Sheet, write_sheet
 from inference.sampling import class_means, find_classes, many_w
 from legacy import LoadedNetwork, load_network
@@ -110,7 +110,7 @@ def center_images(G: Generator, centers: np.ndarray, precision: str) -> Iterator
     """The pictures of the centres, uint8 [R, R, 3]."""
     ws = torch.from_numpy(centers).unsqueeze(1).expand(-1, G.num_ws, -1)
     places = torch.eye(3).expand(len(ws), -1, -1)
-    for picture in pictures(G, [(ws, places)], batch_size=1, precision=precision):
+    for picture in pictures(G, [View(ws, places)], batch_size=1, precision=precision):
         yield picture.permute(1, 2, 0).numpy()
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the ws of pictures that are to be shown to the pictures, in batches, and to frames that hold several of them."""
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,18 @@ from training.generator.layer_schedule import largest_batch
 from training.generator.synthesis import require_finite, synthesize_ws
 from training.networks_stylegan3 import Generator
 
-View = tuple[torch.Tensor, torch.Tensor]        # ws [n, num_ws, w_dim] and transforms [n, 3, 3] of some pictures.
+
+class View(NamedTuple):
+    """Some pictures. Of those that are made one after the other, all have styles or none do."""
+
+    ws: torch.Tensor                        # [n, num_ws, w_dim]
+    transforms: torch.Tensor                # [n, 3, 3]
+    styles: torch.Tensor | None = None      # [n, sum of the network's `style_sizes`]: what is added to their styles.
+
+    def part(self, pictures: slice) -> "View":
+        """Some of them."""
+        styles = None if self.styles is None else self.styles[pictures]
+        return View(self.ws[pictures], self.transforms[pictures], styles)
 
 #----------------------------------------------------------------------------
 
@@ -28,15 +40,20 @@ def _batches(views: Iterable[View], batch_size: int) -> Iterator[View]:
     count = 0
     for view in views:
         kept.append(view)
-        count += len(view[0])
+        count += len(view.ws)
         if count >= batch_size:
-            ws, transforms = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            together = _joined(kept)
             whole = count - count % batch_size
-            yield from zip(ws[:whole].split(batch_size), transforms[:whole].split(batch_size), strict=True)
-            kept, count = [(ws[whole:], transforms[whole:])], count - whole
+            yield from (together.part(slice(first, first + batch_size)) for first in range(0, whole, batch_size))
+            kept, count = [together.part(slice(whole, None))], count - whole
     if count:
-        ws, transforms = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        yield ws, transforms
+        yield _joined(kept)
+
+
+def _joined(views: Sequence[View]) -> View:
+    styles = [view.styles for view in views if view.styles is not None]
+    return View(torch.cat([view.ws for view in views]), torch.cat([view.transforms for view in views]),
+                torch.cat(styles) if styles else None)
 
 
 def pictures(G: Generator, views: Iterable[View], batch_size: int, precision: str = "auto") -> Iterator[torch.Tensor]:
@@ -52,8 +69,8 @@ def pictures(G: Generator, views: Iterable[View], batch_size: int, precision: st
     Raises:
         UserError: an image has non-finite values.
     """
-    for ws, transforms in _batches(views, min(batch_size, largest_batch(G.config))):
-        images = synthesize_ws(G, ws, precision, transforms)
+    for ws, transforms, styles in _batches(views, min(batch_size, largest_batch(G.config))):
+        images = synthesize_ws(G, ws, precision, transforms, styles)
         require_finite(torch.isfinite(images).all())
         yield from to_uint8_sample(images).cpu()
 

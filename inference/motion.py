@@ -10,7 +10,7 @@ from inference.frames import View, make_transform
 from inference.keyframes import KeyframePath, Timing
 from inference.sampling import class_means, map_latents, seed_latent
 from torch_utils.misc import evaluating, full_precision, to_device
-from training.generator.synthesis import nearest_centroids
+from training.generator.synthesis import UNMOVED, Offset, combined, nearest_centroids
 from training.networks_stylegan3 import Generator
 
 #----------------------------------------------------------------------------
@@ -61,19 +61,18 @@ class Sweep:
     psi: tuple[float, float] = (1.0, 1.0)           # Truncation at the beginning and at the farthest point.
     translate: tuple[float, float] = (0.0, 0.0)     # Shift at the farthest point, in image widths.
     rotate: float = 0.0                             # Degrees. Whole turns go on in one direction, others go back.
-    edits: tuple[torch.Tensor, torch.Tensor] | None = None      # Added to ws [num_ws, w_dim], as `psi`.
+    edits: tuple[Offset, Offset] = (UNMOVED, UNMOVED)   # Added after truncation, as `psi`; of the same directions.
 
     def psi_at(self, timing: Timing, frame: int) -> float:
         """Truncation of a frame."""
         first, last = self.psi
         return first if first == last else first + (last - first) * timing.there_and_back(frame)
 
-    def edit_at(self, timing: Timing, frame: int) -> torch.Tensor | None:
-        """What is added to the ws of a frame after truncation: [num_ws, w_dim]."""
-        if self.edits is None:
-            return None
+    def edit_at(self, timing: Timing, frame: int) -> Offset:
+        """What is added to the pictures of a frame after truncation."""
         first, last = self.edits
-        return first.lerp(last, timing.there_and_back(frame))
+        far = timing.there_and_back(frame)
+        return combined([(1 - far, first), (far, last)])
 
     def transform_at(self, timing: Timing, frame: int) -> torch.Tensor:
         """Where the pictures of a frame lie: [3, 3], as the synthesis input wants it."""
@@ -115,8 +114,7 @@ class Motion:
             center = self.centers(position)
             ws = center + psi * (ws - center)
         shown = torch.from_numpy(ws).float().expand(-1, self.G.num_ws, -1)
-        edit = self.sweep.edit_at(self.timing, frame)
-        return shown if edit is None else shown + edit
+        return self.sweep.edit_at(self.timing, frame).moved(shown)
 
     @torch.no_grad()
     def _mapped(self, position: float) -> np.ndarray:
@@ -132,10 +130,12 @@ class Motion:
             return self.G.mapping.map(at(self.z), vectors).unsqueeze(1).cpu().double().numpy()
 
     def views(self) -> Iterator[View]:
-        """ws and transforms of the pictures of each frame."""
+        """The pictures of each frame."""
         for frame in range(self.timing.num_frames):
             ws = self.frame_ws(frame)
-            yield ws, self.sweep.transform_at(self.timing, frame).expand(len(ws), -1, -1)
+            styles = self.sweep.edit_at(self.timing, frame).styles
+            yield View(ws, self.sweep.transform_at(self.timing, frame).expand(len(ws), -1, -1),
+                       None if styles is None else styles.expand(len(ws), -1))
 
 #----------------------------------------------------------------------------
 
@@ -151,10 +151,11 @@ def style_mixed(views: Iterator[View], columns: int, layers: Sequence[int]) -> I
         layers: Those that come from the columns, as indices of ws.
     """
     chosen = list(layers)
-    for ws, transforms in views:
+    for ws, transforms, styles in views:
         tops, sides = ws[:columns], ws[columns:]
         mixed = sides.unsqueeze(1).repeat(1, columns, 1, 1)         # [H, W, num_ws, w_dim]
         mixed[:, :, chosen] = tops[:, chosen]
         rows = torch.cat([sides.unsqueeze(1), mixed], dim=1).flatten(0, 1)
         cells = torch.cat([tops, rows])
-        yield cells, transforms[:1].expand(len(cells), -1, -1)
+        yield View(cells, transforms[:1].expand(len(cells), -1, -1),
+                   None if styles is None else styles[:1].expand(len(cells), -1))

@@ -11,7 +11,7 @@ from inference.sampling import generate, seed_label, seed_latent
 from torch_utils.images import to_uint8_sample
 from training.data.randomness import CounterRNG
 from training.generator.layer_schedule import largest_batch
-from training.generator.synthesis import require_finite, synthesize_ws
+from training.generator.synthesis import UNMOVED, Offset, require_finite, synthesize_ws
 from training.networks_stylegan3 import Generator
 
 #----------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def class_shares(what: str, labels: np.ndarray, names: Sequence[str] | None, who
 
 def sample_images(G: Generator, samples: Samples, batch_size: int = 1, truncation_psi: float = 1.0,
                   centroids: torch.Tensor | None = None, precision: str = "auto",
-                  edit: torch.Tensor | None = None) -> Iterator[np.ndarray]:
+                  edit: Offset = UNMOVED) -> Iterator[np.ndarray]:
     """The images one by one, uint8 [R, R, 3], rounded as the official sample files are.
 
     In batches of one an image is a function of its seed and its class alone. In larger batches sums may be rounded
@@ -115,9 +115,10 @@ def sample_images(G: Generator, samples: Samples, batch_size: int = 1, truncatio
             yield from to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def given_images(G: Generator, ws: torch.Tensor, batch_size: int = 1, precision: str = "auto") -> Iterator[np.ndarray]:
+def given_images(G: Generator, ws: torch.Tensor, batch_size: int = 1, precision: str = "auto",
+                 edit: Offset = UNMOVED) -> Iterator[np.ndarray]:
     """The same of latents [N, num_ws, w_dim] that are given, without truncation."""
     for part in ws.split(min(batch_size, largest_batch(G.config))):
-        images = synthesize_ws(G, part, precision)
+        images = synthesize_ws(G, edit.moved(part), precision, styles=edit.styles)
         require_finite(torch.isfinite(images).all())
         yield from to_uint8_sample(images).permute(0, 2, 3, 1).cpu().numpy()

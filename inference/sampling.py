@@ -13,7 +13,7 @@ from torch_utils.images import to_uint8_metric
 from torch_utils.misc import evaluating, full_precision, one_hot, random_state, to_device
 from training.data.randomness import CounterRNG
 from training.generator.layer_schedule import largest_batch
-from training.generator.synthesis import require_finite, synthesize
+from training.generator.synthesis import UNMOVED, Offset, require_finite, synthesize
 from training.networks_stylegan3 import Generator
 
 DRAWN_AT_ONCE = 4096        # Latents that are in memory; their w all are.
@@ -130,7 +130,7 @@ def class_means(G: Generator, labels: torch.Tensor) -> torch.Tensor:
 
 def generate(G: Generator, z: torch.Tensor, labels: torch.Tensor, batch_size: int, truncation_psi: float = 1.0,
              centroids: torch.Tensor | None = None, precision: str = "auto",
-             edit: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+             edit: Offset = UNMOVED) -> Iterator[torch.Tensor]:
     """Batches of images [n, 3, R, R], about [-1, 1], for latents [N, z_dim] and classes [N].
 
     Arguments as `synthesize`.

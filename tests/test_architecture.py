@@ -75,6 +75,7 @@ CONFINED = {
     "onnx": {"inference/export/onnx_graph.py"},
     "onnxscript": {"inference/export/onnx_graph.py"},
     "onnxruntime": {"inference/export/onnx_graph.py"},
+    "open_clip": {"inference/directions/clip.py"},
     "gradio": {"inference/page/app.py", "inference/page/server.py"},
     "starlette": {"inference/page/server.py"},
     "tarfile": set(),

@@ -135,11 +135,33 @@ def locate_weights(name: str, folders: Sequence[str | os.PathLike[str]] = ()) ->
         UserError: nobody publishes weights for it, or the package holds other ones.
     """
     asset, hub_id = published_asset(name)
+    found = locate_file(asset, hub_id, HUB_FILES, folders)
+    return _in_package(name, asset.url) if found is None else WeightsFile(found, asset.url)
+
+
+def locate_file(asset: Asset, hub_id: str | None, hub_files: Sequence[str],
+                folders: Sequence[str | os.PathLike[str]] = ()) -> Path | None:
+    """A file of weights, if it is on this machine.
+
+    Args:
+        asset: The file. Of its name the suffix may be another one of SUFFIXES.
+        hub_id: The hub's name of the model, if it is there.
+        hub_files: What the file may be called there.
+        folders: Looked in first, then $STYLESAN_WEIGHTS, the Hugging Face cache and this project's cache.
+
+    Raises:
+        UserError: a file of that name has another content.
+    """
     own = [Path(folder) for folder in (*folders, os.environ.get("STYLESAN_WEIGHTS")) if folder]
-    found = _in_folders(name, own) or _in_hub_cache(hub_id)
+    found = _in_folders(asset.filename, own) or _in_hub_cache(hub_id, hub_files)
     if found is None and (cached := locate(asset, own)) is not None:
         found = cached.path
-    return _in_package(name, asset.url) if found is None else WeightsFile(found, asset.url)
+    return found
+
+
+def hub_address(hub_id: str, filename: str) -> str:
+    """Where a hub has a file of a model."""
+    return f"{os.environ.get('HF_ENDPOINT') or DEFAULT_HUB}/{hub_id}/resolve/main/{filename}"
 
 
 def published_asset(name: str) -> tuple[Asset, str | None]:
@@ -153,7 +175,7 @@ def published_asset(name: str) -> tuple[Asset, str | None]:
     cfg = timm.models.get_pretrained_cfg(name)
     hub_id, url = (None, None) if cfg is None else (cfg.hf_hub_id, cfg.url)
     if hub_id:
-        url = f"{os.environ.get('HF_ENDPOINT') or DEFAULT_HUB}/{hub_id}/resolve/main/{HUB_FILES[0]}"
+        url = hub_address(hub_id, HUB_FILES[0])
     if not isinstance(url, str) or not url:
         raise UserError(f"{name}: timm publishes no weights for it: take {name}:random or another model")
     package = package_of(name)
@@ -166,15 +188,16 @@ def package_of(name: str) -> Package | None:
     return PACKAGES.get(name.removesuffix(".in1k"))
 
 
-def _in_folders(name: str, folders: Sequence[Path]) -> Path | None:
+def _in_folders(filename: str, folders: Sequence[Path]) -> Path | None:
+    name = filename.removesuffix(SUFFIXES[0]).removesuffix(SUFFIXES[1])
     paths = (folder / f"{name}{suffix}" for folder in folders for suffix in SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
 
 
-def _in_hub_cache(hub_id: str | None) -> Path | None:
+def _in_hub_cache(hub_id: str | None, filenames: Sequence[str]) -> Path | None:
     if not hub_id:
         return None
-    for filename in HUB_FILES:
+    for filename in filenames:
         found = huggingface_hub.try_to_load_from_cache(hub_id, filename)
         if isinstance(found, str):
             return Path(found)

@@ -162,13 +162,17 @@ class SynthesisInput(torch.nn.Module):
         self.register_buffer("freqs", freqs)
         self.register_buffer("phases", torch.rand([spec.channels]) - 0.5)
 
-    def forward(self, w: torch.Tensor, transform: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, w: torch.Tensor, transform: torch.Tensor | None = None,
+                style_offset: torch.Tensor | None = None) -> torch.Tensor:
         """[N, w_dim] -> [N, channels, size, size].
 
         Args:
             transform: [N, 3, 3], one per image instead of the buffer of this name.
+            style_offset: [N, 4], added to what the affine layer makes of w.
         """
         t = self.affine(w)                                  # [N, 4]: cos, sin, shift x, shift y.
+        if style_offset is not None:
+            t = t + style_offset
         t = t / t[:, :2].norm(dim=1, keepdim=True)
         cos, sin, dx, dy = t.unbind(dim=1)
         one, zero = torch.ones_like(cos), torch.zeros_like(cos)
@@ -268,11 +272,12 @@ class SynthesisLayer(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, force_fp32: bool = False,
                 update_magnitude_ema: bool = False, low_dtype: torch.dtype | None = None,
-                keep_zeros: bool = False) -> torch.Tensor:
+                keep_zeros: bool = False, style_offset: torch.Tensor | None = None) -> torch.Tensor:
         """[N, in_channels, in_size, in_size], w [N, w_dim] -> [N, out_channels, out_size, out_size].
 
         With `keep_zeros`, the channels of zeros that the form of the convolution may add stay at the end of the result;
-        the next layer takes them as they are (`torch_utils.ops.modulated_conv2d`).
+        the next layer takes them as they are (`torch_utils.ops.modulated_conv2d`). `style_offset` [N, in_channels] is
+        added to what the affine layer makes of w.
         """
         spec = self.spec
         channels = spec.in_channels if x.shape[1] == spec.in_channels else padded_channels(spec.in_channels)
@@ -282,6 +287,8 @@ class SynthesisLayer(torch.nn.Module):
                 power = fit_channels(x, spec.in_channels).to(self.magnitude_ema.dtype).square().mean()
                 self.magnitude_ema.copy_(power.lerp(self.magnitude_ema, self.magnitude_ema_beta))
         styles = self.affine(w)
+        if style_offset is not None:
+            styles = styles + style_offset
         if spec.is_torgb:
             styles = styles / math.sqrt(spec.in_channels * self.conv_kernel ** 2)
         if low_dtype is None and x.device.type == "cuda" and self.weight.dtype == torch.float32:
@@ -332,8 +339,19 @@ class SynthesisNetwork(torch.nn.Module):
         for spec in config.layers:
             setattr(self, spec.name, SynthesisLayer(spec, config))
 
+    @property
+    def affines(self) -> list[FullyConnectedLayer]:
+        """The layers that make the styles: number k takes ws[:, k]."""
+        return [layer.affine for layer in (self.input, *(getattr(self, name) for name in self.layer_names))]
+
+    @property
+    def style_sizes(self) -> list[int]:
+        """Values of the styles of each layer. All of them, layer by layer, are a point in style space."""
+        return [len(affine.bias) for affine in self.affines]
+
     def forward(self, ws: torch.Tensor, force_fp32: bool = False, update_magnitude_ema: bool = False,
-                low_dtype: torch.dtype | None = None, transform: torch.Tensor | None = None) -> torch.Tensor:
+                low_dtype: torch.dtype | None = None, transform: torch.Tensor | None = None,
+                style_offset: torch.Tensor | None = None) -> torch.Tensor:
         """[N, num_ws, w_dim] -> images [N, 3, R, R], about [-1, 1].
 
         Args:
@@ -343,12 +361,16 @@ class SynthesisNetwork(torch.nn.Module):
             low_dtype: Type of the layers that are marked for half precision. None: float16 on CUDA devices if the
                 parameters are float32, else the type of the parameters.
             transform: [N, 3, 3], where each image lies, as the buffer of the input says it for all.
+            style_offset: [N or 1, sum of `style_sizes`], added to the styles that the layers make of ws.
         """
         first, *rest = ws.to(self.input.weight.dtype).unbind(dim=1)
-        x = self.input(first, transform)
-        for name, w in zip(self.layer_names, rest, strict=True):
+        offsets: list[torch.Tensor | None] = [None] * self.num_ws
+        if style_offset is not None:
+            offsets = [*style_offset.to(self.input.weight.dtype).split(self.style_sizes, dim=1)]
+        x = self.input(first, transform, offsets[0])
+        for name, w, offset in zip(self.layer_names, rest, offsets[1:], strict=True):
             keep_zeros = name != self.layer_names[-1]
-            x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema, low_dtype, keep_zeros)
+            x = getattr(self, name)(x, w, force_fp32, update_magnitude_ema, low_dtype, keep_zeros, offset)
         # One call converts type and layout, so that the image is read and written once.
         image: torch.Tensor = x.to(self.input.weight.dtype, memory_format=torch.contiguous_format) * self.output_scale
         return image

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Edits of pictures: how far ws are moved along which directions."""
+"""Edits of pictures: how far they are moved along which directions."""
 from collections.abc import Sequence
-
-import torch
 
 from dnnlib import UserError
 from dnnlib.util import list_some
 from inference.directions.files import Directions
-from training.networks_stylegan3 import Generator
+from training.generator.synthesis import Offset, combined
 
 Edit = tuple[str, float]            # The name of a direction and a strength in its units.
 
@@ -21,13 +19,13 @@ def check_edits(paths: Sequence[str], names: Sequence[str]) -> None:
         raise UserError(f"--directions={','.join(paths)}: has no effect without --edit=NAME:STRENGTH: leave it out")
 
 
-def find_offset(files: Sequence[Directions], name: str) -> torch.Tensor:
-    """What one unit of a direction adds to ws: float32 [num_ws, w_dim].
+def find_offset(files: Sequence[Directions], name: str) -> Offset:
+    """What one unit of a direction adds.
 
     Raises:
         UserError: none of the files has it, or several; it moves no layer of this network.
     """
-    found: list[torch.Tensor] = []
+    found: list[Offset] = []
     places: list[str] = []
     for directions in files:
         try:
@@ -42,18 +40,15 @@ def find_offset(files: Sequence[Directions], name: str) -> torch.Tensor:
     if len(found) > 1:
         raise UserError(f"the edit {name}: {' and '.join(places)} both have this direction: name one of these files "
                         "only")
-    if not found[0].any():
+    if found[0].is_zero:
         raise UserError(f"the edit {name}: moves no layer of this network: give a direction of other layers")
     return found[0]
 
 
-def edit_offset(G: Generator, files: Sequence[Directions], edits: Sequence[Edit]) -> torch.Tensor:
-    """What all edits together add to ws: float32 [num_ws, w_dim]. Strengths of one direction add up.
+def edit_offset(files: Sequence[Directions], edits: Sequence[Edit]) -> Offset:
+    """What all edits together add. Strengths of one direction add up.
 
     Raises:
         UserError: as `find_offset`.
     """
-    total = torch.zeros(G.num_ws, G.w_dim)
-    for name, strength in edits:
-        total += strength * find_offset(files, name)
-    return total
+    return combined([(strength, find_offset(files, name)) for name, strength in edits])

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,30 +13,43 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import atomic_file, list_some, normalized_name
 from torch_utils.arrays import DAMAGED, open_npz
+from training.generator.synthesis import Offset
 from training.networks_stylegan3 import Generator
 
 FORMAT = "stylesan-xl directions 1"
-ARRAYS = ("format", "names", "vectors", "layers", "notes", "mapping_sha256")         # That are read again.
+STYLE_FORMAT = "stylesan-xl style directions 1"
+# What is read again.
+ARRAYS = ("format", "names", "vectors", "layers", "notes", "mapping_sha256")
+STYLE_ARRAYS = (*ARRAYS, "style_sizes", "affine_sha256")
 LONGEST = 1e6               # Of a unit of a direction: w is some tens long.
 
 #----------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
+class StyleSpace:
+    """The styles of a network: a value per layer and channel."""
+
+    sizes: list[int]            # Of each layer.
+    sha256: list[str]           # Of the weights that make the styles of each layer.
+
+
+@dataclasses.dataclass(frozen=True)
 class Directions:
-    """N directions by name."""
+    """N directions by name, of w or of style space."""
 
     names: list[str]            # No two are the same.
-    vectors: torch.Tensor       # float32 [N, w_dim], each one unit long: a standard deviation of w along it.
-    layers: torch.Tensor        # bool [N, num_ws]: the layers whose w it moves.
+    vectors: torch.Tensor       # float32 [N, w_dim], or [N, all styles]. Each is one unit long.
+    layers: torch.Tensor        # bool [N, num_ws]: the layers whose w or whose styles it moves.
     notes: list[str]            # What else is known of each, in words.
     mapping_sha256: str = ""    # Of the network that they were found for.
     where: str = ""             # The option and the file that they come from, for messages.
+    styles: StyleSpace | None = None    # What the vectors belong to; None: to w, and a unit is a standard deviation.
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def offset(self, name: str) -> torch.Tensor:
-        """What one unit adds to ws: float32 [num_ws, w_dim].
+    def offset(self, name: str) -> Offset:
+        """What one unit adds to a picture.
 
         Raises:
             KeyError: no direction has this name.
@@ -44,15 +57,23 @@ class Directions:
         wanted = normalized_name(name)
         for own, vector, layers in zip(self.names, self.vectors, self.layers, strict=True):
             if normalized_name(own) == wanted:
-                moved: torch.Tensor = layers[:, None] * vector
-                return moved
+                return Offset(ws=layers[:, None] * vector) if self.styles is None else Offset(styles=vector)
         raise KeyError(name)
 
 
 def mapping_sha256(G: Generator) -> str:
     """SHA-256 of the weights that make w. A stem and the stages grown on it have the same, and so have copies."""
+    return _sha256(G.mapping.named_parameters())
+
+
+def style_space(G: Generator) -> StyleSpace:
+    """The styles of a network. A stage has those of its stem in the layers that it keeps."""
+    return StyleSpace(G.synthesis.style_sizes, [_sha256(affine.named_parameters()) for affine in G.synthesis.affines])
+
+
+def _sha256(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(G.mapping.named_parameters()):
+    for name, tensor in sorted(parameters):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -70,8 +91,12 @@ def save_directions(path: str | os.PathLike[str], directions: Directions, G: Gen
         settings: What it takes to make them again; text, or dicts of plain values, which become JSON.
     """
     origin = {key: np.array(value if isinstance(value, str) else json.dumps(value)) for key, value in settings.items()}
+    styles = directions.styles
+    if styles is not None:
+        origin |= {"style_sizes": np.array(styles.sizes), "affine_sha256": np.array(styles.sha256)}
     with atomic_file(path) as f:
-        np.savez(f, allow_pickle=False, format=np.array(FORMAT), names=np.array(directions.names),
+        np.savez(f, allow_pickle=False, format=np.array(FORMAT if styles is None else STYLE_FORMAT),
+                 names=np.array(directions.names),
                  vectors=directions.vectors.numpy(), layers=directions.layers.numpy(),
                  notes=np.array(directions.notes), mapping_sha256=np.array(mapping_sha256(G)), **origin)
 
@@ -89,20 +114,25 @@ def read_directions(path: str, option: str = "--directions") -> Directions:
     where = f"{option}={path}"
     try:
         with open_npz(path) as arrays:
-            found = {name: arrays[name] for name in ARRAYS}
+            found = {"format": arrays["format"]}
+            names = STYLE_ARRAYS if str(found["format"]) == STYLE_FORMAT else ARRAYS
+            found |= {name: arrays[name] for name in names}
     except KeyError as err:
         raise UserError(f"{where}: has no array named {err.args[0]}: give a file that directions.py has made") from err
     except DAMAGED as err:
         raise UserError(f"{where}: not readable as .npz ({type(err).__name__}): make it again with "
                         "directions.py") from err
-    if str(found["format"]) != FORMAT:
+    if str(found["format"]) not in (FORMAT, STYLE_FORMAT):
         raise UserError(f"{where}: its format is {ascii(str(found['format'])[:40])} and not {FORMAT!r}: make it again "
                         "with directions.py")
     if (wrong := _mistake(found)) is not None:
         raise UserError(f"{where}: {wrong}: make it again with directions.py")
+    styles = None
+    if "style_sizes" in found:
+        styles = StyleSpace(found["style_sizes"].tolist(), found["affine_sha256"].tolist())
     return Directions(found["names"].tolist(), torch.from_numpy(found["vectors"].astype(np.float32)),
                       torch.from_numpy(found["layers"].copy()), found["notes"].tolist(),
-                      str(found["mapping_sha256"]), where)
+                      str(found["mapping_sha256"]), where, styles)
 
 
 def _mistake(found: dict[str, np.ndarray]) -> str | None:
@@ -120,18 +150,46 @@ def _mistake(found: dict[str, np.ndarray]) -> str | None:
     composed = [normalized_name(name) for name in names.tolist()]
     if len(set(composed)) != len(composed) or "" in composed:
         return f"names are empty or come twice ({list_some(sorted(composed))})"
+    return _mistake_in_styles(found) if "style_sizes" in found else None
+
+
+def _mistake_in_styles(found: dict[str, np.ndarray]) -> str | None:
+    sizes, digests, num_styles = found["style_sizes"], found["affine_sha256"], found["vectors"].shape[1]
+    if sizes.dtype.kind != "i" or digests.dtype.kind != "U" or not sizes.shape == digests.shape == found[
+            "layers"].shape[1:]:
+        return "what it says of the styles is of other types or shapes than it must be"
+    if not ((sizes > 0) & (sizes <= num_styles)).all() or sum(sizes.tolist()) != num_styles:
+        return f"its layers do not have the {num_styles} styles of its vectors"
     return None
 
+#----------------------------------------------------------------------------
+# Networks that directions are good for.
 
 def fit_directions(directions: Directions, G: Generator) -> tuple[Directions, str | None]:
     """Directions as a network takes them, and a note for people if they were found for another one.
 
     Directions of a stem are good for the stages that were grown on it, whose first layers are the same: one that moves
-    all layers moves all of them there, others move the layers of the same numbers.
+    all layers moves all of them there, others move the layers of the same numbers. Directions of style space must find
+    the layers that they move with as many channels.
 
     Raises:
         UserError: they do not fit the network.
     """
+    others: list[str] = []
+    if directions.styles is None:
+        fitted = _fit_w(directions, G)
+    else:
+        fitted, others = _fit_styles(directions, directions.styles, G)
+    reason = f"moves layers that are other ones in this network ({list_some(others)})" if others else None
+    if directions.mapping_sha256 != mapping_sha256(G):
+        reason = "was made of a network with another mapping"
+    if reason is None:
+        return fitted, None
+    return fitted, f"{directions.where}: {reason}: pictures may change in other ways than its names say"
+
+
+def _fit_w(directions: Directions, G: Generator) -> Directions:
+    """Directions of w. Raises UserError."""
     w_dim, num_ws = directions.vectors.shape[1], directions.layers.shape[1]
     if w_dim != G.w_dim:
         raise UserError(f"{directions.where}: is for networks whose w has {w_dim} values, and this one's has "
@@ -142,11 +200,30 @@ def fit_directions(directions: Directions, G: Generator) -> tuple[Directions, st
         common = min(num_ws, G.num_ws)
         layers[:, :common] = directions.layers[:, :common]
         layers[directions.layers.all(dim=1)] = True
-    note = None
-    if directions.mapping_sha256 != mapping_sha256(G):
-        note = (f"{directions.where}: was made of a network with another mapping: pictures may change in other ways "
-                "than its names say")
-    return dataclasses.replace(directions, layers=layers), note
+    return dataclasses.replace(directions, layers=layers)
+
+
+def _fit_styles(directions: Directions, styles: StyleSpace, G: Generator) -> tuple[Directions, list[str]]:
+    """Directions of style space, and the layers that they move here as others did where they were found.
+
+    Raises:
+        UserError: a layer that they move is not there, or has another number of channels.
+    """
+    own, moved = style_space(G), directions.layers.any(dim=0).nonzero().flatten().tolist()
+    remedy = "make directions of this network with directions.py"
+    if moved and moved[-1] >= G.num_ws:
+        raise UserError(f"{directions.where}: moves the layer {moved[-1]}, and this network has 0 to {G.num_ws - 1}: "
+                        f"{remedy}")
+    for layer in moved:
+        if styles.sizes[layer] != own.sizes[layer]:
+            raise UserError(f"{directions.where}: moves the layer {layer}, where it has {styles.sizes[layer]} styles, "
+                            f"and this network's has {own.sizes[layer]}: {remedy}")
+    given = dict(enumerate(directions.vectors.split(styles.sizes, dim=1)))
+    parts = [given[k] if k in moved else torch.zeros(len(directions), size) for k, size in enumerate(own.sizes)]
+    layers = torch.zeros(len(directions), G.num_ws, dtype=torch.bool)
+    layers[:, moved] = directions.layers[:, moved]
+    others = [str(k) for k in moved if styles.sha256[k] != own.sha256[k]]
+    return dataclasses.replace(directions, vectors=torch.cat(parts, dim=1), layers=layers, styles=own), others
 
 
 def load_directions(paths: Sequence[str], G: Generator) -> tuple[list[Directions], list[str]]:

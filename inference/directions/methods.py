@@ -34,8 +34,8 @@ def style_weights(G: Generator, layers: Sequence[int]) -> np.ndarray:
 
     Layer 0 is the input, whose four rows turn and shift the picture.
     """
-    modules = [G.synthesis.input, *(getattr(G.synthesis, name) for name in G.synthesis.layer_names)]
-    return np.concatenate([modules[i].affine.weight.detach().cpu().double().numpy() for i in layers])
+    affines = G.synthesis.affines
+    return np.concatenate([affines[i].weight.detach().cpu().double().numpy() for i in layers])
 
 
 def sefa(G: Generator, w: np.ndarray, num: int, layers: Sequence[int], name: str = "sefa") -> Directions:

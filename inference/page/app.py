@@ -38,7 +38,6 @@ Saved = dict[str, Point]            # What one tab keeps.
 Control = gr.Radio | gr.Dropdown | gr.Number | gr.Slider | gr.Checkbox
 Values = Mapping[gr.blocks.Block, Any]
 
-MOST_SLIDERS = 40                   # Of directions.
 NO_LAYER = "none"
 DOWNLOAD = """(file) => {
     const link = document.createElement("a");
@@ -147,14 +146,11 @@ class Panel:
 
     def _strengths(self) -> dict[str, gr.Slider]:
         """A slider per direction."""
-        names, notes = list(self.studio.offsets), list(self.studio.left_out)
-        if len(names) > MOST_SLIDERS:
-            notes.append(f"{len(names) - MOST_SLIDERS} more directions have no slider: give files with fewer.")
-        if not names:
+        if not self.studio.offsets:
             gr.Markdown("Give --directions=FILE.npz, a file that directions.py has made, for sliders here.")
-        for note in notes:
+        for note in self.studio.left_out:
             gr.HTML(html.escape(note))
-        return {name: gr.Slider(-5, 5, value=0, step=0.1, label=name) for name in names[:MOST_SLIDERS]}
+        return {name: gr.Slider(-5, 5, value=0, step=0.1, label=name) for name in self.studio.offsets}
 
     @property
     def inputs(self) -> list[Control]:

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class Origin:
     class_names: Sequence[str] | None = None
     c_dim: int = 0
     directions: Sequence[str] = ()          # Files.
+    style_names: Collection[str] = ()       # Directions in them that move styles, which latents do not hold.
     options: Sequence[str] = ()             # Further options, such as --precision=fp32.
 
 #----------------------------------------------------------------------------
@@ -50,12 +51,13 @@ def command_line(origin: Origin, controls: Controls) -> str:
             words.append(f"--class={class_word(origin, controls.class_idx)}")
         if controls.psi != 1:
             words.append(f"--trunc={_number(controls.psi)}")
-        edits = [(name, strength) for name, strength in controls.edits if strength != 0]
-        if edits:
-            words.append(f"--directions={','.join(origin.directions)}")
-            words += [f"--edit={name}:{_number(strength)}" for name, strength in edits]
     else:
         words.append(f"--w={LATENTS_FILE}")
+    edits = [(name, strength) for name, strength in controls.edits
+             if strength != 0 and (controls.is_plain or name in origin.style_names)]
+    if edits:
+        words.append(f"--directions={','.join(origin.directions)}")
+        words += [f"--edit={name}:{_number(strength)}" for name, strength in edits]
     if controls.translate != (0, 0):
         words.append(f"--translate={','.join(map(_number, controls.translate))}")
     if controls.rotate != 0:

@@ -27,7 +27,8 @@ def num_channels(G: Generator, name: str) -> int:
 
 
 def synthesize_with_maps(G: Generator, ws: torch.Tensor, transform: torch.Tensor, name: str | None,
-                         precision: str = "auto") -> tuple[torch.Tensor, torch.Tensor | None]:
+                         precision: str = "auto",
+                         styles: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The image [3, R, R], about [-1, 1], of ws [1, num_ws, w_dim], and what a layer puts out on the way.
 
     Args:
@@ -36,19 +37,20 @@ def synthesize_with_maps(G: Generator, ws: torch.Tensor, transform: torch.Tensor
         transform: [1, 3, 3], where it lies.
         name: The layer, one of `layer_names`; None: no layer.
         precision: A key of `PRECISIONS`.
+        styles: Added to the styles; None: nothing.
 
     Returns:
         The image, and float32 [C, H, W] on the CPU, or None without a layer.
     """
     if name is None:
-        return synthesize_ws(G, ws, precision, transform)[0], None
+        return synthesize_ws(G, ws, precision, transform, styles)[0], None
     kept: list[torch.Tensor] = []
 
     def keep(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
         kept.append(output)
     handle = G.synthesis.get_submodule(name).register_forward_hook(keep)
     try:
-        image = synthesize_ws(G, ws, precision, transform)[0]
+        image = synthesize_ws(G, ws, precision, transform, styles)[0]
     finally:
         handle.remove()
     return image, fit_channels(kept[0], num_channels(G, name))[0].float().cpu()

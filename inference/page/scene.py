@@ -14,6 +14,7 @@ from dnnlib import UserError
 from dnnlib.cli import MAX_STRENGTH
 from inference.frames import make_transform
 from inference.sampling import class_means, map_latents, seed_latent
+from training.generator.synthesis import UNMOVED, Offset
 from training.networks_stylegan3 import Generator
 
 SEED, BETWEEN, PICTURE = "seed", "between A and B", "inverted picture"
@@ -161,13 +162,13 @@ def find_point(G: Generator, controls: Controls, saved: Mapping[str, Point]) -> 
     return mixed(point, seed_point(G, mixing.seed, mixing.class_idx), mixing.first, mixing.last)
 
 
-def truncated(point: Point, psi: float, edit: torch.Tensor | None = None) -> torch.Tensor:
+def truncated(point: Point, psi: float, edit: Offset = UNMOVED) -> torch.Tensor:
     """The ws [1, num_ws, w_dim] of which a picture is made.
 
     Args:
         point: Latents.
         psi: 1 leaves them, 0 gives the centres.
-        edit: Added after truncation, [num_ws, w_dim].
+        edit: Added after truncation, as far as latents can hold it.
     """
     ws = point.ws if psi == 1 else point.centers.lerp(point.ws, psi)
-    return (ws if edit is None else ws + edit)[None]
+    return edit.moved(ws)[None]

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import printable
+from dnnlib.util import list_some, printable
 from inference.directions.edits import find_offset
 from inference.directions.files import Directions
-from inference.frames import pictures
+from inference.frames import View, pictures
 from inference.inversion.distances import Distance, default_distance, make_distance
 from inference.inversion.goals import Goal
 from inference.inversion.projection import ProjectionSettings, Step, project
@@ -26,10 +26,11 @@ from inference.page.turns import Turns, Watched
 from inference.sampling import class_means
 from torch_utils.images import from_uint8, to_uint8_sample
 from torch_utils.misc import full_precision
-from training.generator.synthesis import require_finite
+from training.generator.synthesis import Offset, combined, require_finite
 from training.networks_stylegan3 import Generator
 
 MOST_STEPS = 2000           # Of a search for latents.
+MOST_SLIDERS = 40           # Of directions.
 
 #----------------------------------------------------------------------------
 
@@ -80,13 +81,23 @@ class Studio:
                  distance: str | None = None):
         self.G, self.origin, self.precision = G, origin, precision
         self.distance = distance
-        self.offsets: dict[str, torch.Tensor] = {}          # Name of a direction -> [num_ws, w_dim].
+        self.offsets: dict[str, Offset] = {}                # Of each direction that has a slider, by name.
         self.left_out: list[str] = []                       # Why some directions are not offered.
+        no_room: list[str] = []
         for name in dict.fromkeys(name for directions in files for name in directions.names):
             try:
-                self.offsets[name] = find_offset(files, name)
+                offset = find_offset(files, name)
             except UserError as err:
                 self.left_out.append(str(err))
+                continue
+            if len(self.offsets) < MOST_SLIDERS:
+                self.offsets[name] = offset
+            else:
+                no_room.append(name)
+        if no_room:
+            self.left_out.append(f"--directions: the page has {MOST_SLIDERS} sliders, and {len(no_room)} more "
+                                 f"directions have none ({list_some(no_room)}): give files with fewer, or take "
+                                 "gen_images.py for these")
         self._turns = Turns()
 
     @property
@@ -95,18 +106,12 @@ class Studio:
         names = self.origin.class_names or [str(k) for k in range(self.G.c_dim)]
         return [(name, k) for k, name in enumerate(names)]
 
-    def edit(self, controls: Controls) -> torch.Tensor | None:
-        """What the directions add to ws, [num_ws, w_dim]; None if nothing. Raises UserError: there is none so called.
-        """
-        moved = [(name, strength) for name, strength in controls.edits if strength != 0]
-        if not moved:
-            return None
-        total = torch.zeros(self.G.num_ws, self.G.w_dim)
-        for name, strength in moved:
-            if name not in self.offsets:
+    def edit(self, controls: Controls) -> Offset:
+        """What the directions add. Raises UserError: there is none so called."""
+        for name, strength in controls.edits:
+            if strength != 0 and name not in self.offsets:
                 raise UserError(f"direction {name}: there is none of this name: choose one of the list")
-            total += strength * self.offsets[name]
-        return total
+        return combined([(strength, self.offsets[name]) for name, strength in controls.edits if strength != 0])
 
     def show(self, controls: Controls, saved: Mapping[str, Point], layer: tuple[str, int] | None = None) -> Shown:
         """The picture that the controls ask for, and a layer's channel if one is asked for.
@@ -119,9 +124,10 @@ class Studio:
             raise UserError(f"channel {layer[1]}: the layer {layer[0]} has 0 to {num_channels(self.G, layer[0]) - 1}: "
                             "choose one of them")
         with self._turns.turn():
-            ws = truncated(find_point(self.G, controls, saved), controls.psi, self.edit(controls))
+            edit = self.edit(controls)
+            ws = truncated(find_point(self.G, controls, saved), controls.psi, edit)
             image, maps = synthesize_with_maps(self.G, ws, controls.transform(), None if layer is None else layer[0],
-                                               self.precision)
+                                               self.precision, edit.styles)
             require_finite(image.isfinite().all())
         parts = None
         if maps is not None and layer is not None:
@@ -146,7 +152,9 @@ class Studio:
                     for k in range(NUM_NEIGHBOURS)]
             ws = torch.cat([truncated(point, controls.psi, edit) for point in near])
             places = controls.transform().expand(len(ws), -1, -1)
-            return [_as_array(image) for image in pictures(self.G, [(ws, places)], len(ws), self.precision)]
+            styles = None if edit.styles is None else edit.styles.expand(len(ws), -1)
+            view = View(ws, places, styles)
+            return [_as_array(image) for image in pictures(self.G, [view], len(ws), self.precision)]
 
     #------------------------------------------------------------------------
     # From pictures to latents.

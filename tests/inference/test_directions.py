@@ -24,7 +24,7 @@ from inference.sampling import class_means, many_w, map_latents
 from legacy import load_network
 from tests.closeness import max_error
 from training.generator.layer_schedule import stem_config
-from training.generator.synthesis import synthesize, synthesize_ws
+from training.generator.synthesis import Offset, synthesize, synthesize_ws
 from training.networks_stylegan3 import Generator
 
 
@@ -250,20 +250,21 @@ def test_files_that_are_none(tmp_path):
 
 @pytest.mark.numeric
 def test_an_edit_adds_to_ws_after_truncation(G, file):
-    edit = edit_offset(G, [read_directions(str(file))], [("pca0", 2.0), ("pca2", -1.5), ("pca0", 1.0)])
+    edit = edit_offset([read_directions(str(file))], [("pca0", 2.0), ("pca2", -1.5), ("pca0", 1.0)])
+    assert edit.styles is None
     vectors = read_directions(str(file)).vectors
-    assert edit.abs().sum(dim=1).nonzero().flatten().tolist() == [2, 3]
-    assert max_error(edit[3], 3 * vectors[0] - 1.5 * vectors[2]) < 1e-6
+    assert edit.ws.abs().sum(dim=1).nonzero().flatten().tolist() == [2, 3]
+    assert max_error(edit.ws[3], 3 * vectors[0] - 1.5 * vectors[2]) < 1e-6
     z, labels = torch.randn(2, G.z_dim, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
     w, mean = map_latents(G, z, labels), class_means(G, labels)
-    ws = (mean + 0.5 * (w - mean)).unsqueeze(1) + edit
+    ws = (mean + 0.5 * (w - mean)).unsqueeze(1) + edit.ws
     assert max_error(synthesize(G, z, labels, 0.5, edit=edit), synthesize_ws(G, ws)) < 1e-4
 
 
 def test_given_latents_are_moved(network, G, file, tmp_path):
     w = np.random.RandomState(0).randn(1, G.num_ws, G.w_dim).astype(np.float32)
     np.save(tmp_path / "w.npy", w)
-    np.save(tmp_path / "moved.npy", w + 2 * read_directions(str(file)).offset("pca1").numpy())
+    np.save(tmp_path / "moved.npy", w + 2 * read_directions(str(file)).offset("pca1").ws.numpy())
     made(gen_images.main, f"--network={network}", f"--w={tmp_path / 'w.npy'}", f"--directions={file}",
          "--edit=pca1:2", f"--npz={tmp_path / 'a.npz'}")
     made(gen_images.main, f"--network={network}", f"--w={tmp_path / 'moved.npy'}", f"--npz={tmp_path / 'b.npz'}")
@@ -284,7 +285,7 @@ def test_edits_of_frames(G):
     keys, edits = make_keyframes(G, [0, 1], [0, 1], 2), torch.randn(2, G.num_ws, G.w_dim)
     timing = Timing(1, 4)
     plain = Motion(G, keys, timing, Sweep(psi=(0.6, 0.6)))
-    moved = Motion(G, keys, timing, Sweep(psi=(0.6, 0.6), edits=(edits[0], edits[1])))
+    moved = Motion(G, keys, timing, Sweep(psi=(0.6, 0.6), edits=(Offset(edits[0]), Offset(edits[1]))))
     for frame, share in ((0, 0), (1, 0.5), (2, 1), (3, 0.5)):
         expected = plain.frame_ws(frame) + edits[0] + share * (edits[1] - edits[0])
         assert max_error(moved.frame_ws(frame), expected) < 1e-5
@@ -357,6 +358,7 @@ def test_pictures_of_two_folders(network, tmp_path, monkeypatch):
     ("pca", ["--num=5", "--samples=5"], "give at most 4"),
     ("pca", ["--samples=100000000"], "do not fit into 1 GiB: give at most"),
     ("pca", ["--dest=x.png"], "name one that ends with .npz"),
+    ("pca", ["--name= "], "--name=' ': is blank"),
     ("classes", ["--from=cat", "--to=cat"], "--from=cat: is the class of --to"),
     ("classes", ["--to=7"], "no class of this name"),
     ("folders", ["--from={out}.npy", "--to={out}.npy"], "No such file"),

@@ -271,7 +271,7 @@ def test_frames_are_made_as_they_are_needed(network):
     def views():
         for i in range(1000):
             asked.append(i)
-            yield torch.zeros(1, G.num_ws, 32), torch.eye(3)[None]
+            yield frames.View(torch.zeros(1, G.num_ws, 32), torch.eye(3)[None])
 
     made = tiled(pictures(G, views(), batch_size=4), 2, 1, zoom=2)
     assert next(made).shape == (32, 64, 3)
@@ -284,7 +284,7 @@ def test_pictures_of_a_diverged_network(network, tmp_path, monkeypatch):
     """The video breaks off in the middle, and nothing is left of it."""
     made = []
 
-    def synthesize(G, ws, precision, transform):
+    def synthesize(G, ws, precision, transform, styles):
         made.append(ws)
         return torch.full([len(ws), 3, 16, 16], torch.nan if len(made) == 3 else 0.0)
 

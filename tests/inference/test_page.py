@@ -6,6 +6,7 @@ import math
 import shlex
 import socket
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -111,7 +112,7 @@ def test_the_pipeline_is_its_definition(studio, saved):
     expected = 0.75 * a.ws + 0.25 * b.ws
     centers = 0.75 * a.centers + 0.25 * b.centers
     expected[1:3], centers[1:3] = other.ws[1:3], other.centers[1:3]
-    expected = centers + 0.5 * (expected - centers) + 2 * studio.offsets["red"]
+    expected = centers + 0.5 * (expected - centers) + 2 * studio.offsets["red"].ws
     torch.testing.assert_close(studio.show(controls, saved).ws[0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -326,12 +327,59 @@ def test_directions_that_cannot_be_offered(studio):
     assert "still: moves no layer" in found.left_out[0]
 
 
-def test_places_where_no_page_can_be():
-    server = pytest.importorskip("inference.page.server", reason="gradio is not installed")
+def test_more_directions_than_sliders_are_told(studio, network, tmp_path, capsys):
+    """On the page and on the command line."""
+    names = [f"d{i}" for i in range(43)]
+    G = studio.G
+    save_directions(tmp_path / "many.npz", Directions(names, torch.ones(43, G.w_dim), torch.ones(43, G.num_ws) > 0,
+                                                      [""] * 43), G, {})
+    found = visualizer.make_studio(load_network(network), str(network), [str(tmp_path / "many.npz")], "auto", "cpu")
+    assert list(found.offsets) == names[:40]
+    (note,) = found.left_out
+    assert "the page has 40 sliders, and 3 more directions have none (d40, d41, d42)" in note
+    assert f"NOTE: {note}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def server():
+    return pytest.importorskip("inference.page.server", reason="gradio is not installed")
+
+
+def test_places_where_no_page_can_be(server):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"--host=127.0.0.1 --port={port}: the page cannot be shown there"):
-            server.require_place("127.0.0.1", port)
-    server.require_place("127.0.0.1", None)
-    with pytest.raises(UserError, match="give another --port"):
-        server.require_place("192.0.2.1", None)         # Reserved for documents: no machine has it.
+        with pytest.raises(UserError, match=f"--port={port}: the page cannot be shown there .*give another one"):
+            server.find_port("127.0.0.1", port)
+    assert server.find_port("127.0.0.1", port) == port
+    with pytest.raises(UserError, match="--host=192.0.2.1: .*give an address of this machine"):
+        server.find_port("192.0.2.1", None)             # Reserved for documents: no machine has it.
+
+
+def test_another_program_is_faster(server, monkeypatch):
+    """It takes the port when it has just been found to be free."""
+    for name in ("NO_PROXY", "no_proxy"):           # Which `serve` sets.
+        monkeypatch.setenv(name, "")
+
+    class Blocks:
+        def queue(self, **_settings):
+            return self
+
+        def launch(self, server_port, **_settings):
+            self.other = socket.create_server(("127.0.0.1", server_port))
+            raise OSError("no port")
+    blocks = Blocks()
+    with pytest.raises(UserError, match="the page cannot be shown there"):
+        server.serve(SimpleNamespace(blocks=blocks), "127.0.0.1", None, share=False)
+    blocks.other.close()
+
+
+def test_a_free_port_is_found_if_there_is_one(server, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ports = [place.getsockname()[1] for place in (taken, free)]
+        free.close()
+        monkeypatch.setattr(server, "PORTS", ports)
+        assert server.find_port("127.0.0.1", None) == ports[1]
+        monkeypatch.setattr(server, "PORTS", ports[:1])
+        with pytest.raises(UserError, match=f"none of the ports {ports[0]} to {ports[0]} is free.*by --port"):
+            server.find_port("127.0.0.1", None)
