@@ -12,6 +12,7 @@ import torch
 from data_prep.transforms import Size, center_crop
 from dnnlib import UserError
 from dnnlib.util import printable
+from inference.inversion.results import COMPARISON_FILE, LATENTS_FILE
 from training.data.images import decode
 from training.data.stores import FolderStore, read_file
 
@@ -74,7 +75,7 @@ def list_targets(paths: Sequence[str], option: str = "--target") -> list[Target]
         UserError: nothing is there, or no picture.
     """
     found: list[Target] = []
-    names: set[str] = set()
+    names = {COMPARISON_FILE, LATENTS_FILE}         # What lies beside the folders of the targets.
     for path in paths:
         place = Path(path)
         if not place.exists():

@@ -6,6 +6,7 @@ import torch
 from click.testing import CliRunner
 
 import gen_images
+import gen_video
 from dnnlib import UserError
 from inference.image_inputs import open_images
 from inference.sample_files import NAME_WIDTH, Sheet, class_numbers, folder_names, write_npz
@@ -13,6 +14,7 @@ from inference.samples import Samples, class_shares, drawn_classes, each_class
 from inference.sampling import seed_label, seed_latent
 from legacy import load_network
 from tests.conftest import write_dataset
+from torch_utils import checkpoint
 
 CELL = 64                   # Images of 16 pixels, four times as large.
 
@@ -259,15 +261,18 @@ def test_arrays_without_classes(tmp_path):
     (["--seeds=0", "--w=x.npy", "--outdir={out}"], "--w: its latents are used as they are, and --seeds would"),
     (["--w=x.npy", "--sheet={out}/a.png"], "the latents of --w have none: give --grid, too"),
     (["--w=x.npy", "--outdir={out}", "--trunc=0.5", "--class=cat"], "and --class, --trunc would change nothing"),
-    (["--w=x.npy", "--outdir={out}"], "x.npy: No such file"),
+    (["--w=x.npy", "--outdir={out}"], "--w=x.npy: No such file"),
+    (["--w=x.npy", "--npz=./x.npy"], "--npz=./x.npy: is the file of --w=x.npy, too, which would get lost"),
+    (["--seeds=0", "--sheet={network}"], "--sheet={network}: is the file of --network={network}, too"),
+    (["--seeds=0", "--outdir={network}/x"], "--outdir={network}/x: Not a directory"),
     (["--seeds=0-499999", "--outdir={out}", "--class=0-2"], "are 1500000 images, at most 1000000"),
     (["--seeds=0", "--npz={out}/a.npz", "--labels=dataset", "--data={out}.zip"], "no such folder, archive"),
 ])
 def test_mistakes(network, tmp_path, args, message):
     out = tmp_path / "out"
-    result = invoke(f"--network={network}", *(arg.format(out=out) for arg in args))
+    result = invoke(f"--network={network}", *(arg.format(out=out, network=network) for arg in args))
     assert result.exit_code == 2, result.output
-    assert message in result.output
+    assert message.format(network=network) in result.output
     assert not out.exists()
 
 
@@ -279,3 +284,29 @@ def test_data_without_labels_or_with_other_classes(network, tmp_path):
         assert result.exit_code == 2
         assert message in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "b.zip"]
+
+
+@pytest.mark.parametrize(("args", "note"), [
+    (["--seeds=0", "--centroids-path={out}/c.npy"], "c.npy has no effect"),
+    (["--w={out}/w.npz"], "w.npz: its latents are of a network with another mapping"),
+])
+def test_what_changes_nothing_or_may_mislead_is_told(network, tmp_path, args, note):
+    np.save(tmp_path / "c.npy", np.zeros([1, 32], np.float32))
+    np.savez(tmp_path / "w.npz", w=np.zeros([1, 1, 32], np.float32), mapping_sha256="0" * 64)
+    given = [f"--network={network}", "--device=cpu", *(arg.format(out=tmp_path) for arg in args)]
+    for command, more in ((gen_images.main, [f"--outdir={tmp_path}"]),
+                          (gen_video.main, [f"--output={tmp_path}/frames/", "--w-frames=1"])):
+        result = CliRunner().invoke(command, given + more)
+        assert result.exit_code == 0, result.output
+        assert f"NOTE: {given[-1].partition('=')[0]}" in result.output
+        assert note in result.output
+
+
+def test_names_of_others_do_not_move_the_cursor(network, tmp_path):
+    snapshot = checkpoint.load_plain(network)
+    checkpoint.save(tmp_path / "n.pkl", snapshot | {"class_names": ["\x1b[2Jcat", "dog", "owl"]})
+    for classes in ("0", "0,1"):
+        result = CliRunner().invoke(gen_images.main, [f"--network={tmp_path}/n.pkl", "--seeds=0", "--device=cpu",
+                                                      f"--class={classes}", f"--outdir={tmp_path}"], color=True)
+        assert "\\x1b[2Jcat" in result.output
+        assert "\x1b" not in result.output
