@@ -190,7 +190,7 @@ def class_sheet(loaded: LoadedNetwork, options: ImageOptions, seeds: list[int],
     sheet = Sheet(G.img_resolution, len(seeds), len(classes), per_row,
                   [names[k] for k in classes] if G.c_dim > 0 else [])
     if sheet.is_too_large:
-        most = SHEET_PIXELS // (sheet.rows * sheet.columns * sheet.cell ** 2)
+        most = sheet.most_per_group
         raise UserError(f"--sheet: {len(classes)} class(es) with {len(seeds)} samples of {sheet.cell} pixels are more "
                         f"than fit into one picture: give {f'at most {most} samples' if most else 'fewer classes'}, or "
                         "--outdir for single images")

@@ -31,9 +31,9 @@ class Origin:
 #----------------------------------------------------------------------------
 
 def class_word(origin: Origin, class_idx: int) -> str:
-    """What --class takes for a class: its name, or its number where the name means something else."""
+    """What --class takes for a class: its name, or its number where the name means another or cannot be typed."""
     names = origin.class_names
-    if names:
+    if names and names[class_idx].isprintable():
         try:
             if find_classes(names[class_idx], names, origin.c_dim) == [class_idx]:
                 return names[class_idx]

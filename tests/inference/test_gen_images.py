@@ -266,7 +266,7 @@ def test_seeds_without_end_are_one_line(network, tmp_path):
         assert said in result.output
     result = invoke(f"--network={network}", "--seeds=0-999999", f"--sheet={tmp_path / 'sheet.png'}")
     assert result.exit_code == 2
-    assert "give at most 10922 samples, or --outdir" in result.output
+    assert "give at most 5459 samples, or --outdir" in result.output
 
 
 def test_outdir_or_sheet(network):

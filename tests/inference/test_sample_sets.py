@@ -1,4 +1,7 @@
 """Sets of images: which classes come how often, and folders, arrays, sheets and grids of one and the same images."""
+import dataclasses
+import math
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -9,7 +12,7 @@ import gen_images
 import gen_video
 from dnnlib import UserError
 from inference.image_inputs import open_images
-from inference.sample_files import NAME_WIDTH, Sheet, class_numbers, folder_names, write_npz
+from inference.sample_files import NAME_WIDTH, SHEET_PIXELS, Sheet, class_numbers, folder_names, write_npz
 from inference.samples import Samples, class_shares, drawn_classes, each_class
 from inference.sampling import seed_label, seed_latent
 from legacy import load_network
@@ -111,6 +114,20 @@ def test_the_official_sheet(network, tmp_path):
     assert "3 class(es) of 1 samples, 3 in a row" in said
     a, c = pixels(tmp_path / "a.png"), pixels(tmp_path / "c.png")
     assert np.array_equal(c[:, NAME_WIDTH : NAME_WIDTH + CELL], a[:CELL, NAME_WIDTH + CELL : NAME_WIDTH + 2 * CELL])
+
+
+@pytest.mark.parametrize("names", [(), ["a", "b", "c"]])
+def test_the_largest_sheet(names):
+    """What is allowed is opened by Pillow without a warning, names included, and one image more is refused."""
+    sheet = Sheet(64, 1, 3, 2, names)
+    largest, larger = (dataclasses.replace(sheet, per_group=sheet.most_per_group + more) for more in (0, 1))
+    assert math.prod(largest.size) <= SHEET_PIXELS < math.prod(larger.size)
+    assert not largest.is_too_large
+    assert larger.is_too_large
+    assert SHEET_PIXELS < PIL.Image.MAX_IMAGE_PIXELS
+    image = np.full([64, 64, 3], 7, np.uint8)
+    assert sheet.draw([image] * 3).size == sheet.size
+    assert dataclasses.replace(sheet, groups=10 ** 9).most_per_group == 0
 
 
 def test_no_class_is_folded_over_two_rows():
@@ -247,7 +264,7 @@ def test_arrays_without_classes(tmp_path):
     (["--seeds=0", "--outdir={out}", "--npz={out}/a.npz"], "one of the three"),
     (["--seeds=0", "--outdir={out}", "--grid=2x2"], "--grid=2x2: is the form of a picture: name its file by --sheet"),
     (["--seeds=0-4", "--sheet={out}/a.png", "--grid=2x2"], "has room for 4 images, and 5 are asked for"),
-    (["--seeds=0", "--sheet={out}/a.png", "--grid=9999x9999"], "more than fit into one picture: give at most 32768"),
+    (["--seeds=0", "--sheet={out}/a.png", "--grid=9999x9999"], "more than fit into one picture: give at most 16384"),
     (["--seeds=0", "--outdir={out}", "--grid-width=4"], "--grid-width=4: belongs to a --sheet of classes"),
     (["--seeds=0", "--sheet={out}/a.png", "--seed=4"], "leave --seed and --samples-per-class out"),
     (["--sheet={out}/a.png", "--seed=18446744073709551615"], "end at 18446744073709551615: give fewer"),
