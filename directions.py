@@ -18,6 +18,7 @@ from inference.directions.labelled import has_latents, invert
 from inference.directions.methods import change, class_changes, joined, pca, sefa
 from inference.inversion.distances import default_distance, make_distance
 from inference.inversion.projection import ProjectionSettings
+from inference.inversion.results import LATENTS_FILE
 from inference.inversion.targets import list_targets
 from inference.latents import load_latents, origin_notes
 from inference.sample_files import Sheet, write_sheet
@@ -249,6 +250,14 @@ def read_latents(job: Job, layers: Sequence[int]) -> list[np.ndarray]:
     return [w[:, list(layers)].mean(dim=1).numpy() for w in found]
 
 
+def called(path: str) -> str:
+    """What the pictures of a folder or of a file of latents are called: after the folder that says what they are."""
+    place = Path(path)
+    if place.name == LATENTS_FILE:
+        return place.absolute().parent.name
+    return place.name if place.is_dir() else place.stem
+
+
 @main.command("folders", cls=cli.Command)
 @method_options
 @class_option
@@ -277,7 +286,7 @@ def folders_command(**options: Any) -> None:
     G, layers = job.loaded.G_ema, job.layers
     w = job.samples(job.classes("class_name", "--class"))
     before, after = read_latents(job, layers)
-    name = options["name"] or f"{Path(options['first']).stem}-to-{Path(options['second']).stem}"
+    name = options["name"] or f"{called(options['first'])}-to-{called(options['second'])}"
     job.save(change(G, w, before, after, name, layers))
 
 #----------------------------------------------------------------------------

@@ -301,7 +301,7 @@ class Edit(click.ParamType):
         if isinstance(value, tuple):
             return value
         name, colon, strength = value.rpartition(":")
-        if not colon or not name.strip():
+        if not colon or not name:
             self.fail(f"{value!r} is not the name of a direction and a strength such as {self.example}", param, ctx)
         return name, self.strength(strength, param, ctx)
 

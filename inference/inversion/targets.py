@@ -72,7 +72,7 @@ def list_targets(paths: Sequence[str], option: str = "--target") -> list[Target]
     """The pictures that are files, and those in folders, however deep.
 
     Raises:
-        UserError: nothing is there, or no picture.
+        UserError: nothing is there, or no picture, or what an earlier inversion has made of some.
     """
     found: list[Target] = []
     names = {COMPARISON_FILE, LATENTS_FILE}         # What lies beside the folders of the targets.
@@ -80,6 +80,9 @@ def list_targets(paths: Sequence[str], option: str = "--target") -> list[Target]
         place = Path(path)
         if not place.exists():
             raise UserError(f"{option}={path}: no such file or folder: check the path")
+        if (place / LATENTS_FILE).is_file():
+            raise UserError(f"{option}={path}: is a folder of results, as it has a {LATENTS_FILE}: name that file if "
+                            "this option takes latents, or else a picture in the folder")
         inside = FolderStore(place).names if place.is_dir() else [""]
         if not inside:
             raise UserError(f"{option}={path}: no pictures in this folder: name another folder, or a picture")

@@ -363,6 +363,11 @@ def test_pictures_of_two_folders(network, tmp_path, monkeypatch):
     made(*folders, *latents, f"--dest={tmp_path / 'a.npz'}", "--name=smile")
     made(*folders, *search, f"--from={tmp_path / 'plain'}", f"--to={tmp_path / 'smiling'}", "--name=smile",
          f"--dest={tmp_path / 'b.npz'}")
+    refused = invoke(command("folders"), f"--network={network}", f"--from={tmp_path / 'out' / 'plain'}",
+                     f"--to={tmp_path / 'smiling'}", f"--dest={tmp_path / 'c.npz'}")
+    assert refused.exit_code == 2
+    assert "plain: is a folder of results, as it has a projected_w.npz: name that file" in refused.output
+    assert directions.called(str(tmp_path / "out" / "plain" / "projected_w.npz")) == "plain"
     a, b = (read_directions(str(tmp_path / f"{name}.npz")) for name in "ab")
     assert a.names == b.names == ["smile"]
     assert max_error(a.vectors, b.vectors) < 1e-3 * float(a.vectors.norm())
