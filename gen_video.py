@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +20,7 @@ from inference.keyframes import EASINGS, Timing
 from inference.latents import load_centroids, load_latents, origin_notes
 from inference.motion import Keyframes, Motion, Sweep, make_keyframes, style_mixed
 from inference.sampling import find_classes, seed_label
-from inference.video_files import open_video, video_format
+from inference.video_files import FOLDER, open_video, video_format
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
 from torch_utils.images import png_bytes
@@ -66,9 +67,13 @@ class VideoOptions:
 
     def check(self) -> None:
         """What can be said without the network. Raises UserError."""
-        video_format(self.output)
+        form = video_format(self.output)
         if self.first_frame is not None and not self.first_frame.lower().endswith(".png"):
             raise UserError(f"--first-frame={self.first_frame}: becomes a PNG file: name one that ends with .png")
+        if form is FOLDER and self.first_frame is not None and \
+                Path(self.output).resolve() in Path(self.first_frame).resolve().parents:
+            raise UserError(f"--first-frame={self.first_frame}: lies in the folder of --output, where the first "
+                            "file is this picture: leave it out, or name another place")
         if not self.seeds and not self.w:
             raise UserError("give --seeds, or latents in files with --w")
         if self.w and self.interp == "z":

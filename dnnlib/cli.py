@@ -378,10 +378,25 @@ class OutputFile(PathType):
 
 
 class PathList(StrList):
-    """Names and paths, separated by commas; each is what `PathType` makes of it."""
+    """Names and paths, separated by commas, which files that are there may have; each becomes what `PathType` makes."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        return [PathType().convert(part, param, ctx) for part in super().convert(value, param, ctx)]
+        parts = super().convert(value, param, ctx)
+        if not isinstance(value, list) and parts:
+            parts = _joined_names(value.split(","))
+        return [PathType().convert(part, param, ctx) for part in parts]
+
+
+def _joined_names(parts: list[str]) -> list[str]:
+    """The names of a list that was cut at its commas: where a part is no file, the longest one that begins with it."""
+    found: list[str] = []
+    while parts:
+        lengths = [1, *range(len(parts), 1, -1)]
+        names = [",".join(parts[:length]).strip() for length in lengths]
+        there = next((i for i, name in enumerate(names) if name and os.path.lexists(os.path.expanduser(name))), 0)
+        found += [names[there]] if names[there] else []
+        parts = parts[lengths[there]:]
+    return found
 
 #----------------------------------------------------------------------------
 

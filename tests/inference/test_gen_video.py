@@ -424,6 +424,7 @@ def test_lists_of_classes():
     (["--w-frames=2000000000"], "at most 1000000 are made"),
     (["--output=full/"], "this folder is not empty"), (["--output=file/v.mp4"], "--output=file/v.mp4"),
     (["--output=file/"], "--output=file/: File exists"), (["--first-frame=file/x.png"], "--first-frame=file/x.png:"),
+    (["--output=v/", "--first-frame=v/x.png"], "--first-frame=v/x.png: lies in the folder of --output"),
     (["--output=v.png/", "--first-frame=v.png"], "is the file of --first-frame=v.png, too"),
 ])
 def test_mistakes(network, tmp_path, monkeypatch, args, message):
