@@ -319,7 +319,7 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
 @click.option("--labels", metavar="dataset|uniform|balanced", default="dataset", show_default=True,
               type=click.Choice(["dataset", "uniform", "balanced"]), help="How classes of generated images are drawn: "
               "as often as in --data, all alike, or equally many of each")
-@click.option("--trunc", metavar="FLOAT", type=dnnlib.cli.FloatRange(), default=1, show_default=True,
+@click.option("--trunc", metavar="FLOAT", type=dnnlib.cli.Psi(), default=1, show_default=True,
               help="Truncation psi")
 @click.option("--mirror", metavar="BOOL", type=bool, default=False, show_default=True,
               help="fid, kid, pr, sfid, the names without _full, --save-ref: add mirrored real images")

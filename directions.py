@@ -11,7 +11,7 @@ import torch
 import tqdm
 
 from dnnlib import UserError, cli
-from dnnlib.util import list_some
+from dnnlib.util import list_some, normalized_name, printable
 from inference.directions.clip import DEFAULT as DEFAULT_CLIP
 from inference.directions.clip import load_clip
 from inference.directions.edits import find_offset
@@ -31,8 +31,9 @@ from inference.directions.text import (
 )
 from inference.inversion.distances import default_distance, make_distance
 from inference.inversion.projection import ProjectionSettings
+from inference.inversion.results import LATENTS_FILE
 from inference.inversion.targets import list_targets
-from inference.latents import load_latents
+from inference.latents import load_latents, origin_notes
 from inference.sample_files import Sheet, write_sheet
 from inference.samples import Samples, sample_images
 from inference.sampling import find_class, find_classes, many_w, seed_label
@@ -61,7 +62,8 @@ class Job:
     def class_names(self) -> list[str]:
         """Names of all classes: their numbers if they have none, or if two have the same one."""
         names, c_dim = self.loaded.class_names, self.loaded.G_ema.c_dim
-        return names if names and len(set(names)) == len(names) else [str(k) for k in range(c_dim)]
+        distinct = {normalized_name(name) for name in names or ()}
+        return names if names and len(distinct) == len(names) else [str(k) for k in range(c_dim)]
 
     @property
     def layers(self) -> list[int]:
@@ -73,12 +75,12 @@ class Job:
             raise UserError(f"--layers: the network has the layers 0 to {num_ws - 1}: leave out what is beyond")
         return list(dict.fromkeys(given))
 
-    def classes(self, option: str) -> list[int]:
+    def classes(self, key: str, option: str) -> list[int]:
         """The classes that an option names, each once; all of them, or [0], if it names none. Raises UserError."""
-        G, value = self.loaded.G_ema, self.options[option]
+        G, value = self.loaded.G_ema, self.options[key]
         if value is None:
             return list(range(max(G.c_dim, 1)))
-        return list(dict.fromkeys(find_classes(value, self.loaded.class_names, G.c_dim)))
+        return list(dict.fromkeys(find_classes(value, self.loaded.class_names, G.c_dim, option)))
 
     def samples(self, classes: Sequence[int]) -> np.ndarray:
         """w [N, w_dim] of these classes, which take turns."""
@@ -118,9 +120,9 @@ def start(method: str, options: dict[str, Any]) -> Job:
 
 def table(directions: Directions, most: int = 20) -> list[str]:
     """Names and what is known of them, a line for each."""
-    width = max(len(name) for name in directions.names[:most])
-    lines = [f"  {name:{width}}  {note}"
-             for name, note in zip(directions.names[:most], directions.notes[:most], strict=True)]
+    names, notes = ([printable(text) for text in texts[:most]] for texts in (directions.names, directions.notes))
+    width = max(map(len, names))
+    lines = [f"  {name:{width}}  {note}" for name, note in zip(names, notes, strict=True)]
     return lines if len(directions) <= most else [*lines, f"  and {len(directions) - most} more"]
 
 
@@ -141,7 +143,7 @@ def file_options(command: cli.Decorated) -> cli.Decorated:
     """The options that all methods have."""
     for option in (
         cli.device_option(),
-        click.option("--dest", help="Where to write the directions, .npz", metavar="FILE", type=cli.PathType(),
+        click.option("--dest", help="Where to write the directions, .npz", metavar="FILE", type=cli.OutputFile(),
                      required=True),
         click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
                      type=cli.PathType(addresses=True), required=True),
@@ -187,7 +189,7 @@ def sefa_command(**options: Any) -> None:
     """
     job = start("sefa", options)
     num, layers = job.num, job.layers
-    w = job.samples(job.classes("class_name"))
+    w = job.samples(job.classes("class_name", "--class"))
     job.save(sefa(job.loaded.G_ema, w, num, layers, options["name"] or "sefa"))
 
 
@@ -205,7 +207,7 @@ def pca_command(**options: Any) -> None:
       python directions.py pca --network=best_model.pkl --class=cat,dog --per-class --num=5 --dest=pets.npz
     """
     job = start("pca", options)
-    G, classes, name = job.loaded.G_ema, job.classes("class_name"), options["name"] or "pca"
+    G, classes, name = job.loaded.G_ema, job.classes("class_name", "--class"), options["name"] or "pca"
     num, layers = job.num, job.layers
     if not options["per_class"]:
         job.save(pca(G, job.samples(classes), num, layers, name))
@@ -236,7 +238,7 @@ def classes_command(**options: Any) -> None:
     G = job.loaded.G_ema
     if G.c_dim < 2:
         raise UserError(f"--network={options['network']}: has fewer than two classes: take sefa, pca or folders")
-    first, second, layers = job.classes("first"), job.classes("second"), job.layers
+    first, second, layers = job.classes("first", "--from"), job.classes("second", "--to"), job.layers
     if first == second and len(first) == 1:
         raise UserError(f"--from={options['first']}: is the class of --to: name another one")
     if len(first) * len(second) > MOST_DIRECTIONS and options["first"] is not None:
@@ -259,16 +261,26 @@ def read_latents(job: Job, layers: Sequence[int]) -> list[np.ndarray]:
     if not any(pictures) and (steps is not None or name is not None):
         raise UserError("--inv-steps and --distance: --from and --to bring latents, so there is nothing to search for: "
                         "leave them out")
-    classes = job.classes("class_name")
+    classes = job.classes("class_name", "--class")
     settings = ProjectionSettings(OFFICIAL_STEPS if steps is None else steps, "w", options["seed"])
     found = [load_latents(path, G.num_ws, G.w_dim, option) if has_latents(path) else torch.empty(0)
              for path, option in zip(paths, names, strict=True)]
+    for path, option in zip(paths, names, strict=True):
+        cli.tell(origin_notes([path], G, option) if has_latents(path) else ())
     if any(pictures):
         distance = make_distance(name or default_distance(), G.img_resolution, next(G.parameters()).device)
         click.echo(f"--distance={distance.name}{': ' + distance.source if distance.source else ''}", err=True)
         found = [invert(G, targets, distance, classes, settings, options["batch_sz"]) if targets else w
                  for targets, w in zip(pictures, found, strict=True)]
     return [w[:, list(layers)].mean(dim=1).numpy() for w in found]
+
+
+def called(path: str) -> str:
+    """What the pictures of a folder or of a file of latents are called: after the folder that says what they are."""
+    place = Path(path)
+    if place.name == LATENTS_FILE:
+        return place.absolute().parent.name
+    return place.name if place.is_dir() else place.stem
 
 
 @main.command("folders", cls=cli.Command)
@@ -297,9 +309,9 @@ def folders_command(**options: Any) -> None:
     """
     job = start("folders", options)
     G, layers = job.loaded.G_ema, job.layers
-    w = job.samples(job.classes("class_name"))
+    w = job.samples(job.classes("class_name", "--class"))
     before, after = read_latents(job, layers)
-    name = options["name"] or f"{Path(options['first']).stem}-to-{Path(options['second']).stem}"
+    name = options["name"] or f"{called(options['first'])}-to-{called(options['second'])}"
     job.save(change(G, w, before, after, name, layers))
 
 
@@ -314,12 +326,13 @@ def text_steps(job: Job) -> tuple[int, Iterator[torch.Tensor]]:
             raise UserError(f"--w: its latents are used as they are, and {', '.join(given)} would change nothing: "
                             "leave it out")
         ws = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options["w"]])
+        cli.tell(origin_notes(options["w"], G))
         num_steps = options["steps"] or DEFAULT_STEPS
         return num_steps, given_steps(ws, PER_STEP * num_steps)
     if options["class_name"] is None:
         labels = [seed_label(seed, G.c_dim) if G.c_dim > 0 else 0 for seed in seeds]
     else:
-        classes = job.classes("class_name")
+        classes = job.classes("class_name", "--class")
         labels = [classes[i % len(classes)] for i in range(len(seeds))]
     num_pictures = len(seeds) if options["steps"] is None else PER_STEP * options["steps"]
     return -(-num_pictures // PER_STEP), seed_steps(G, seeds, labels, psi, num_pictures)
@@ -341,7 +354,7 @@ def text_steps(job: Job) -> tuple[int, Iterator[torch.Tensor]]:
 @click.option("--class", "--classes", "class_name", help="Classes of the pictures, by name or index, which take turns  "
               "[default: drawn from each seed]", metavar="NAME,INT...")
 @click.option("--trunc", help="Truncation psi of the pictures: 1 is none, 0 the mean", metavar="FLOAT",
-              type=cli.FloatRange(), default=1.0, show_default=True)
+              type=cli.Psi(), default=1.0, show_default=True)
 @click.option("--clip", help="A network of open_clip, or NAME:WEIGHTS", metavar="NAME", default=DEFAULT_CLIP,
               show_default=True)
 @click.option("--clip-weights", help="Its weights  [default: looked for on this machine, or downloaded]",
@@ -386,11 +399,12 @@ def chosen(files: Sequence[Directions], names: Sequence[str]) -> dict[str, Offse
     Raises:
         UserError: there is no such direction, or there are two.
     """
-    known = [name for directions in files for name in directions.names]
-    if missing := [name for name in names if name not in known]:
-        raise UserError(f"--name={missing[0]}: --directions has none of this name, but {list_some(known, 10)}: give "
-                        "one of these")
-    return {name: find_offset(files, name) for name in known if name in names or not names}
+    known = {normalized_name(name): name for directions in files for name in directions.names}
+    wanted = [normalized_name(name) for name in names]
+    if missing := [name for name in wanted if name not in known]:
+        raise UserError(f"--name={missing[0]}: --directions has none of this name, but "
+                        f"{list_some(list(known.values()), 10)}: give one of these")
+    return {name: find_offset(files, name) for key, name in known.items() if key in wanted or not names}
 
 
 def pictures_along(loaded: LoadedNetwork, offsets: Sequence[Offset], strengths: Sequence[float],
@@ -410,11 +424,11 @@ def pictures_along(loaded: LoadedNetwork, offsets: Sequence[Offset], strengths: 
 @click.option("--directions", "paths", help="The files", metavar="FILE,FILE...", type=cli.PathList(), required=True)
 @click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
               type=cli.PathType(addresses=True), required=True)
-@click.option("--sheet", help="The picture to write", metavar="PNG", type=cli.PathType(), required=True)
+@click.option("--sheet", help="The picture to write", metavar="PNG", type=cli.OutputFile(), required=True)
 @click.option("--name", "names", help="Only this direction; may be given several times", metavar="TEXT", multiple=True)
 @click.option("--seed", help="Of the picture", metavar="INT", type=cli.Seed(), default=0, show_default=True)
 @click.option("--class", "class_name", help="Of the picture  [default: drawn from the seed]", metavar="NAME|INT")
-@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
+@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.Psi(),
               default=1.0, show_default=True)
 @click.option("--strength", help="Strength at the end of each row", metavar="FLOAT",
               type=cli.FloatRange(min=-cli.MAX_STRENGTH, max=cli.MAX_STRENGTH), default=3.0, show_default=True)
@@ -440,8 +454,7 @@ def show_command(**options: Any) -> None:
     click.echo(dispatch.start_lines(target), err=True)
     loaded = load_network(options["network"], target)
     files, notes = load_directions(options["paths"], loaded.G_ema)
-    for note in notes:
-        click.echo(f"NOTE: {note}", err=True)
+    cli.tell(notes)
     offsets = chosen(files, options["names"])
     strengths = np.linspace(first, last, options["steps"]).tolist()
     sheet = Sheet(loaded.G_ema.img_resolution, len(strengths), len(offsets), names=list(offsets))

@@ -10,12 +10,12 @@ import torch
 import tqdm
 
 from dnnlib import UserError, cli
-from dnnlib.util import list_some
+from dnnlib.util import list_some, printable
 from inference.directions.edits import check_edits, edit_offset
 from inference.directions.files import load_directions
 from inference.frames import make_transform
 from inference.image_inputs import read_labels
-from inference.latents import load_centroids, load_latents
+from inference.latents import load_centroids, load_latents, origin_notes
 from inference.sample_files import (
     SHEET_PIXELS,
     Sheet,
@@ -142,9 +142,9 @@ def named_classes(loaded: LoadedNetwork, options: ImageOptions) -> list[int] | N
     classes = list(dict.fromkeys(find_classes(options.class_name, loaded.class_names, loaded.G_ema.c_dim)))
     names = [loaded.class_names[i] for i in classes] if loaded.class_names else []
     if len(classes) > 1 and names:
-        click.echo(f"--class={options.class_name}: {list_some(names, 10)}", err=True)
+        click.echo(printable(f"--class={options.class_name}: {list_some(names, 10)}"), err=True)
     elif names and names != [options.class_name]:
-        click.echo(f"--class={options.class_name}: the class {classes[0]}, {names[0]}", err=True)
+        click.echo(printable(f"--class={options.class_name}: the class {classes[0]}, {names[0]}"), err=True)
     return classes
 
 
@@ -158,8 +158,7 @@ def data_shares(loaded: LoadedNetwork, options: ImageOptions) -> np.ndarray | No
                         "--labels=balanced")
     shares, note = class_shares(f"--data={options.data}", labels, names, f"--network={options.network}",
                                 loaded.class_names, loaded.G_ema.c_dim)
-    if note:
-        click.echo(f"NOTE: {note}", err=True)
+    cli.tell([note] if note else ())
     return shares
 
 
@@ -192,7 +191,7 @@ def class_sheet(loaded: LoadedNetwork, options: ImageOptions, seeds: list[int],
     sheet = Sheet(G.img_resolution, len(seeds), len(classes), per_row,
                   [names[k] for k in classes] if G.c_dim > 0 else [])
     if sheet.is_too_large:
-        most = SHEET_PIXELS // (sheet.rows * sheet.columns * sheet.cell ** 2)
+        most = sheet.most_per_group
         raise UserError(f"--sheet: {len(classes)} class(es) with {len(seeds)} samples of {sheet.cell} pixels are more "
                         f"than fit into one picture: give {f'at most {most} samples' if most else 'fewer classes'}, or "
                         "--outdir for single images")
@@ -221,8 +220,7 @@ def chosen_edit(G: Generator, options: ImageOptions) -> Offset:
     if not options.edits:
         return UNMOVED
     files, notes = load_directions(options.directions, G)
-    for note in notes:
-        click.echo(f"NOTE: {note}", err=True)
+    cli.tell(notes)
     return edit_offset(files, options.edits)
 
 
@@ -258,6 +256,7 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
     G = loaded.G_ema
     seeds, classes = options.chosen_seeds(), named_classes(loaded, options)
     given = torch.cat([load_latents(path, G.num_ws, G.w_dim) for path in options.w]) if options.w else None
+    cli.tell(origin_notes(options.w or [], G))
     sheet: Sheet | None = None
     if options.has_class_rows:
         sheet, samples = class_sheet(loaded, options, seeds, classes)
@@ -301,7 +300,7 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
               type=click.Choice(["uniform", "balanced", "dataset"]))
 @click.option("--data", help="Data set with the labels for --labels=dataset", metavar="DIR|FILE", type=cli.PathType())
 @click.option("--split", help="Which part of --data, if it has several", metavar="train|val|test|all")
-@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
+@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.Psi(),
               default=1.0, show_default=True)
 @click.option("--batch-sz", "--batch-gpu", "batch_sz", help="Images made at once: more are faster on GPUs and may "
               "round differently (by one of 255 levels)", metavar="INT", type=cli.IntRange(min=1), default=1,
@@ -309,18 +308,18 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
 @click.option("--centroids-path", help="Truncate towards the nearest of these centres of w (python -m "
               "inference.centroids)", metavar="FILE", type=cli.PathType())
 @cli.edit_options()
-@click.option("--translate", help="Shift of the picture in image widths", type=cli.Vec2(), default="0,0",
+@click.option("--translate", help="Shift of the picture in image widths", type=cli.Vec2(cli.MAX_SHIFT), default="0,0",
               show_default=True)
-@click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=cli.FloatRange(), default=0,
+@click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=cli.Angle(), default=0,
               show_default=True)
 @click.option("--noise-mode", help="Accepted for old commands: these generators have no noise inputs",
               type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
 @click.option("--outdir", help="Write single images here; with several classes in a folder per class", metavar="DIR",
               type=cli.PathType())
 @click.option("--npz", help="Write all images as arrays to one file, which calc_metrics.py reads", metavar="FILE",
-              type=cli.PathType())
+              type=cli.OutputFile())
 @click.option("--sheet", help="Write one picture: a row per class, a column per seed", metavar="PNG",
-              type=cli.PathType())
+              type=cli.OutputFile())
 @click.option("--grid", help="Let --sheet show the images as they come: columns x rows", type=cli.Grid())
 @click.option("--grid-width", help="Let rows of --sheet have up to so many images, of as many classes as fit whole",
               metavar="INT", type=cli.IntRange(min=1))
@@ -351,6 +350,8 @@ def main(**values: Any) -> None:
     if options.noise_mode != "const":
         click.echo(f"NOTE: --noise-mode={options.noise_mode} has no effect: these generators have no noise inputs",
                    err=True)
+    if options.centroids_path is not None and options.trunc == 1:
+        cli.tell([f"--centroids-path={options.centroids_path} has no effect with --trunc=1"])
     target = misc.select_device(options.device)
     click.echo(dispatch.start_lines(target), err=True)
     click.echo(write(load_network(options.network, target), options))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a video from a snapshot or an official pickle: what lies between seeds, classes and given latents."""
+import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,26 +12,24 @@ import torch
 import tqdm
 
 from dnnlib import UserError, cli
-from dnnlib.util import list_some
+from dnnlib.util import atomic_file, list_some, printable
 from inference.directions.edits import check_edits, edit_offset
 from inference.directions.files import load_directions
 from inference.frames import pictures, tiled
 from inference.keyframes import EASINGS, Timing
-from inference.latents import load_centroids, load_latents
+from inference.latents import load_centroids, load_latents, origin_notes
 from inference.motion import Keyframes, Motion, Sweep, make_keyframes, style_mixed
 from inference.sampling import find_classes, seed_label
-from inference.video_files import open_video, video_format
+from inference.video_files import FOLDER, open_video, video_format
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
-from torch_utils.images import save_image
+from torch_utils.images import png_bytes
 from torch_utils.ops import dispatch
 from training.generator.layer_schedule import is_rotation
 from training.networks_stylegan3 import Generator
 
 MOST_FRAMES = 1_000_000         # More than four hours.
 MOST_VALUES = 1 << 25           # Of the latents of all keyframes: their path through w takes some 40 bytes for each.
-
-FARTHEST = 1000                 # Image widths that pictures are shifted.
 
 #----------------------------------------------------------------------------
 
@@ -67,11 +67,13 @@ class VideoOptions:
 
     def check(self) -> None:
         """What can be said without the network. Raises UserError."""
-        video_format(self.output)
+        form = video_format(self.output)
         if self.first_frame is not None and not self.first_frame.lower().endswith(".png"):
             raise UserError(f"--first-frame={self.first_frame}: becomes a PNG file: name one that ends with .png")
-        if max(map(abs, self.sweep_translate)) > FARTHEST:
-            raise UserError(f"--sweep-translate: at most {FARTHEST} image widths: beyond, there is no precision left")
+        if form is FOLDER and self.first_frame is not None and \
+                Path(self.output).resolve() in Path(self.first_frame).resolve().parents:
+            raise UserError(f"--first-frame={self.first_frame}: lies in the folder of --output, where the first "
+                            "file is this picture: leave it out, or name another place")
         if not self.seeds and not self.w:
             raise UserError("give --seeds, or latents in files with --w")
         if self.w and self.interp == "z":
@@ -104,6 +106,7 @@ class VideoOptions:
 def read_sources(G: Generator, options: VideoOptions) -> list[int | torch.Tensor]:
     """The latents that are asked for: ws of files [num_ws, w_dim], then seeds."""
     given = [w for path in options.w or [] for w in load_latents(path, G.num_ws, G.w_dim)]
+    cli.tell(origin_notes(options.w or [], G))
     return [*given, *(options.seeds or [])]
 
 
@@ -176,8 +179,7 @@ def make_sweep(G: Generator, options: VideoOptions) -> Sweep:
     if not options.directions:
         return options.sweep
     files, notes = load_directions(options.directions, G)
-    for note in notes:
-        click.echo(f"NOTE: {note}", err=True)
+    cli.tell(notes)
     ends = [edit_offset(files, [*options.edits, *((name, strengths[i]) for name, strengths in options.sweep_edits)])
             for i in (0, 1)]
     return dataclasses.replace(options.sweep, edits=(ends[0], ends[1]))
@@ -198,13 +200,13 @@ def write_video(frames: Iterator[np.ndarray], num_frames: int, side: int, option
     columns, rows = options.shown_grid
     width, height = columns * side * options.zoom, rows * side * options.zoom
     fps = options.fps or video_format(options.output).fps
-    first: np.ndarray | None = None
-    with open_video(options.output, width, height, fps) as write:
-        for frame in tqdm.tqdm(frames, total=num_frames, unit="frame", disable=None):
-            first = frame if first is None else first
+    with contextlib.ExitStack() as stack:       # That both can be written shows before frames are made.
+        first = None if options.first_frame is None else stack.enter_context(atomic_file(options.first_frame))
+        write = stack.enter_context(open_video(options.output, width, height, fps))
+        for i, frame in enumerate(tqdm.tqdm(frames, total=num_frames, unit="frame", disable=None)):
+            if i == 0 and first is not None:
+                first.write(png_bytes(frame))
             write(frame)
-    if options.first_frame is not None and first is not None:
-        save_image(options.first_frame, first)
     return f"{num_frames} frame(s) of {width}x{height} pixels, {num_frames / fps:.1f} s"
 
 
@@ -222,7 +224,7 @@ def check_network(G: Generator, options: VideoOptions) -> None:
 @click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
               type=cli.PathType(addresses=True), required=True)
 @click.option("--output", help=".mp4, .webp, .gif, or a folder for PNG frames", metavar="FILE|DIR",
-              type=cli.PathType(), required=True)
+              type=cli.OutputFile(), required=True)
 @click.option("--seeds", help="Random seeds of the keyframes, e.g. 0,1,4-6", type=cli.IntList(cli.MAX_SEED))
 @click.option("--w", help="Latents of keyframes in .npz (array w) or .npy files; they come before the seeds",
               metavar="FILE,FILE...", type=cli.PathList())
@@ -241,25 +243,25 @@ def check_network(G: Generator, options: VideoOptions) -> None:
               show_default=True)
 @click.option("--loop/--no-loop", help="Go back from the last keyframe to the first", default=True, show_default=True)
 @click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean  [default: 1]", metavar="FLOAT",
-              type=cli.FloatRange())
+              type=cli.Psi())
 @click.option("--centroids-path", help="Truncate towards the nearest of these centres of w", metavar="FILE",
               type=cli.PathType())
 @cli.edit_options()
 @click.option("--sweep-edit", "sweep_edits", help="Move along a direction from one strength to the other and, in a "
               "loop, back; may be given several times", type=cli.EditSweep(), multiple=True)
 @click.option("--sweep-trunc", help="Truncation psi from one value to the other and, in a loop, back",
-              metavar="FROM,TO", type=cli.Vec2())
-@click.option("--sweep-translate", help="Shift the pictures so far, in image widths, and back", type=cli.Vec2(),
-              default="0,0", show_default=True)
+              metavar="FROM,TO", type=cli.Vec2(cli.MAX_PSI))
+@click.option("--sweep-translate", help="Shift the pictures so far, in image widths, and back",
+              type=cli.Vec2(cli.MAX_SHIFT), default="0,0", show_default=True)
 @click.option("--sweep-rotate", help="Turn the pictures so far in degrees; whole turns go on, others go back",
-              metavar="ANGLE", type=cli.FloatRange(), default=0, show_default=True)
+              metavar="ANGLE", type=cli.Angle(), default=0, show_default=True)
 @click.option("--mix-layers", help="Show mixtures: these layers from a source for each column of the grid, the others "
               "from one for each row", type=cli.IntList())
 @click.option("--fps", help="Frames per second  [default: 60; 50 for .gif]", metavar="INT",
               type=cli.IntRange(min=1, max=240))
 @click.option("--zoom", help="Enlarge pixels to squares of so many", metavar="INT", type=cli.IntRange(min=1, max=64),
               default=1, show_default=True)
-@click.option("--first-frame", help="Also save the first frame as a picture", metavar="PNG", type=cli.PathType())
+@click.option("--first-frame", help="Also save the first frame as a picture", metavar="PNG", type=cli.OutputFile())
 @click.option("--batch-sz", help="Pictures per batch; the video does not depend on it", metavar="INT",
               type=cli.IntRange(min=1), default=1, show_default=True)
 @cli.precision_option()
@@ -278,6 +280,8 @@ def main(**values: Any) -> None:
     """
     options = VideoOptions(**values)
     options.check()
+    if options.centroids_path is not None and options.sweep.psi == (1, 1):
+        cli.tell([f"--centroids-path={options.centroids_path} has no effect without --trunc or --sweep-trunc"])
     target = misc.select_device(options.device)
     click.echo(dispatch.start_lines(target), err=True)
     loaded = load_network(options.network, target)
@@ -286,7 +290,7 @@ def main(**values: Any) -> None:
     keyframes = choose_keyframes(loaded, options)
     if options.class_name is not None and loaded.class_names:
         names = [loaded.class_names[i] for i in dict.fromkeys(keyframes.classes.T.flatten().tolist())]
-        click.echo(f"--class={options.class_name}: {list_some(names, 10)}", err=True)
+        click.echo(printable(f"--class={options.class_name}: {list_some(names, 10)}"), err=True)
     timing = make_timing(len(keyframes.ws), options)
     frames = make_frames(G, keyframes, timing, make_sweep(G, options), options)
     click.echo(f"{options.output}: {write_video(frames, timing.num_frames, G.img_resolution, options)}")

@@ -14,15 +14,23 @@ import torch
 import tqdm
 
 from dnnlib import UserError, cli
-from dnnlib.util import atomic_path
+from dnnlib.util import atomic_folder, printable
 from inference.inversion.distances import Distance, default_distance, make_distance
 from inference.inversion.goals import Goal
 from inference.inversion.pivotal import TuningSettings, tune
 from inference.inversion.projection import SPACES, ProjectionSettings, Step, Watch, project
-from inference.inversion.results import Inverted, Sheet, as_picture, save_latents, save_picture
+from inference.inversion.results import (
+    COMPARISON_FILE,
+    LATENTS_FILE,
+    Comparison,
+    Inverted,
+    as_picture,
+    save_latents,
+    save_picture,
+)
 from inference.inversion.start import Start, default_count, given_start, nearest_start
 from inference.inversion.targets import Target, list_targets
-from inference.latents import load_latents
+from inference.latents import load_latents, mapping_sha256, origin_notes
 from inference.sampling import find_class
 from inference.video_files import Write, open_video
 from legacy import LoadedNetwork, load_network
@@ -35,7 +43,6 @@ from training.networks_stylegan3 import Generator
 from training.run.snapshots import generator_snapshot
 
 FPS = 60                    # Of the video, which has a frame per step.
-LATENTS, COMPARISON = "projected_w.npz", "comparison.png"
 
 #----------------------------------------------------------------------------
 
@@ -110,6 +117,7 @@ def read_start(G: Generator, options: InversionOptions, class_idx: int | None, c
     if options.w_init is None:
         return None
     ws = load_latents(options.w_init, G.num_ws, G.w_dim, "--w-init")
+    cli.tell(origin_notes([options.w_init], G, "--w-init"))
     if len(ws) not in (1, count):
         raise UserError(f"--w-init={options.w_init}: holds {len(ws)} latents for {count} targets: give one for all, "
                         "or one for each")
@@ -132,7 +140,7 @@ class Inversion:
         if options.mask is not None:
             self.mask = read_mask(options.mask, self.G.img_resolution, self.device)
         self.given = read_start(self.G, options, self.class_idx, len(targets))
-        self.sheet = Sheet(self.G.img_resolution, 4 if options.run_pti else 3)
+        self.comparison = Comparison(self.G.img_resolution, 4 if options.run_pti else 3)
         self.bar = tqdm.tqdm(total=self._num_steps(), unit="step", disable=None)
 
     def _num_steps(self) -> int:
@@ -152,8 +160,8 @@ class Inversion:
         """What the results of all targets have in common."""
         return {"seed": self.options.seed, "steps": self.options.inv_steps, "space": self.options.space,
                 "network": str(self.loaded.path), "network_sha256": self.loaded.sha256,
-                "distance": self.distance.name, "distance_sha256": self.distance.sha256 or "",
-                "options": dataclasses.asdict(self.options)}
+                "mapping_sha256": mapping_sha256(self.G), "distance": self.distance.name,
+                "distance_sha256": self.distance.sha256 or "", "options": dataclasses.asdict(self.options)}
 
     def start(self, goal: Goal, first: int) -> Start:
         """Where the search for some targets begins; `first` is the number of the first of them."""
@@ -180,10 +188,10 @@ class Inversion:
                 found += self._batch(first)
         outdir = Path(self.options.outdir)
         if len(self.targets) > 1:
-            save_latents(outdir / LATENTS, found, self.settings())
-        self.sheet.save(outdir / COMPARISON)
-        if self.sheet.left_out:
-            click.echo(f"NOTE: {COMPARISON} leaves out the last {self.sheet.left_out} targets", err=True)
+            save_latents(outdir / LATENTS_FILE, found, self.settings())
+        self.comparison.save(outdir / COMPARISON_FILE)
+        if self.comparison.left_out:
+            click.echo(f"NOTE: {COMPARISON_FILE} leaves out the last {self.comparison.left_out} targets", err=True)
 
     def _batch(self, first: int) -> list[Inverted]:
         """The targets from `first` on that are searched for at once."""
@@ -192,7 +200,7 @@ class Inversion:
         pixels = torch.stack([picture.pixels for picture in pictures])
         goal = Goal(from_uint8(pixels).to(self.device), self.distance, self.mask)
         with contextlib.ExitStack() as stack:
-            places = [stack.enter_context(atomic_path(self.place(target), folder=True)) for target in targets]
+            places = [stack.enter_context(atomic_folder(self.place(target))) for target in targets]
             videos = [stack.enter_context(self._video(place)) for place in places] if self.options.wants_video else []
             start = self.start(goal, first)
             ws = project(self.G, goal, start, self.options.projection, self._watch(videos, pixels))
@@ -201,7 +209,7 @@ class Inversion:
                               distances[i], errors[i]) for i, target in enumerate(targets)]
             for i, place in enumerate(places):
                 words = self._finish(place, goal[i], found[i], pixels[i], self._watch(videos[i:i + 1], pixels[i:i + 1]))
-                tqdm.tqdm.write(f"{targets[i].name}{self.class_in_words(found[i].label)}: {words}")
+                tqdm.tqdm.write(printable(f"{targets[i].name}{self.class_in_words(found[i].label)}: {words}"))
         return found
 
     def _video(self, place: Path) -> contextlib.AbstractContextManager[Write]:
@@ -236,8 +244,8 @@ class Inversion:
             words += f", tuned {error:.5f}"
         for name, image in made.items():
             save_picture(place / f"{name}.png", image)
-        save_latents(place / LATENTS, [one], self.settings())
-        self.sheet.add(list(made.values()))
+        save_latents(place / LATENTS_FILE, [one], self.settings())
+        self.comparison.add(list(made.values()))
         return words
 
     def _picture(self, G: Generator, ws: torch.Tensor) -> torch.Tensor:

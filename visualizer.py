@@ -9,6 +9,7 @@ import click
 from dnnlib import UserError, cli
 from dnnlib.util import file_sha256
 from inference.directions.files import load_directions
+from inference.latents import mapping_sha256
 from inference.page.commands import Origin
 from inference.page.studio import Studio
 from legacy import LoadedNetwork, load_network
@@ -37,10 +38,10 @@ def make_studio(loaded: LoadedNetwork, network: str, directions: list[str], prec
     files, notes = load_directions(directions, G)
     options = [f"--{name}={value}" for name, value in (("precision", precision), ("device", device)) if value != "auto"]
     style_names = {name for found in files if found.styles is not None for name in found.names}
-    studio = Studio(G, Origin(network, loaded.sha256, loaded.class_names, G.c_dim, directions, style_names, options),
-                    files, precision)
-    for note in [*notes, *studio.left_out]:
-        click.echo(f"NOTE: {note}", err=True)
+    origin = Origin(network, loaded.sha256, mapping_sha256(G), loaded.class_names, G.c_dim, directions, style_names,
+                    options)
+    studio = Studio(G, origin, files, precision)
+    cli.tell([*notes, *studio.left_out])
     return studio
 
 #----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,9 @@ MAX_FLOAT = 3.4e38          # The largest float32: beyond it a tensor holds infi
 MAX_INT = 2 ** 31 - 1
 MAX_SEED = 2 ** 64 - 1      # What PyTorch and the counter-based generators take.
 MAX_STRENGTH = 1000         # Of an edit, in units of its direction.
+MAX_PSI = 1000              # Of truncation. Beyond, and beyond the next two, there is no precision left.
+MAX_SHIFT = 1000            # Image widths that a picture is shifted.
+MAX_TURN = 360_000          # Degrees that it is turned.
 MAX_LIST = 1_000_000        # Numbers in a list on the command line.
 
 #----------------------------------------------------------------------------
@@ -70,6 +73,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            _refuse_lost_files(ctx)
             return super().invoke(ctx)
         except UserError as err:
             raise _Mistake(printable(str(err)), err.exit_code) from err
@@ -92,28 +96,73 @@ def _explain(error: OSError, ctx: click.Context) -> str | None:
     if error.errno is None or (name is None and error.errno not in WITHOUT_NAME):
         return None
     path = None if name is None else os.fsdecode(name)
-    what = "writing a file" if path is None else _with_option(path, ctx)
+    in_the_way = error.errno in (errno.EEXIST, errno.ENOTDIR)
+    what = "writing a file" if path is None else _with_option(path, ctx, in_the_way)
     return f"{what}: {error.strerror}: {REMEDIES.get(error.errno, 'name another place')}"
 
 
-def _with_option(path: str, ctx: click.Context) -> str:
-    """'--outdir=runs: runs/00000': the path, with the option that names it, a folder above it, or a place below it."""
+def _refuse_lost_files(ctx: click.Context) -> None:
+    """Refuse to write a file in the place of one that the same command reads or writes. Raises UserError."""
+    named = list(_named_paths(ctx))
+    for option, path in named:
+        for other, name in named:
+            if isinstance(option.type, OutputFile) and other is not option and _is_same_file(path, name):
+                raise UserError(f"{_flag(option, path)}: is the file of {_flag(other, name)}, too, which would get "
+                                "lost: name another file")
+
+
+def _is_same_file(first: str, second: str) -> bool:
+    """Whether two paths lead to one place."""
+    if os.path.isfile(first) and os.path.isfile(second):
+        return os.path.samefile(first, second)
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
+def _named_paths(ctx: click.Context) -> Iterator[tuple[click.Option, str]]:
+    """The options that name paths, with each path that they name."""
+    for param in ctx.command.params:
+        if isinstance(param, click.Option) and isinstance(param.type, PathType | PathList):
+            value = ctx.params.get(param.name or "")
+            yield from ((param, path) for path in ([value] if isinstance(value, str) else value or ()))
+
+
+def _flag(option: click.Option, value: str) -> str:
+    """'--outdir=runs'."""
+    return f"{max(option.opts, key=len)}={value}"
+
+
+def _with_option(path: str, ctx: click.Context, in_the_way: bool) -> str:
+    """'--outdir=runs: runs/00000': the path, with the option that names it, a folder above it, or a place below it.
+
+    Args:
+        path: The path.
+        ctx: Has the options.
+        in_the_way: Whether the path hinders another one, so that a place below it comes first.
+    """
+    exact: list[str] = []
     above: list[tuple[int, str]] = []
     below: list[str] = []
-    for param in ctx.command.params:
-        value = ctx.params.get(param.name or "")
-        if not isinstance(param, click.Option) or not isinstance(param.type, PathType) or not isinstance(value, str):
-            continue
-        flag = f"{max(param.opts, key=len)}={value}"
-        if value == path:
-            return flag
-        if Path(value) in Path(path).parents:
+    for option, value in _named_paths(ctx):
+        flag = _flag(option, value)
+        if Path(value) == Path(path):
+            exact.append(flag)
+        elif Path(value) in Path(path).parents:
             above.append((len(value), f"{flag}: {path}"))
         elif Path(path) in Path(value).parents:
             below.append(f"{flag}: {path}")
+    if in_the_way and len(below) == 1:
+        return below[0]
+    if exact:
+        return exact[0]
     if above:
         return max(above)[1]
     return below[0] if len(below) == 1 else path
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Tell people what they may not expect: a line for each note, on stderr."""
+    for note in notes:
+        click.echo(printable(f"NOTE: {note}"), err=True)
 
 #----------------------------------------------------------------------------
 # Numbers.
@@ -126,6 +175,20 @@ class FloatRange(click.FloatRange):
         if not abs(number) <= MAX_FLOAT:        # Also nan.
             self.fail(f"{value} is not a finite number (at most {MAX_FLOAT:g})", param, ctx)
         return float(super().convert(number, param, ctx))
+
+
+class Psi(FloatRange):
+    """Truncation."""
+
+    def __init__(self) -> None:
+        super().__init__(min=-MAX_PSI, max=MAX_PSI)
+
+
+class Angle(FloatRange):
+    """Degrees."""
+
+    def __init__(self) -> None:
+        super().__init__(min=-MAX_TURN, max=MAX_TURN)
 
 
 class IntRange(click.IntRange):
@@ -193,9 +256,16 @@ class IntOrAuto(click.ParamType):
 
 
 class Vec2(click.ParamType):
-    """'0.3,1' -> (0.3, 1.0)."""
+    """'0.3,1' -> (0.3, 1.0).
+
+    Args:
+        largest: What neither number may exceed, nor its negative.
+    """
 
     name = "X,Y"
+
+    def __init__(self, largest: float = MAX_FLOAT):
+        self.largest = largest
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
         if isinstance(value, tuple):
@@ -203,7 +273,7 @@ class Vec2(click.ParamType):
         parts = value.split(",")
         if len(parts) != 2:
             self.fail(f"{value!r} is not a pair of numbers such as 0.3,1", param, ctx)
-        x, y = (FloatRange().convert(part, param, ctx) for part in parts)
+        x, y = (FloatRange(-self.largest, self.largest).convert(part, param, ctx) for part in parts)
         return x, y
 
 
@@ -231,7 +301,7 @@ class Edit(click.ParamType):
         if isinstance(value, tuple):
             return value
         name, colon, strength = value.rpartition(":")
-        if not colon or not name.strip():
+        if not colon or not name:
             self.fail(f"{value!r} is not the name of a direction and a strength such as {self.example}", param, ctx)
         return name, self.strength(strength, param, ctx)
 
@@ -303,11 +373,30 @@ class PathType(click.ParamType):
         return path
 
 
+class OutputFile(PathType):
+    """A file that is written, or a folder that a file name stands for: no other option may name it."""
+
+
 class PathList(StrList):
-    """Names and paths, separated by commas; each is what `PathType` makes of it."""
+    """Names and paths, separated by commas, which files that are there may have; each becomes what `PathType` makes."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        return [PathType().convert(part, param, ctx) for part in super().convert(value, param, ctx)]
+        parts = super().convert(value, param, ctx)
+        if not isinstance(value, list) and parts:
+            parts = _joined_names(value.split(","))
+        return [PathType().convert(part, param, ctx) for part in parts]
+
+
+def _joined_names(parts: list[str]) -> list[str]:
+    """The names of a list that was cut at its commas: where a part is no file, the longest one that begins with it."""
+    found: list[str] = []
+    while parts:
+        lengths = [1, *range(len(parts), 1, -1)]
+        names = [",".join(parts[:length]).strip() for length in lengths]
+        there = next((i for i, name in enumerate(names) if name and os.path.lexists(os.path.expanduser(name))), 0)
+        found += [names[there]] if names[there] else []
+        parts = parts[lengths[there]:]
+    return found
 
 #----------------------------------------------------------------------------
 

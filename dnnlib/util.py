@@ -116,6 +116,8 @@ def is_address(path: str) -> bool:
 #----------------------------------------------------------------------------
 # Files.
 
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})       # Python does not say which file these concern.
+
 _position = threading.Lock()    # Where reading at a place moves the descriptor, one thread at a time does it.
 
 
@@ -177,6 +179,28 @@ def _refuse_what_is_no_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _naming(path: Path, temp: str | Path) -> Iterator[None]:
+    """Let errors of a full disk, and those of the temporary place, in the block name the path that was asked for."""
+    try:
+        yield
+    except OSError as err:
+        name = err.filename
+        if err.errno in FULL_DISK if name is None else isinstance(name, str) and Path(name).is_relative_to(temp):
+            err.filename = str(path)
+        raise
+
+
+def _temporary_folder(path: Path) -> Path:
+    """A new folder beside `path`. Raises OSError, which names `path`."""
+    try:
+        # It is absolute, because programs take a name such as -x or a:b for something else.
+        return Path(os.path.abspath(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")))
+    except OSError as err:
+        err.filename = str(path)        # The name that was asked for, not the temporary one.
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary binary file beside `path`; rename it to `path` when the block ends without an error.
 
@@ -195,10 +219,10 @@ def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> I
     try:
         fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as err:
-        err.filename = str(path)        # The name that was asked for, not the temporary one.
+        err.filename = str(path)
         raise
     try:
-        with os.fdopen(fd, "w+b") as f:
+        with _naming(path, temp), os.fdopen(fd, "w+b") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -215,40 +239,77 @@ def atomic_file(path: str | os.PathLike[str], previous: Path | None = None) -> I
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str], folder: bool = False) -> Iterator[Path]:
-    """A name beside `path` for those who create files by name: what is there without an error in the end gets `path`.
-
-    Args:
-        path: The file or the folder.
-        folder: Whether it becomes a folder. That is made at once, and `path` may be an empty folder before.
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` for those who create a file by name: what is there without an error in the end gets `path`.
 
     Raises:
-        OSError: there is a folder, a device or a pipe of this name, or a folder with something in it.
+        OSError: there is a folder, a device or a pipe of this name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not (folder and path.is_dir()):
-        _refuse_what_is_no_file(path)
-    try:
-        # It is absolute, because programs take a name such as -x or a:b for something else.
-        place = Path(os.path.abspath(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")))
-    except OSError as err:
-        err.filename = str(path)
-        raise
+    _refuse_what_is_no_file(path)
+    place = _temporary_folder(path)
     try:
         temp = place / path.name
-        if folder:
-            temp.mkdir()
-        yield temp
-        if not folder:
+        with _naming(path, place):
+            yield temp
             with open(temp, "r+b") as f:
                 os.fsync(f.fileno())
-        elif path.is_dir():
-            path.rmdir()                    # Raises OSError if something is in it.
         os.replace(temp, path)
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder whose content is that of the folder `path` if the block ends without an error.
+
+    A folder `path` that is there must be empty. It stays the same one, because it may be a link, the place of a mounted
+    disk or a folder whose neighbours may not be touched.
+
+    Raises:
+        OSError: something else has this name, or something is in the folder, before the block or after it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        with _filled(path) as temp, _naming(path, temp):
+            yield temp
+        return
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = _temporary_folder(path)
+    try:
+        temp = place / path.name        # mkdtemp's own folder is private.
+        temp.mkdir()
+        with _naming(path, place):
+            yield temp
+        os.replace(temp, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _filled(path: Path) -> Iterator[Path]:
+    """`atomic_folder` for an empty folder that is there."""
+    place = _temporary_folder(path / "new")
+    try:
+        _refuse_neighbours(path, place)         # Also another run that has begun with the same folder.
+        yield place
+        _refuse_neighbours(path, place)
+        for child in sorted(place.iterdir()):
+            child.rename(path / child.name)
+        _sync_folder(path)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _refuse_neighbours(folder: Path, only: Path) -> None:
+    """Raises OSError if anything else is in a folder."""
+    if os.listdir(folder) != [only.name]:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:

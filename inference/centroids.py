@@ -5,6 +5,7 @@ Plain truncation pulls every w towards the mean of its class, and with it every 
 a class has several kinds of pictures, that mean may be none of them. With centres of clusters every w is pulled towards
 the middle of its own kind.
 """
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ import tqdm
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_file
 from inference.frames import View, pictures
-from inference.sample_files import Sheet, write_sheet
+from inference.sample_files import Sheet
 from inference.sampling import class_means, find_classes, many_w
 from legacy import LoadedNetwork, load_network
 from torch_utils import misc
 from torch_utils.ops import dispatch
+from training.generator.synthesis import distances
 from training.networks_stylegan3 import Generator
 
 NUM, NUM_PER_CLASS = 50000, 5000        # Latents, if nobody says how many.
@@ -63,7 +65,7 @@ def find_centers(w: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 
 def mean_distance(w: torch.Tensor, centers: torch.Tensor) -> float:
     """Mean of the distances from each w [N, w_dim] to the nearest of the centres [K, w_dim]."""
-    return float(torch.cat([torch.cdist(part, centers).amin(dim=1) for part in w.split(LATENTS_AT_ONCE)]).mean())
+    return float(torch.cat([distances(part, centers).amin(dim=1) for part in w.split(LATENTS_AT_ONCE)]).mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def centers_per_class(G: Generator, num: int, clusters: int, classes: list[int],
         some.append(of_class[:CHECKED_PER_CLASS].copy())        # A view would keep all of them.
     owners = torch.tensor(classes).repeat_interleave(len(some[0]))
     w, every = torch.from_numpy(np.concatenate(some)), torch.from_numpy(np.concatenate(centers))
-    nearest = torch.cat([torch.cdist(part, every).argmin(dim=1) for part in w.split(LATENTS_AT_ONCE)])
+    nearest = torch.cat([distances(part, every).argmin(dim=1) for part in w.split(LATENTS_AT_ONCE)])
     own = torch.tensor(classes)[nearest // clusters] == owners
     to_means = (w - class_means(G, owners)).norm(dim=1).mean()
     return Found(every.numpy(), mean_distance(w, every), float(to_means), float(own.float().mean()))
@@ -141,7 +143,8 @@ def check_numbers(G: Generator, num: int, clusters: int) -> None:
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
 @click.option("--network", help="Snapshot, official pickle or run folder", metavar="PKL|DIR|URL",
               type=cli.PathType(addresses=True), required=True)
-@click.option("--dest", help="Where to write the centres, .npy", metavar="FILE", type=cli.PathType(), required=True)
+@click.option("--dest", help="Where to write the centres, .npy", metavar="FILE", type=cli.OutputFile(),
+              required=True)
 @click.option("--clusters", help="Centres; with --per-class of each class", metavar="INT", type=cli.IntRange(min=1),
               required=True)
 @click.option("--num", help=f"Latents to look at; with --per-class of each class  [default: {NUM}, or {NUM_PER_CLASS} "
@@ -151,7 +154,7 @@ def check_numbers(G: Generator, num: int, clusters: int) -> None:
               "[default: all]", metavar="NAME,INT...")
 @click.option("--seed", help="Of the latents and of the starts of k-means", metavar="INT", type=cli.Seed(), default=0,
               show_default=True)
-@click.option("--sheet", help="Also draw the pictures of the centres", metavar="PNG", type=cli.PathType())
+@click.option("--sheet", help="Also draw the pictures of the centres", metavar="PNG", type=cli.OutputFile())
 @cli.precision_option()
 @cli.device_option()
 def main(network: str, dest: str, clusters: int, num: int | None, per_class: bool, class_name: str | None, seed: int,
@@ -178,11 +181,13 @@ def main(network: str, dest: str, clusters: int, num: int | None, per_class: boo
     check_numbers(G, count, clusters)
     form = None if sheet is None else sheet_of_centers(loaded, clusters, classes if per_class else None)
     find = centers_per_class if per_class else centers_over_all
-    with atomic_file(dest) as f:        # That it can be written shows before anything is computed.
-        found = find(G, count, clusters, classes, seed)
-        np.save(f, found.centers)
-    if sheet is not None and form is not None:
-        write_sheet(sheet, form, center_images(G, found.centers, precision))
+    # That files can be written shows before anything is computed.
+    with contextlib.nullcontext() if sheet is None else atomic_file(sheet) as picture:
+        with atomic_file(dest) as f:
+            found = find(G, count, clusters, classes, seed)
+            np.save(f, found.centers)
+        if picture is not None and form is not None:
+            form.draw(center_images(G, found.centers, precision)).save(picture, format="PNG")
     click.echo(f"{dest}: {found}")
 
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents and centres of w in files."""
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from dnnlib import UserError, cli
 from torch_utils import checkpoint
 from torch_utils.arrays import DAMAGED, open_npz, read_npy
+from training.networks_stylegan3 import Generator
 
 #----------------------------------------------------------------------------
 
@@ -69,3 +73,34 @@ def _read_array(path: str) -> np.ndarray:
         return read_npy(path)
     with open_npz(path) as arrays:
         return arrays["w"]
+
+#----------------------------------------------------------------------------
+# Which network they belong to.
+
+def mapping_sha256(G: Generator) -> str:
+    """SHA-256 of the weights that make w. A stem and the stages grown on it have the same, and so have copies."""
+    return parameters_sha256(G.mapping)
+
+
+def parameters_sha256(module: torch.nn.Module) -> str:
+    """SHA-256 of what a module has learned, wherever it lies. Buffers, such as averages, do not count."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def origin_notes(paths: Sequence[str], G: Generator, option: str = "--w") -> list[str]:
+    """Notes for people on files that `load_latents` has read and whose latents are of a network with another mapping.
+
+    Files that say nothing of their network, as official ones, get none.
+    """
+    notes = []
+    for path in (path for path in paths if not path.endswith(".npy")):
+        with open_npz(path) as arrays:
+            made_of = str(arrays["mapping_sha256"]) if "mapping_sha256" in arrays.files else None
+        if made_of is not None and made_of != mapping_sha256(G):
+            notes.append(f"{option}={path}: its latents are of a network with another mapping, so that they may give "
+                         "other pictures here")
+    return notes

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of a set as files: one for each image, one array file for all, or one picture that shows them."""
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from torch_utils.images import save_image
 from training.data.splits import find_splits
 
 SHEET_CELL = 64             # Smaller images are enlarged to about this many pixels.
-SHEET_PIXELS = 1 << 27      # Pictures have no more; Pillow warns of larger ones when it opens them.
+SHEET_PIXELS = 1 << 26      # Pictures have no more: Pillow warns of those a third larger, and readers here refuse them.
 NAME_WIDTH = 96             # Room for class names, in pixels.
 NAME_LENGTH = 14            # So many letters fit.
 
@@ -137,30 +138,44 @@ class Sheet:
         return min(self.groups_per_row, self.groups)
 
     @property
+    def left(self) -> int:
+        """Room for the name of a group, in pixels."""
+        return NAME_WIDTH if self.names else 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture."""
+        return self.columns * (self.left + self.per_group * self.cell), self.rows * self.cell
+
+    @property
     def is_too_large(self) -> bool:
-        """Whether the images have more pixels than a picture should."""
-        return self.rows * self.columns * self.per_group * self.cell ** 2 > SHEET_PIXELS
+        """Whether it has more pixels than a picture should."""
+        return math.prod(self.size) > SHEET_PIXELS
+
+    @property
+    def most_per_group(self) -> int:
+        """How many images each group may have at most; none if there are too many groups."""
+        return max((SHEET_PIXELS // (self.columns * self.size[1]) - self.left) // self.cell, 0)
 
     def draw(self, images: Iterable[np.ndarray]) -> PIL.Image.Image:
         """The picture of images uint8 [R, R, 3] that come group by group; places without images stay white."""
-        left = NAME_WIDTH if self.names else 0
-        width = left + self.per_group * self.cell
-        picture = PIL.Image.new("RGB", (self.columns * width, self.rows * self.cell), "white")
+        picture = PIL.Image.new("RGB", self.size, "white")
+        width = self.size[0] // self.columns            # Of a group.
         draw = PIL.ImageDraw.Draw(picture)
         for group, name in enumerate(self.names):
             row, column = divmod(group, self.groups_per_row)
             draw.text((column * width + 6, row * self.cell + self.cell // 2 - 6), name[:NAME_LENGTH], fill="black")
-        for place, image in zip(self._places(left, width), images, strict=False):
+        for place, image in zip(self._places(width), images, strict=False):
             tile = PIL.Image.fromarray(image).resize((self.cell, self.cell), PIL.Image.Resampling.NEAREST)
             picture.paste(tile, place)
         return picture
 
-    def _places(self, left: int, width: int) -> Iterator[tuple[int, int]]:
+    def _places(self, width: int) -> Iterator[tuple[int, int]]:
         """Corners of the images."""
         for group in range(self.groups):
             row, column = divmod(group, self.groups_per_row)
             for i in range(self.per_group):
-                yield column * width + left + i * self.cell, row * self.cell
+                yield column * width + self.left + i * self.cell, row * self.cell
 
 
 def write_sheet(path: str | os.PathLike[str], sheet: Sheet, images: Iterable[np.ndarray]) -> None:

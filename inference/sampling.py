@@ -32,31 +32,39 @@ def seed_label(seed: int, c_dim: int) -> int:
     return int(random_state(seed).randint(0, c_dim, 1)[0])
 
 
-def find_class(value: str, class_names: Sequence[str] | None, c_dim: int) -> int:
+def find_class(value: str, class_names: Sequence[str] | None, c_dim: int, option: str = "--class") -> int:
     """Index of a class given by name or by number.
+
+    Args:
+        value: The name or the number.
+        class_names: Of the network; None if its classes have none.
+        c_dim: How many it has.
+        option: Which names the class, for messages.
 
     Raises:
         UserError: the network is unconditional; no such class.
     """
     if c_dim == 0:
-        raise UserError(f"--class={value}: the network is unconditional: leave --class out")
+        raise UserError(f"{option}={value}: the network is unconditional: leave {option} out")
     classes = Classes(class_names, c_dim)
     found = classes.find(value)
     if found is None:
         numbers = "" if classes.are_numbers else f" or a number from 0 to {c_dim - 1}"
-        raise UserError(f"--class={value}: no class of this name: the network has {c_dim} classes, {classes}: "
+        raise UserError(f"{option}={value}: no class of this name: the network has {c_dim} classes, {classes}: "
                         f"give one of these names{numbers}")
     return found
 
 
-def find_classes(value: str, class_names: Sequence[str] | None, c_dim: int) -> list[int]:
+def find_classes(value: str, class_names: Sequence[str] | None, c_dim: int, option: str = "--class") -> list[int]:
     """Indices of the classes of a list: names, numbers and ranges of numbers, as in 'cat,3,5-7'. Names may hold commas.
+
+    Arguments as `find_class`.
 
     Raises:
         UserError: as `find_class`, which names the part of the list that means no class.
     """
     if c_dim == 0:
-        find_class(value, class_names, c_dim)               # It says that there are no classes.
+        find_class(value, class_names, c_dim, option)       # It says that there are no classes.
     classes = Classes(class_names, c_dim)
     most_parts = 1 + max((name.count(",") for name in classes.names), default=0)
     parts = value.split(",")
@@ -67,19 +75,19 @@ def find_classes(value: str, class_names: Sequence[str] | None, c_dim: int) -> l
             index = classes.find(",".join(parts[:count]).strip())
             if index is not None:
                 break
-        found += _range_of_classes(parts[0], class_names, c_dim) if index is None else [index]
+        found += _range_of_classes(parts[0], class_names, c_dim, option) if index is None else [index]
         del parts[:count]
     return found
 
 
-def _range_of_classes(part: str, class_names: Sequence[str] | None, c_dim: int) -> list[int]:
+def _range_of_classes(part: str, class_names: Sequence[str] | None, c_dim: int, option: str) -> list[int]:
     """Indices of the classes from 3 to 5 for '3-5'. Raises UserError if one of them is none, or for other text."""
     ends = re.fullmatch(r"\s*(\d{1,9})-(\d{1,9})\s*", part)
     first, last = (int(ends[1]), int(ends[2])) if ends is not None else (0, -1)
     if first > last:
-        return [find_class(part, class_names, c_dim)]
-    find_class(str(last), class_names, c_dim)           # A range without end is refused before it is gone through.
-    return [find_class(str(number), class_names, c_dim) for number in range(first, last + 1)]
+        return [find_class(part, class_names, c_dim, option)]
+    find_class(str(last), class_names, c_dim, option)   # A range without end is refused before it is gone through.
+    return [find_class(str(number), class_names, c_dim, option) for number in range(first, last + 1)]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 
 from dnnlib import UserError
-from dnnlib.util import atomic_path, printable
+from dnnlib.util import atomic_folder, atomic_path, printable
 
 Write = Callable[[np.ndarray], None]        # Takes a frame, uint8 [H, W, 3].
 
@@ -105,7 +105,7 @@ def open_video(path: str, width: int, height: int, fps: int) -> Iterator[Write]:
 def _png_folder(path: str) -> Iterator[Write]:
     if os.path.isdir(path) and os.listdir(path):
         raise UserError(f"{path}: this folder is not empty, and old frames would mix with new ones: name a new folder")
-    with atomic_path(path, folder=True) as temp:
+    with atomic_folder(path) as temp:
         count = 0
 
         def write(frame: np.ndarray) -> None:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directions in files: an .npz of named arrays, with what is needed to make the file again."""
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import atomic_file, list_some, normalized_name
+from inference.latents import mapping_sha256, parameters_sha256
 from torch_utils.arrays import DAMAGED, open_npz
 from training.generator.synthesis import Offset
 from training.networks_stylegan3 import Generator
@@ -61,22 +61,9 @@ class Directions:
         raise KeyError(name)
 
 
-def mapping_sha256(G: Generator) -> str:
-    """SHA-256 of the weights that make w. A stem and the stages grown on it have the same, and so have copies."""
-    return _sha256(G.mapping.named_parameters())
-
-
 def style_space(G: Generator) -> StyleSpace:
     """The styles of a network. A stage has those of its stem in the layers that it keeps."""
-    return StyleSpace(G.synthesis.style_sizes, [_sha256(affine.named_parameters()) for affine in G.synthesis.affines])
-
-
-def _sha256(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(parameters):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return StyleSpace(G.synthesis.style_sizes, [parameters_sha256(affine) for affine in G.synthesis.affines])
 
 #----------------------------------------------------------------------------
 
@@ -143,6 +130,8 @@ def _mistake(found: dict[str, np.ndarray]) -> str | None:
     if vectors.ndim != 2 or layers.ndim != 2 or notes.shape != names.shape or not len(vectors) == len(layers) == len(
             names):
         return f"has {len(names)} names, vectors {list(vectors.shape)} and layers {list(layers.shape)}"
+    if layers.shape[1] == 0:
+        return "its directions are for a network without layers"
     if layers.dtype.kind != "b" or notes.dtype.kind != "U" or vectors.dtype.kind != "f":
         return "its arrays are of other types than they must be"
     if not (np.abs(vectors, dtype=np.float64) < LONGEST).all():

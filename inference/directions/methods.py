@@ -8,12 +8,14 @@
 | `class_changes` | the running means of w of classes | |
 | `change` | latents of pictures without something, and of pictures with it | |
 """
+import collections
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from dnnlib import UserError
+from dnnlib.util import normalized_name
 from inference.directions.axes import components, deviations, factorised
 from inference.directions.files import Directions
 from inference.sampling import class_means
@@ -99,11 +101,17 @@ def change(G: Generator, w: np.ndarray, before: np.ndarray, after: np.ndarray, n
     return _directions(G, [name], axes, units, [f"one mean becomes the other at {length / units[0]:.2f}"], layers)
 
 
+def _has(part: Directions, name: str) -> bool:
+    return normalized_name(name) in map(normalized_name, part.names)
+
+
 def joined(parts: Sequence[Directions]) -> Directions:
     """All directions of some. Raises UserError: two have the same name."""
     names = [name for part in parts for name in part.names]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise UserError(f"two directions are called {twice[0]}: leave one of them out")
+    counts = collections.Counter(map(normalized_name, names))
+    if (twice := next((name for name in names if counts[normalized_name(name)] > 1), None)) is not None:
+        files = " and ".join(part.where for part in parts if part.where and _has(part, twice))
+        raise UserError(f"{files}: both have a direction called {twice}: give one of these files only" if files else
+                        f"two directions would be called {twice}: name fewer classes, or others")
     return Directions(names, torch.cat([part.vectors for part in parts]), torch.cat([part.layers for part in parts]),
                       [note for part in parts for note in part.notes])

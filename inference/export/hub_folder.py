@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder that can be uploaded to the Hugging Face hub as it is: weights, samples, page."""
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
 from dnnlib.hub import WEIGHTS_FILE
-from dnnlib.util import atomic_file
+from dnnlib.util import atomic_file, atomic_folder
 from inference.export.model_card import SHEET_FILE, Subject, model_card
 from inference.sampling import generate, seed_latent
 from torch_utils.images import image_grid, png_bytes, to_uint8_sample
@@ -50,16 +47,5 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
             with atomic_file(folder / name) as file:
                 file.write(content)
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    except OSError as err:
-        err.filename = str(folder)      # The name that was asked for, not the temporary one.
-        raise
-    try:
-        made = temp / folder.name       # mkdtemp's own folder is private.
-        made.mkdir()
-        write_folder(made, files)
-        os.rename(made, folder)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    with atomic_folder(folder) as temp:
+        write_folder(temp, files)

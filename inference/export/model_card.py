@@ -45,9 +45,10 @@ def repository(name: str) -> str:
 def metric_records(folder: Path, snapshot: Snapshot, sha256: str) -> list[dict[str, Any]]:
     """Results in metric-*.jsonl that are of this snapshot: by the images shown, or by the content of the file.
 
-    Of two results of one metric under the same settings the later counts.
+    Of two results of one metric under the same settings the later counts. A network that was tuned to a picture is not
+    the one of this moment.
     """
-    nimg = (snapshot.get("progress") or {}).get("cur_nimg")
+    nimg = None if snapshot.get("tuned_to") else (snapshot.get("progress") or {}).get("cur_nimg")
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(folder.glob("metric-*.jsonl")):
         for record in read_objects(path):
@@ -114,6 +115,8 @@ def _training_rows(snapshot: Snapshot) -> list[tuple[str, Any]]:
     for title, name in (("grown on", "path_stem"), ("began with", "init_from"), ("continued", "resume")):
         if (value := get_setting(options, name)) is not None:
             rows.append((title, _last_name(value)))
+    if tuned_to := snapshot.get("tuned_to"):
+        rows.append(("tuned to", _last_name(get_setting(tuned_to, "target"))))
     return rows
 
 

@@ -31,9 +31,11 @@ class Goal:
         return self.distance.between(self.distance.maps(self._covered(images)), self._wanted)
 
     def squared_errors(self, images: torch.Tensor) -> torch.Tensor:
-        """Mean squared errors [N] of pixels in [-1, 1] where they count."""
-        errors = (self._covered(images) - self.targets).square().mean(dim=(1, 2, 3))
-        return errors if self.mask is None else errors / self.mask.mean()
+        """Mean squared errors [N] of pixels in [-1, 1]; with a mask each counts as much as the mask says."""
+        errors = (images - self.targets).square()
+        if self.mask is None:
+            return errors.mean(dim=(1, 2, 3))
+        return (errors * self.mask).mean(dim=(1, 2, 3)) / self.mask.mean()
 
     def _covered(self, images: torch.Tensor) -> torch.Tensor:
         """With the target's pixels where the mask is 0, so that these make no difference."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an inversion leaves behind: latents with all that it takes to find them again, and pictures to compare."""
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,11 @@ import numpy as np
 import torch
 
 from dnnlib.util import atomic_file
-from torch_utils.images import image_grid, save_image, to_uint8_sample
+from inference.sample_files import SHEET_PIXELS, Sheet, write_sheet
+from torch_utils.images import save_image, to_uint8_sample
 
+LATENTS_FILE, COMPARISON_FILE = "projected_w.npz", "comparison.png"
 SHEET_ROWS = 40             # Of the picture that compares.
-SHEET_CELL = 64             # Smaller pictures are enlarged to about this many pixels.
-SHEET_PIXELS = 1 << 27      # Of the whole; Pillow warns of larger pictures when it opens them.
 
 
 class Inverted(NamedTuple):
@@ -60,24 +61,23 @@ def save_picture(path: Path, picture: torch.Tensor) -> None:
 
 #----------------------------------------------------------------------------
 
-class Sheet:
-    """A picture that compares: a row per target, as many as are asked for at most and as fit in."""
+class Comparison:
+    """A picture with a row per target, as many as are asked for at most and as fit in."""
 
     def __init__(self, resolution: int, columns: int):
-        self.zoom = max(round(SHEET_CELL / resolution), 1)
-        self.columns = columns
-        self._most = min(SHEET_ROWS, max(SHEET_PIXELS // (columns * (resolution * self.zoom) ** 2), 1))
-        self._cells: list[torch.Tensor] = []
+        self._row = Sheet(resolution, columns, 1)
+        self._most = max(min(SHEET_ROWS, SHEET_PIXELS // (columns * self._row.cell ** 2)), 1)
+        self._rows: list[Sequence[torch.Tensor]] = []
         self.left_out = 0               # Targets that have no row.
 
     def add(self, row: Sequence[torch.Tensor]) -> None:
         """A target's pictures uint8 [3, R, R]."""
-        if len(self._cells) < self._most * self.columns:
-            self._cells += row
+        if len(self._rows) < self._most:
+            self._rows.append(row)
         else:
             self.left_out += 1
 
     def save(self, path: Path) -> None:
         """Write it as PNG."""
-        grid = image_grid(torch.stack(self._cells), self.columns)
-        save_image(path, grid.repeat(self.zoom, axis=0).repeat(self.zoom, axis=1))
+        write_sheet(path, dataclasses.replace(self._row, groups=len(self._rows)),
+                    (picture.permute(1, 2, 0).numpy() for row in self._rows for picture in row))

@@ -9,7 +9,7 @@ import torch
 from inference.inversion.goals import Goal
 from inference.sampling import class_means, map_latents
 from torch_utils.misc import full_precision, random_state
-from training.generator.synthesis import require_finite, synthesize_ws
+from training.generator.synthesis import distances, require_finite, synthesize_ws
 from training.networks_stylegan3 import Generator
 
 NUM_SAMPLES = 10_000        # Of w, for its spread.
@@ -72,7 +72,7 @@ def given_start(G: Generator, ws: torch.Tensor, label: int | None) -> Start:
     if label is not None or G.c_dim == 0:
         labels = torch.full([len(ws)], label or 0, dtype=torch.int64)
     else:
-        labels = torch.cdist(ws.mean(dim=1), G.mapping.w_avg.cpu()).argmin(dim=1)
+        labels = distances(ws.mean(dim=1), G.mapping.w_avg.cpu()).argmin(dim=1)
     return Start(ws, labels)
 
 

@@ -12,6 +12,7 @@ import torch
 from data_prep.transforms import Size, center_crop
 from dnnlib import UserError
 from dnnlib.util import printable
+from inference.inversion.results import COMPARISON_FILE, LATENTS_FILE
 from training.data.images import decode
 from training.data.stores import FolderStore, read_file
 
@@ -71,14 +72,17 @@ def list_targets(paths: Sequence[str], option: str = "--target") -> list[Target]
     """The pictures that are files, and those in folders, however deep.
 
     Raises:
-        UserError: nothing is there, or no picture.
+        UserError: nothing is there, or no picture, or what an earlier inversion has made of some.
     """
     found: list[Target] = []
-    names: set[str] = set()
+    names = {COMPARISON_FILE, LATENTS_FILE}         # What lies beside the folders of the targets.
     for path in paths:
         place = Path(path)
         if not place.exists():
             raise UserError(f"{option}={path}: no such file or folder: check the path")
+        if (place / LATENTS_FILE).is_file():
+            raise UserError(f"{option}={path}: is a folder of results, as it has a {LATENTS_FILE}: name that file if "
+                            "this option takes latents, or else a picture in the folder")
         inside = FolderStore(place).names if place.is_dir() else [""]
         if not inside:
             raise UserError(f"{option}={path}: no pictures in this folder: name another folder, or a picture")

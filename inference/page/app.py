@@ -202,7 +202,8 @@ class Page:
     def __init__(self, studio: Studio, report: Path | None = None, title: str = "StyleSAN-XL"):
         self.studio, self.report = studio, report
         with gr.Blocks(title=title, analytics_enabled=False) as self.blocks:
-            self.saved = gr.State(dict)             # A tab's own.
+            # A tab's own. Events add to it in place: each of two that overlap would give back what it began with.
+            self.saved = gr.State(dict)
             gr.Markdown(f"### {html.escape(title)}")
             with gr.Row():
                 with gr.Column():
@@ -249,14 +250,15 @@ class Page:
                            api_visibility="private")
         panel.around.click(self._neighbours, inputs, panel.neighbours, api_visibility="private")
         for name, button in self.save.items():
-            button.click(functools.partial(self._save, name), inputs, [self.saved, self.points],
-                         api_visibility="private").then(self._show, inputs, shown, api_visibility="private")
+            button.click(functools.partial(self._save, name), inputs, None, api_visibility="private").success(
+                self._points, inputs, self.points, concurrency_limit=1, concurrency_id="points",
+                api_visibility="private").then(self._show, inputs, shown, api_visibility="private")
         for button, make in ((self.get_picture, self._picture_file), (self.get_latents, self._latents_file)):
             button.click(make, inputs, self.file, api_visibility="private").success(
                 None, self.file, None, js=DOWNLOAD, api_visibility="private")
         search = self.find.click(
             self._invert, {self.upload, self.steps, self.space, self.any_class, panel.class_idx, self.saved},
-            [self.saved, self.progress], concurrency_limit=1, api_visibility="private")
+            self.progress, concurrency_limit=1, api_visibility="private")
         # Psi of the picture that was shown before would pull the one that was found towards its mean.
         search.success(lambda: (PICTURE, 1), None, [panel.source, panel.psi], api_visibility="private").then(
             self._show, inputs, shown, api_visibility="private")
@@ -288,13 +290,17 @@ class Page:
         return row_html({f"seed of the noise {k}": image for k, image in enumerate(images)})
 
     @told
-    def _save(self, name: str, values: Values) -> tuple[Saved, str]:
-        controls = self.panel.controls(values)
-        saved: Saved = {**values[self.saved], name: self.studio.point(controls, values[self.saved])}
+    def _save(self, name: str, values: Values) -> None:
+        saved: Saved = values[self.saved]
+        saved[name] = self.studio.point(self.panel.controls(values), saved)
+
+    @told
+    def _points(self, values: Values) -> str:
+        controls, saved = self.panel.controls(values), values[self.saved]
         thumbnails = {key: self.studio.show(dataclasses.replace(controls, source=BETWEEN, between=t, mixing=None),
                                             saved | {other: saved[key]}).image
                       for key, other, t in (("A", "B", 0.0), ("B", "A", 1.0)) if key in saved}
-        return saved, row_html(thumbnails)
+        return row_html(thumbnails)
 
     @told
     def _picture_file(self, values: Values) -> dict[str, str]:
@@ -308,15 +314,14 @@ class Page:
         return download(LATENTS_FILE, "application/octet-stream",
                         latents_file(self.studio.origin, controls, shown.ws))
 
-    def _invert(self, values: Values) -> Iterator[tuple[Any, str]]:
+    def _invert(self, values: Values) -> Iterator[str]:
         try:
             for found in self._found(values):
                 words = f"step {found.step} of {whole(values[self.steps], 'Steps')}, distance {found.distance:.4f}"
-                saved: Any = gr.skip()
                 if found.point is not None:
-                    saved = {**values[self.saved], PICTURE: found.point}
+                    values[self.saved][PICTURE] = found.point
                     words = f"found, distance {found.distance:.4f}"
-                yield saved, row_html({"target": found.target, words: found.image})
+                yield row_html({"target": found.target, words: found.image})
         except UserError as err:
             raise gr.Error(html.escape(str(err)), print_exception=False) from err
 
@@ -336,7 +341,7 @@ class Page:
         if self.report is None:
             return "There is no report.html of the training run beside the network."
         try:
-            text = self.report.read_text(encoding="utf-8")
+            text = self.report.read_text(encoding="utf-8", errors="replace")
         except OSError as err:
             return html.escape(f"report.html cannot be read: {err.strerror}")
         return (f'<iframe title="report" sandbox="" srcdoc="{html.escape(text)}" '

@@ -21,7 +21,8 @@ class Origin:
     """What the pictures are made with: as much of it as a command line says."""
 
     network: str                            # As it was given.
-    sha256: str = ""                        # Of its file.
+    sha256: str = ""                        # Of its file,
+    mapping_sha256: str = ""                # and of the weights that make w.
     class_names: Sequence[str] | None = None
     c_dim: int = 0
     directions: Sequence[str] = ()          # Files.
@@ -31,9 +32,9 @@ class Origin:
 #----------------------------------------------------------------------------
 
 def class_word(origin: Origin, class_idx: int) -> str:
-    """What --class takes for a class: its name, or its number where the name means something else."""
+    """What --class takes for a class: its name, or its number where the name means another or cannot be typed."""
     names = origin.class_names
-    if names:
+    if names and names[class_idx].isprintable():
         try:
             if find_classes(names[class_idx], names, origin.c_dim) == [class_idx]:
                 return names[class_idx]
@@ -74,5 +75,6 @@ def latents_file(origin: Origin, controls: Controls, ws: torch.Tensor) -> bytes:
     """An .npz with the array `w` [1, num_ws, w_dim], and what it takes to find it again."""
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, w=ws.numpy(), network=np.array(origin.network),
-             network_sha256=np.array(origin.sha256), controls=np.array(json.dumps(dataclasses.asdict(controls))))
+             network_sha256=np.array(origin.sha256), mapping_sha256=np.array(origin.mapping_sha256),
+             controls=np.array(json.dumps(dataclasses.asdict(controls))))
     return file.getvalue()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from dnnlib import UserError
-from dnnlib.cli import MAX_STRENGTH
+from dnnlib.cli import MAX_PSI, MAX_SHIFT, MAX_STRENGTH, MAX_TURN
 from inference.frames import make_transform
 from inference.sampling import class_means, map_latents, seed_latent
 from training.generator.synthesis import UNMOVED, Offset
@@ -21,7 +21,6 @@ SEED, BETWEEN, PICTURE = "seed", "between A and B", "inverted picture"
 SOURCES = (SEED, BETWEEN, PICTURE)
 LARGEST_SEED = 2 ** 53 - 1          # Browsers count in float64: beyond, two seeds would be one.
 NUM_NEIGHBOURS = 8
-FARTHEST = 1000.0                   # Image widths and turns: beyond, there is no precision left.
 
 #----------------------------------------------------------------------------
 
@@ -73,10 +72,10 @@ class Controls:
         if not 0 <= mixing.first <= mixing.last < G.num_ws:
             raise UserError(f"layers {mixing.first} to {mixing.last}: the network has 0 to {G.num_ws - 1}: give the "
                             "first one first")
-        ranges = {"psi": (self.psi, -FARTHEST, FARTHEST), "noise": (self.noise, 0, 1), "between": (self.between, 0, 1),
-                  "shift to the right": (self.translate[0], -FARTHEST, FARTHEST),
-                  "shift down": (self.translate[1], -FARTHEST, FARTHEST),
-                  "rotation": (self.rotate, -360 * FARTHEST, 360 * FARTHEST),
+        ranges = {"psi": (self.psi, -MAX_PSI, MAX_PSI), "noise": (self.noise, 0, 1), "between": (self.between, 0, 1),
+                  "shift to the right": (self.translate[0], -MAX_SHIFT, MAX_SHIFT),
+                  "shift down": (self.translate[1], -MAX_SHIFT, MAX_SHIFT),
+                  "rotation": (self.rotate, -MAX_TURN, MAX_TURN),
                   **{name: (strength, -MAX_STRENGTH, MAX_STRENGTH) for name, strength in self.edits}}
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:            # Also nan.

@@ -104,6 +104,16 @@ def test_every_path_option_knows_the_home_folder(name, param, tmp_path, monkeypa
 #----------------------------------------------------------------------------
 # Paths.
 
+def test_names_in_a_list_may_have_commas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "a", "c,d,e"):
+        (tmp_path / name).touch()
+    assert convert(cli.PathList(), "c,d,e, a,b,x,,c,d,e") == ["c,d,e", "a", "b", "x", "c,d,e"]
+    (tmp_path / "a").unlink()
+    assert convert(cli.PathList(), "a,b") == ["a,b"]
+    assert convert(cli.PathList(), "none") == []
+
+
 def test_paths_that_are_refused():
     for text, said in (("", "is empty"), (" ", "is empty"), ("a\0b", "zero byte"), ("s3://bucket/x", "is an address"),
                        ("https://host/x", "is an address"), ("file:///x", "is an address"),

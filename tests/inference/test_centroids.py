@@ -19,6 +19,7 @@ from tests.closeness import assert_close, max_error
 from tests.parity import DATA
 from torch_utils.images import to_uint8_sample
 from training.data.randomness import CounterRNG
+from training.generator.synthesis import distances, nearest_centroids
 
 
 def invoke(*args, command=centroids.main):
@@ -74,6 +75,16 @@ def test_without_scikit_learn(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_sklearn)
     with pytest.raises(UserError, match="pip install scikit-learn"):
         find_centers(np.ones([2, 4], np.float32), 1, seed=0)
+
+@pytest.mark.numeric
+def test_the_nearest_centre_does_not_depend_on_how_many_are_asked_for():
+    """Products of vectors, by which PyTorch finds many distances, lose those that are small beside the vectors."""
+    rng = np.random.RandomState(0)
+    centers = torch.from_numpy(1000 + rng.randn(40, 16) * 1e-2).float()
+    w = centers + torch.from_numpy(rng.randn(40, 16) * 1e-3).float()
+    assert torch.equal(nearest_centroids(w, centers), centers)
+    exact = (w.double()[:, None] - centers.double()).norm(dim=2)
+    assert max_error(distances(w, centers), exact) < 1e-4 * float(exact.max())
 
 #----------------------------------------------------------------------------
 
@@ -141,6 +152,7 @@ def test_centres_over_all_classes(network, tmp_path):
     (["--num=2147483647"], "--num=2147483647: their w do not fit into 2 GiB: give at most"),
     (["--class=cow"], "--class=cow: no class of this name"),
     (["--per-class", "--clusters=60000", "--num=60000", "--sheet={out}/a.png"], "more than fit into one picture"),
+    (["--sheet={out}/a.npy"], "--dest={out}/a.npy: is the file of --sheet={out}/a.npy, too"),
     ([f"--network={DATA / 'snapshot_stem16_r_uncond.pkl'}", "--per-class"], "--per-class: the network is uncond"),
 ])
 def test_mistakes(network, tmp_path, args, message):
@@ -148,5 +160,5 @@ def test_mistakes(network, tmp_path, args, message):
     result = invoke(f"--network={network}", "--clusters=2", f"--dest={out}/a.npy",
                     *(arg.format(out=out) for arg in args))
     assert result.exit_code == 2, result.output
-    assert message in result.output
+    assert message.format(out=out) in result.output
     assert not out.exists()

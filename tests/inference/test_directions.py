@@ -1,4 +1,5 @@
 """Directions of w: how they are found, what a unit is, their files, and pictures that are moved along them."""
+import dataclasses
 import json
 
 import numpy as np
@@ -15,10 +16,11 @@ from dnnlib import UserError
 from inference.directions import labelled
 from inference.directions.axes import components, deviations, factorised, principal_axes
 from inference.directions.edits import edit_offset, find_offset
-from inference.directions.files import Directions, fit_directions, mapping_sha256, read_directions, save_directions
-from inference.directions.methods import class_changes, pca, sefa, style_weights
+from inference.directions.files import Directions, fit_directions, read_directions, save_directions
+from inference.directions.methods import class_changes, joined, pca, sefa, style_weights
 from inference.inversion import start as inversion_start
 from inference.keyframes import Timing
+from inference.latents import mapping_sha256
 from inference.motion import Motion, Sweep, make_keyframes
 from inference.sampling import class_means, many_w, map_latents
 from legacy import load_network
@@ -232,12 +234,30 @@ def damaged(tmp_path, **changes) -> str:
     ({"vectors": np.full([2, 3], 1e30)}, "no finite numbers"),
     ({"vectors": np.ones([2, 3], complex)}, "other types"),
     ({"layers": np.ones([2, 4])}, "other types"),
+    ({"layers": np.ones([2, 0], bool)}, "a network without layers"),
     ({"notes": np.array([""])}, "has 2 names"),
     ({"names": np.array(["a", None])}, "not readable as .npz"),
 ])
 def test_damaged_files(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         read_directions(damaged(tmp_path, **changes))
+
+
+def test_one_name_in_both_forms_of_unicode(network):
+    """What is written can be read again, and is found however it is typed."""
+    composed, apart = "\u00e9", "e\u0301"
+    loaded = dataclasses.replace(load_network(network), class_names=[composed, apart, "b"])
+    assert directions.Job("pca", {}, loaded).class_names == ["0", "1", "2"]
+    one = Directions([apart], torch.ones(1, 3), torch.ones(1, 4, dtype=torch.bool), [""], where="--directions=a")
+    with pytest.raises(UserError, match="--directions=a and --directions=b: both have a direction called"):
+        joined([one, dataclasses.replace(one, names=[composed], where="--directions=b")])
+    assert len(directions.chosen(one, [composed])) == 1
+
+
+def test_lists_are_lines(tmp_path):
+    path = damaged(tmp_path, names=np.array(["\x1b[2Ja\nb", "c"]), notes=np.array(["\x07", ""]))
+    output = CliRunner().invoke(command("list"), [path], color=True).output
+    assert output.splitlines()[1:] == ["  \\x1b[2Ja b  \\x07", "  c           "]
 
 
 def test_files_that_are_none(tmp_path):
@@ -344,6 +364,11 @@ def test_pictures_of_two_folders(network, tmp_path, monkeypatch):
     made(*folders, *latents, f"--dest={tmp_path / 'a.npz'}", "--name=smile")
     made(*folders, *search, f"--from={tmp_path / 'plain'}", f"--to={tmp_path / 'smiling'}", "--name=smile",
          f"--dest={tmp_path / 'b.npz'}")
+    refused = invoke(command("folders"), f"--network={network}", f"--from={tmp_path / 'out' / 'plain'}",
+                     f"--to={tmp_path / 'smiling'}", f"--dest={tmp_path / 'c.npz'}")
+    assert refused.exit_code == 2
+    assert "plain: is a folder of results, as it has a projected_w.npz: name that file" in refused.output
+    assert directions.called(str(tmp_path / "out" / "plain" / "projected_w.npz")) == "plain"
     a, b = (read_directions(str(tmp_path / f"{name}.npz")) for name in "ab")
     assert a.names == b.names == ["smile"]
     assert max_error(a.vectors, b.vectors) < 1e-3 * float(a.vectors.norm())
@@ -360,7 +385,9 @@ def test_pictures_of_two_folders(network, tmp_path, monkeypatch):
     ("pca", ["--dest=x.png"], "name one that ends with .npz"),
     ("pca", ["--name= "], "--name=' ': is blank"),
     ("classes", ["--from=cat", "--to=cat"], "--from=cat: is the class of --to"),
-    ("classes", ["--to=7"], "no class of this name"),
+    ("classes", ["--to=7"], "--to=7: no class of this name"),
+    ("classes", ["--from=7"], "--from=7: no class of this name"),
+    ("folders", ["--from={out}", "--to=b.npy"], "--dest={out}: is the file of --from={out}, too"),
     ("folders", ["--from={out}.npy", "--to={out}.npy"], "No such file"),
     ("folders", ["--from={out}/a", "--to={out}.npy"], "--from={out}/a: no such file or folder"),
     ("folders", ["--from=a.npy", "--to=b.npy", "--inv-steps=1"], "there is nothing to search for"),

@@ -206,6 +206,15 @@ def test_a_distance_in_other_features_is_not_published_as_fid(run_folder, tmp_pa
     assert "fid" not in names
 
 
+def test_a_tuned_network_has_not_the_metrics_of_the_one_it_comes_from(run_folder, tmp_path):
+    path = run_folder / "network-snapshot-000002.pkl"
+    checkpoint.save(path, checkpoint.load_plain(path) | {"tuned_to": {"target": "cat | 7.png"}, "score": None})
+    done(path, "hub", tmp_path / "hub")
+    page = (tmp_path / "hub" / "README.md").read_text()
+    assert "None are recorded beside the file." in page
+    assert "| tuned to | cat \\| 7.png |" in page
+
+
 def test_a_folder_that_cannot_be_finished_leaves_nothing(run_folder, tmp_path, monkeypatch):
     written = hub_folder.atomic_file
     def fails(path):

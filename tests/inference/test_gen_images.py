@@ -244,6 +244,7 @@ def test_find_class():
     (["--class=cow"], "classes, cat, dog, owl: give one of these names or a number from 0 to 2"),
     (["--centroids-path=nothing.npy"], "--centroids-path=nothing.npy: No such file or directory"),
     (["--seeds=5-2"], "runs backwards"), (["--seeds=x"], "is not a list"), (["--translate=1"], "is not a pair"),
+    (["--trunc=1e30"], "-1000<=x<=1000"), (["--translate=0,1e9"], "-1000<=x<=1000"), (["--rotate=1e9"], "x<=360000"),
 ])
 def test_mistakes(network, tmp_path, args, message):
     result = invoke(f"--network={network}", "--seeds=0", f"--outdir={tmp_path}", *args)
@@ -265,7 +266,7 @@ def test_seeds_without_end_are_one_line(network, tmp_path):
         assert said in result.output
     result = invoke(f"--network={network}", "--seeds=0-999999", f"--sheet={tmp_path / 'sheet.png'}")
     assert result.exit_code == 2
-    assert "give at most 10922 samples, or --outdir" in result.output
+    assert "give at most 5459 samples, or --outdir" in result.output
 
 
 def test_outdir_or_sheet(network):

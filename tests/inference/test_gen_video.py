@@ -420,9 +420,12 @@ def test_lists_of_classes():
     (["--output=v.gif", "--fps=60"], "players show gif with at most 50"), (["--fps=0"], "--fps"),
     (["--zoom=64", "--num-keyframes=1", "--grid=9x1"], "at most 8192 on a side"),
     (["--num-keyframes=2000000000"], "at most 1048576 are taken of this network"),
-    (["--first-frame=x.jpg"], "name one that ends with .png"), (["--sweep-translate=1e30,0"], "at most 1000 image"),
+    (["--first-frame=x.jpg"], "name one that ends with .png"), (["--sweep-translate=1e30,0"], "-1000<=x<=1000"),
     (["--w-frames=2000000000"], "at most 1000000 are made"),
     (["--output=full/"], "this folder is not empty"), (["--output=file/v.mp4"], "--output=file/v.mp4"),
+    (["--output=file/"], "--output=file/: File exists"), (["--first-frame=file/x.png"], "--first-frame=file/x.png:"),
+    (["--output=v/", "--first-frame=v/x.png"], "--first-frame=v/x.png: lies in the folder of --output"),
+    (["--output=v.png/", "--first-frame=v.png"], "is the file of --first-frame=v.png, too"),
 ])
 def test_mistakes(network, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)

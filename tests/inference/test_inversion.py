@@ -204,6 +204,13 @@ def test_masked_pixels_make_no_difference(G, pixels):
     assert torch.equal(*found)
 
 
+def test_grey_pixels_count_in_part(pixels):
+    target = smooth_pictures(1)
+    images = target + 0.5
+    for mask in (torch.full([16, 16], 0.3), torch.rand(16, 16, generator=torch.Generator().manual_seed(0))):
+        torch.testing.assert_close(Goal(target, pixels, mask).squared_errors(images), torch.tensor([0.25]))
+
+
 @pytest.mark.numeric
 def test_a_generated_picture_is_found(G, pixels):
     """To 0.002 without tuning."""
@@ -263,10 +270,11 @@ def test_targets_are_cropped_and_named(tmp_path):
     rng = np.random.RandomState(0)
     (tmp_path / "more" / "a").mkdir(parents=True)
     image = PIL.Image.fromarray(rng.randint(0, 255, [40, 61, 3], dtype=np.uint8))
-    for name in ("x.png", "more/x.bmp", "more/a/x.png", "more/X.jpg"):
+    for name in ("x.png", "more/x.bmp", "more/a/x.png", "more/X.jpg", "comparison.png.png"):
         image.save(tmp_path / name)
     (tmp_path / "more" / "notes.txt").write_text("no picture")
-    targets = list_targets([str(tmp_path / "x.png"), str(tmp_path / "more"), str(tmp_path / "x.png")])
-    assert [target.name for target in targets] == ["x", "X-2", "a-x", "x-3", "x-4"]
+    targets = list_targets([str(tmp_path / name) for name in ("x.png", "more", "x.png", "comparison.png.png")])
+    # What lies beside the folders of all targets keeps its name.
+    assert [target.name for target in targets] == ["x", "X-2", "a-x", "x-3", "x-4", "comparison.png-2"]
     expected = np.array(center_crop(image, Size(16, 16)))
     assert np.array_equal(targets[0].load(16).pixels.permute(1, 2, 0).numpy(), expected)

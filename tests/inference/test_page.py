@@ -199,6 +199,7 @@ def test_pictures_of_maps_without_content():
 @pytest.mark.parametrize(("names", "idx", "word"), [
     (["cat", "dog"], 1, "dog"), (["a, b", "c"], 0, "a, b"), (None, 1, "1"), (["1", "0"], 0, "1"),
     (["0-1", "x"], 0, "0-1"), (["x", "x"], 1, "1"), (["7-3", "x"], 1, "x"),
+    (["\x1b[2J", "x"], 0, "0"),
 ])
 def test_class_word(names, idx, word):
     assert class_word(Origin("n", class_names=names, c_dim=2), idx) == word

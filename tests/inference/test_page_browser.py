@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import gen_images
 import visualizer
 from inference.directions.files import Directions, save_directions
+from inference.page.scene import PICTURE
 from legacy import load_network
 
 pytest.importorskip("gradio", reason="gradio is not installed")
@@ -28,8 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chr
 
 
 @pytest.fixture(scope="module")
-def address(network, tmp_path_factory):
-    """A page that is served, with one direction, a report and a cheap distance."""
+def served(network, tmp_path_factory):
+    """A page and its address, with one direction, a report and a cheap distance."""
     from inference.page.app import Page
     from inference.page.server import serve
     loaded = load_network(network)
@@ -40,8 +41,13 @@ def address(network, tmp_path_factory):
     studio = visualizer.make_studio(loaded, str(network), [str(folder / "found.npz")], "auto", "cpu")
     studio.distance = "pixels"
     page = Page(studio, folder / "report.html")
-    yield serve(page, "127.0.0.1", None, share=False, wait=False)
+    yield page, serve(page, "127.0.0.1", None, share=False, wait=False)
     page.blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    return served[1]
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +238,17 @@ def test_pictures_become_latents(tab, tmp_path):
     assert tab.page.get_by_label("inverted picture").is_checked()
     found = tab.page.locator("#progress img").nth(1).get_attribute("src")
     assert differ(decoded(found), tab.pixels()) <= 1
+
+def test_points_that_are_saved_at_the_same_time_are_all_kept(served, tmp_path):
+    """Events that overlap begin with the same state of the tab; a search lasts for many of them."""
+    page, _ = served
+    PIL.Image.new("RGB", (16, 16), "red").save(tmp_path / "t.png")
+    values = {component: component.value for component in page.panel.inputs} | {
+        page.saved: {}, page.upload: str(tmp_path / "t.png"), page.steps: 2, page.space: "w", page.any_class: False}
+    search = page._invert(values)
+    next(search)
+    for name in ("A", "B"):
+        page._save(name, {**values, page.panel.seed: ord(name)})
+    assert list(search)
+    assert set(values[page.saved]) == {"A", "B", PICTURE}
+    assert page._points(values).count("<img") == 2

@@ -1,4 +1,7 @@
 """Sets of images: which classes come how often, and folders, arrays, sheets and grids of one and the same images."""
+import dataclasses
+import math
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -6,13 +9,15 @@ import torch
 from click.testing import CliRunner
 
 import gen_images
+import gen_video
 from dnnlib import UserError
 from inference.image_inputs import open_images
-from inference.sample_files import NAME_WIDTH, Sheet, class_numbers, folder_names, write_npz
+from inference.sample_files import NAME_WIDTH, SHEET_PIXELS, Sheet, class_numbers, folder_names, write_npz
 from inference.samples import Samples, class_shares, drawn_classes, each_class
 from inference.sampling import seed_label, seed_latent
 from legacy import load_network
 from tests.conftest import write_dataset
+from torch_utils import checkpoint
 
 CELL = 64                   # Images of 16 pixels, four times as large.
 
@@ -109,6 +114,20 @@ def test_the_official_sheet(network, tmp_path):
     assert "3 class(es) of 1 samples, 3 in a row" in said
     a, c = pixels(tmp_path / "a.png"), pixels(tmp_path / "c.png")
     assert np.array_equal(c[:, NAME_WIDTH : NAME_WIDTH + CELL], a[:CELL, NAME_WIDTH + CELL : NAME_WIDTH + 2 * CELL])
+
+
+@pytest.mark.parametrize("names", [(), ["a", "b", "c"]])
+def test_the_largest_sheet(names):
+    """What is allowed is opened by Pillow without a warning, names included, and one image more is refused."""
+    sheet = Sheet(64, 1, 3, 2, names)
+    largest, larger = (dataclasses.replace(sheet, per_group=sheet.most_per_group + more) for more in (0, 1))
+    assert math.prod(largest.size) <= SHEET_PIXELS < math.prod(larger.size)
+    assert not largest.is_too_large
+    assert larger.is_too_large
+    assert SHEET_PIXELS < PIL.Image.MAX_IMAGE_PIXELS
+    image = np.full([64, 64, 3], 7, np.uint8)
+    assert sheet.draw([image] * 3).size == sheet.size
+    assert dataclasses.replace(sheet, groups=10 ** 9).most_per_group == 0
 
 
 def test_no_class_is_folded_over_two_rows():
@@ -245,7 +264,7 @@ def test_arrays_without_classes(tmp_path):
     (["--seeds=0", "--outdir={out}", "--npz={out}/a.npz"], "one of the three"),
     (["--seeds=0", "--outdir={out}", "--grid=2x2"], "--grid=2x2: is the form of a picture: name its file by --sheet"),
     (["--seeds=0-4", "--sheet={out}/a.png", "--grid=2x2"], "has room for 4 images, and 5 are asked for"),
-    (["--seeds=0", "--sheet={out}/a.png", "--grid=9999x9999"], "more than fit into one picture: give at most 32768"),
+    (["--seeds=0", "--sheet={out}/a.png", "--grid=9999x9999"], "more than fit into one picture: give at most 16384"),
     (["--seeds=0", "--outdir={out}", "--grid-width=4"], "--grid-width=4: belongs to a --sheet of classes"),
     (["--seeds=0", "--sheet={out}/a.png", "--seed=4"], "leave --seed and --samples-per-class out"),
     (["--sheet={out}/a.png", "--seed=18446744073709551615"], "end at 18446744073709551615: give fewer"),
@@ -259,15 +278,18 @@ def test_arrays_without_classes(tmp_path):
     (["--seeds=0", "--w=x.npy", "--outdir={out}"], "--w: its latents are used as they are, and --seeds would"),
     (["--w=x.npy", "--sheet={out}/a.png"], "the latents of --w have none: give --grid, too"),
     (["--w=x.npy", "--outdir={out}", "--trunc=0.5", "--class=cat"], "and --class, --trunc would change nothing"),
-    (["--w=x.npy", "--outdir={out}"], "x.npy: No such file"),
+    (["--w=x.npy", "--outdir={out}"], "--w=x.npy: No such file"),
+    (["--w=x.npy", "--npz=./x.npy"], "--npz=./x.npy: is the file of --w=x.npy, too, which would get lost"),
+    (["--seeds=0", "--sheet={network}"], "--sheet={network}: is the file of --network={network}, too"),
+    (["--seeds=0", "--outdir={network}/x"], "--outdir={network}/x: Not a directory"),
     (["--seeds=0-499999", "--outdir={out}", "--class=0-2"], "are 1500000 images, at most 1000000"),
     (["--seeds=0", "--npz={out}/a.npz", "--labels=dataset", "--data={out}.zip"], "no such folder, archive"),
 ])
 def test_mistakes(network, tmp_path, args, message):
     out = tmp_path / "out"
-    result = invoke(f"--network={network}", *(arg.format(out=out) for arg in args))
+    result = invoke(f"--network={network}", *(arg.format(out=out, network=network) for arg in args))
     assert result.exit_code == 2, result.output
-    assert message in result.output
+    assert message.format(network=network) in result.output
     assert not out.exists()
 
 
@@ -279,3 +301,29 @@ def test_data_without_labels_or_with_other_classes(network, tmp_path):
         assert result.exit_code == 2
         assert message in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "b.zip"]
+
+
+@pytest.mark.parametrize(("args", "note"), [
+    (["--seeds=0", "--centroids-path={out}/c.npy"], "c.npy has no effect"),
+    (["--w={out}/w.npz"], "w.npz: its latents are of a network with another mapping"),
+])
+def test_what_changes_nothing_or_may_mislead_is_told(network, tmp_path, args, note):
+    np.save(tmp_path / "c.npy", np.zeros([1, 32], np.float32))
+    np.savez(tmp_path / "w.npz", w=np.zeros([1, 1, 32], np.float32), mapping_sha256="0" * 64)
+    given = [f"--network={network}", "--device=cpu", *(arg.format(out=tmp_path) for arg in args)]
+    for command, more in ((gen_images.main, [f"--outdir={tmp_path}"]),
+                          (gen_video.main, [f"--output={tmp_path}/frames/", "--w-frames=1"])):
+        result = CliRunner().invoke(command, given + more)
+        assert result.exit_code == 0, result.output
+        assert f"NOTE: {given[-1].partition('=')[0]}" in result.output
+        assert note in result.output
+
+
+def test_names_of_others_do_not_move_the_cursor(network, tmp_path):
+    snapshot = checkpoint.load_plain(network)
+    checkpoint.save(tmp_path / "n.pkl", snapshot | {"class_names": ["\x1b[2Jcat", "dog", "owl"]})
+    for classes in ("0", "0,1"):
+        result = CliRunner().invoke(gen_images.main, [f"--network={tmp_path}/n.pkl", "--seeds=0", "--device=cpu",
+                                                      f"--class={classes}", f"--outdir={tmp_path}"], color=True)
+        assert "\\x1b[2Jcat" in result.output
+        assert "\x1b" not in result.output

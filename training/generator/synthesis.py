@@ -92,7 +92,15 @@ def synthesize_ws(G: Generator, ws: torch.Tensor, precision: str = "auto",
 
 def nearest_centroids(w: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """For each w [N, w_dim] the nearest of the centres [K, w_dim]: [N, w_dim]."""
-    return centroids[torch.cdist(w, centroids).argmin(dim=1)]
+    return centroids[distances(w, centroids).argmin(dim=1)]
+
+
+def distances(w: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """From each w [N, w_dim] to each of the centres [K, w_dim]: [N, K].
+
+    By differences. Products, which PyTorch takes for many, lose half of the digits, and others with each batch size.
+    """
+    return torch.cdist(w, centroids, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def require_finite(finite: torch.Tensor) -> None:
