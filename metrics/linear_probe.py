@@ -83,6 +83,15 @@ def held_out_of(labels: np.ndarray, seed: int) -> np.ndarray:
     return held_out
 
 
+def check_labels(labels: np.ndarray) -> None:
+    """Raise UserError unless a probe can be fitted to images with these labels, and some be held out."""
+    counts = np.bincount(labels)
+    if np.count_nonzero(counts) < 2 or counts.max(initial=0) < HELD_OUT:
+        raise UserError(f"a linear probe needs real images of two classes or more, and {HELD_OUT} of one of them, but "
+                        f"of {len(labels)} real images the largest class has {counts.max(initial=0)}, and classes with "
+                        f"images are {np.count_nonzero(counts)}: name a data set with more labelled images by --data")
+
+
 def probe_accuracy(real: torch.Tensor, real_labels: np.ndarray, generated: torch.Tensor, labels: torch.Tensor,
                    seed: int = 0) -> ProbeAccuracy:
     """Fit a probe to four fifths of the real images; its accuracy on the others and on generated images.
@@ -97,11 +106,8 @@ def probe_accuracy(real: torch.Tensor, real_labels: np.ndarray, generated: torch
     Raises:
         UserError: only one class, or so few images that none is held out.
     """
+    check_labels(real_labels)
     held_out = held_out_of(real_labels, seed)
-    num_classes = len(np.unique(real_labels))
-    if num_classes < 2 or not held_out.any():
-        raise UserError(f"a linear probe needs real images of two classes and {HELD_OUT} of one of them, but there are "
-                        f"{len(real_labels)} images of {num_classes} classes: give more labelled images")
     test, targets = torch.from_numpy(held_out), torch.from_numpy(real_labels)
     probe = fit_probe(real[~test], targets[~test], int(real_labels.max()) + 1)
     return ProbeAccuracy(probe.accuracy(generated, labels), probe.accuracy(real[test], targets[test]),
