@@ -121,6 +121,8 @@ def test_what_needs_no_download():
 
 @pytest.mark.parametrize(("spec", "match"), [
     ("timm:tf_efficientnet_light2", r"timm has no model .* \(did you mean tf_efficientnet_lite2"),
+    ("timm:tf_efficientnet_lite0.in1", r"timm has no model .* \(did you mean tf_efficientnet_lite0.in1k"),
+    ("timm:tf_efficientnet_lite0.in1:random", "timm has no model"),
     ("timm:", "timm has no model ''"), ("timm:hf-hub:some/thing", "timm has no model"),
     ("timm:mixer_s32_224", "publishes no weights"), ("timmy", "name a network of timm as timm:MODEL")])
 def test_unknown_names(spec, match):
