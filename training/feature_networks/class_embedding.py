@@ -148,8 +148,8 @@ def _means(c_dim: int, dataset: ImageDataset, labels: np.ndarray, net: Backbone,
                       "in", stacklevel=4)
         means[missing] = means[counts > 0].mean(dim=0)
     if not means.isfinite().all():
-        raise UserError("--embedding=data: the features of the backbone are not finite, so its weights are damaged: get "
-                        "them anew, or name another network by --backbones")
+        raise UserError("--embedding=data: the features of the backbone are not finite, so its weights are damaged: "
+                        "get them anew, or name another network by --backbones")
     return means.float()
 
 
