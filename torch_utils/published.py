@@ -226,7 +226,8 @@ def load_published(name: str, folders: Sequence[str | os.PathLike[str]] = (), of
         net = _from_package(name, found) if found.package is not None else _by_timm(name, found)
     if (bad := first_nonfinite(net.state_dict())) is not None:
         raise UserError(f"{found.path}: its weights are not finite, e.g. {bad}: {found.remedy}")
-    return Published(net.eval().requires_grad_(False), found.path, file_sha256(found.path))
+    sha256 = file_sha256(found.path) if found.package is None else found.package.sha256     # Compared in `_in_package`.
+    return Published(net.eval().requires_grad_(False), found.path, sha256)
 
 
 def make_model(name: str) -> torch.nn.Module:
