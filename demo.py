@@ -167,6 +167,7 @@ def run_step(progress: Progress, log: Path, title: str, seconds: float, command:
     """
     progress.start(title)
     lines: list[str] = []
+    interrupted = False
     with open(log, "a", encoding="utf-8") as f:
         def keep(line: str) -> None:
             lines.append(line)
@@ -184,15 +185,17 @@ def run_step(progress: Progress, log: Path, title: str, seconds: float, command:
                     if (share := fraction(line)) is not None:
                         progress.inside(seconds, share)
             except KeyboardInterrupt:
+                interrupted = True
                 # The command got Ctrl-C, too, and may be saving: it must not lose whom it tells.
                 for line in process.stdout:
                     keep(line)
-                raise
     code = process.returncode
-    if code != 0:
+    if code != 0 or interrupted:
         progress.bar.close()
         if code == STOPPED:
             raise UserError(f"the step '{title}' was stopped and has saved its state in {log.parent}")
+        if interrupted:
+            raise KeyboardInterrupt
         sys.stderr.write("".join(lines[-20:]))
         raise UserError(f"the step '{title}' failed with exit code {code}: its whole output is in {log}")
     progress.end(seconds)

@@ -192,6 +192,14 @@ def test_a_command_that_is_stopped_can_say_that_it_saves(tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+def test_a_command_that_saved_after_ctrl_c_is_believed(tmp_path):
+    def stop(line):
+        raise KeyboardInterrupt
+    with pytest.raises(demo.UserError, match="'training' was stopped and has saved its state"):
+        demo.run_step(demo.Progress(1), tmp_path / "log.txt", "training", 1, ["-c", "print(1)\nraise SystemExit(3)"],
+                      stop)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_request_to_end_reaches_the_command(tmp_path):
     code = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
