@@ -350,7 +350,7 @@ def _classes_of_real(source: ImageSource, jobs: list[Job], reference: Reference 
     if without := sorted({*found.indices} - {-1, *np.unique(real).tolist()}):
         raise UserError(f"{taking[0]} learns the classes from the real images, but there are none of the classes "
                         f"{list_some([known.names[i] for i in without])}: name a data set that has images of all "
-                        "classes by --data, or leave these classes out")
+                        "classes by --data, or leave these classes out (of a network by --labels=dataset)")
     return torch.tensor(found.indices)
 
 
