@@ -15,6 +15,7 @@ import torch
 from dnnlib import UserError
 
 PENALTIES = tuple(10.0 ** k for k in range(-5, 3))      # Per image.
+ROUNDING = 1e-6         # Share of a feature that may differ between equal images: it is of single precision.
 HELD_OUT = 5            # Each fifth image of a class, in a seeded order.
 
 #----------------------------------------------------------------------------
@@ -53,7 +54,8 @@ def fit_probe(features: torch.Tensor, labels: torch.Tensor, num_classes: int) ->
     """The probe of features [N, D] and labels int64 [N], in float64."""
     x, y = features.double(), torch.nn.functional.one_hot(labels, num_classes).double()
     mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
-    scale[scale == 0] = 1               # Such a feature says nothing, and its weight will be zero.
+    # Such a feature moves by rounding alone and says nothing. Its weight will be zero.
+    scale[scale <= ROUNDING * mean.abs()] = 1
     x = (x - mean) / scale
     bias = y.mean(dim=0)
     # X = Z V^T with orthogonal columns of Z: every penalty is then a division.

@@ -35,10 +35,16 @@ def test_against_scikit_learn(num):
     assert rel_error(ours.scores(x), torch.from_numpy(theirs.predict(standard))) < 1e-6
 
 
-def test_a_feature_that_never_moves_says_nothing():
+@pytest.mark.parametrize("value", [7.0, 0.1])       # The mean of many 0.1 is another number.
+def test_a_feature_that_never_moves_says_nothing(value):
+    """Also where it moves by rounding, and where it does move in the images that are judged."""
     x, labels = digits(100)
-    more = torch.cat([x, torch.full([100, 1], 7.0)], dim=1)
-    assert rel_error(fit_probe(more, labels, 10).scores(more), fit_probe(x, labels, 10).scores(x)) < 1e-9
+    still = value * (1 + 1e-7 * torch.randn(100, 1, generator=torch.Generator().manual_seed(0)))
+    for column in (torch.full([100, 1], value), still):
+        probe = fit_probe(torch.cat([x, column.double()], dim=1), labels, 10)
+        for judged in (column, column + 1):
+            scores = probe.scores(torch.cat([x, judged.double()], dim=1))
+            assert rel_error(scores, fit_probe(x, labels, 10).scores(x)) < 1e-5
 
 
 def test_what_is_held_out():
