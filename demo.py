@@ -5,15 +5,18 @@ Every step is the command that a user would type. `make demo` trains on the 1,79
 ships, in minutes on a CPU. `make demo-emoji` trains on OpenMoji's pictures, in colours and with pretrained features, in
 minutes on a GPU or in a night on a CPU.
 """
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,14 @@ import click
 import tqdm
 
 from dnnlib import UserError, cli
-from dnnlib.util import atomic_write_text, parse_json
+from dnnlib.util import atomic_write_text, list_some, parse_json, try_lock
 
 HERE = Path(__file__).resolve().parent
 STOPPED = 3                 # Exit code of a training run that saved its state because it was asked to stop.
-MARKER = "demo.json"        # Says that a folder is ours and may be replaced, and how far its demo is.
+MARKER = "demo.json"        # Says which demo a folder holds, and how far it is.
+LOCK = "demo.lock"          # Locked by the process whose demo the folder is.
+LOG, SHEET, BEST, SUMMARY = "log.txt", "samples.png", "best_model.pkl", "summary.json"
+FORWARDED = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
 
 #----------------------------------------------------------------------------
 # The demos.
@@ -79,6 +85,12 @@ class Demo:
     rows: tuple[tuple[str, str, str, str], ...]     # Of the table: words, key in summary.json, metric, format.
     full: Size
     quick: Size
+
+    def makes(self, name: str) -> bool:
+        """Whether a demo leaves a file or folder of this name in its folder."""
+        names = {MARKER, LOCK, LOG, SHEET, BEST, SUMMARY, *(f"{net.name}.safetensors" for net in self.nets),
+                 *(stage.folder for stage in self.stages)}
+        return name in names or name.startswith((self.archive, "."))        # Archives have indices beside them.
 
 
 EMOJI_GUIDED = ("--cls_weight=8", "--classifier={folder}/guide.safetensors")
@@ -154,31 +166,51 @@ def run_step(progress: Progress, log: Path, title: str, seconds: float, command:
         UserError: it failed, and the end of its output is printed; or it was stopped.
     """
     progress.start(title)
-    lines = []
+    lines: list[str] = []
+    interrupted = False
     with open(log, "a", encoding="utf-8") as f:
+        def keep(line: str) -> None:
+            lines.append(line)
+            f.write(line)
+            f.flush()
+
         f.write(f"\n$ {' '.join(command)}\n")
         process = subprocess.Popen([sys.executable, *command], cwd=HERE, env=os.environ | {"PYTHONIOENCODING": "utf-8"},
                                    encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert process.stdout is not None       # It is a pipe.
-        try:
-            for line in process.stdout:
-                lines.append(line)
-                f.write(line)
-                f.flush()
-                share = fraction(line)
-                if share is not None:
-                    progress.inside(seconds, share)
-        finally:
-            process.stdout.close()
-            code = process.wait()       # After Ctrl-C, too, which the command gets itself: it may be saving.
-    if code != 0:
+        with process, _forwarded_to(process):
+            try:
+                for line in process.stdout:
+                    keep(line)
+                    if (share := fraction(line)) is not None:
+                        progress.inside(seconds, share)
+            except KeyboardInterrupt:
+                interrupted = True
+                # The command got Ctrl-C, too, and may be saving: it must not lose whom it tells.
+                for line in process.stdout:
+                    keep(line)
+    code = process.returncode
+    if code != 0 or interrupted:
         progress.bar.close()
         if code == STOPPED:
             raise UserError(f"the step '{title}' was stopped and has saved its state in {log.parent}")
+        if interrupted:
+            raise KeyboardInterrupt
         sys.stderr.write("".join(lines[-20:]))
         raise UserError(f"the step '{title}' failed with exit code {code}: its whole output is in {log}")
     progress.end(seconds)
     return "".join(lines)
+
+
+@contextlib.contextmanager
+def _forwarded_to(process: subprocess.Popen[str]) -> Iterator[None]:
+    """For the block, requests to end go to the command, which saves; its exit code then ends the demo."""
+    before = {number: signal.signal(number, lambda number, _frame: process.send_signal(number)) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def kimg_fraction(total_kimg: float) -> Callable[[str], float | None]:
@@ -206,64 +238,120 @@ def metric_values(output: str) -> dict[str, float]:
 
 def newest_run(folder: Path) -> Path:
     """The run that train.py made below `folder`."""
-    return max(p for p in folder.iterdir() if p.is_dir())
+    return max(runs_of(folder))
 
 
-def read_done(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Settings of the demo in a folder, and the steps that ended with their values; ({}, {}) if there is none."""
+def runs_of(folder: Path) -> list[Path]:
+    """All runs below `folder`, which may be missing."""
+    return [run for run in folder.glob("[0-9]*-*") if run.is_dir()]
+
+
+def read_marker(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]] | None:
+    """Settings of the demo in a folder, and the steps that ended with their values; None if it has no demo.
+
+    Raises:
+        UserError: it has something else of this name.
+    """
+    path = folder / MARKER
+    if not path.is_file():
+        return None
     try:
-        found = parse_json((folder / MARKER).read_bytes())
-        done = found.pop("done", {})
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}, {}
-    return found, done if isinstance(done, dict) else {}
+        found = parse_json(path.read_bytes())
+        done = found.pop("done")
+        if found.keys() != {"data", "seed", "san", "quick"} or found["data"] not in DEMOS:
+            raise ValueError("it has other settings")
+        if not all(isinstance(step["command"], str) and isinstance(step["seconds"], float) for step in done.values()):
+            raise ValueError("it has other steps")
+    except (ValueError, AttributeError, KeyError, TypeError) as err:
+        raise UserError(f"{path}: is damaged, or of another version: name a new folder with --outdir, or delete "
+                        f"{folder}") from err
+    return found, done
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder, which is made if it is missing, for this demo alone until the block ends.
+
+    Raises:
+        UserError: it holds other things than a demo, or another process works in it.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise UserError(f"--outdir={folder} holds other things: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "ab") as file:
+        if try_lock(file.fileno()) is False:
+            raise UserError(f"--outdir={folder}: another demo is running in it: wait until it ends, or name a new "
+                            "folder")
+        yield
 
 
 class Steps:
     """The steps of a demo in its folder; those that ended are passed over."""
 
     def __init__(self, demo: Demo, folder: Path, settings: dict[str, Any], seconds: float):
-        """Make or take over the folder.
+        """Begin in the folder, or go on in it.
 
         Raises:
-            UserError: it holds other things, or a demo of other settings that is not to be lost.
+            UserError: it holds a demo of other settings that is not to be lost, or things that are no part of a demo.
         """
-        self.folder, self.log, self.settings = folder, folder / "log.txt", settings
-        self.done: dict[str, dict[str, float]] = {}
-        if folder.exists():
-            if any(folder.iterdir()) and not (folder / MARKER).is_file():
-                raise UserError(f"--outdir={folder} holds other things: name a new folder")
-            there, done = read_done(folder)
-            if demo.resumes and there == settings:
-                self.done = done
-            elif demo.resumes and done:
-                raise UserError(f"--outdir={folder} holds a demo of other settings ({json.dumps(there)}): name a new "
-                                "folder, or delete that one")
-            else:
-                shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.log, self.settings = folder, folder / LOG, settings
+        self.done: dict[str, dict[str, Any]] = {}
+        there = read_marker(folder)
+        if there is not None:
+            self._take_over(demo, *there)
         self._note()
         self.progress = Progress(seconds)
+
+    def _take_over(self, demo: Demo, there: dict[str, Any], done: dict[str, dict[str, Any]]) -> None:
+        """Go on with the demo that the folder holds, or delete it if it begins anew. Raises UserError."""
+        if demo.resumes and there == self.settings:
+            self.done = done
+            return
+        if demo.resumes or there["data"] != self.settings["data"]:
+            raise UserError(f"--outdir={self.folder} holds a demo of other settings ({json.dumps(there)}): name a new "
+                            "folder, or delete that one")
+        names = sorted(path.name for path in self.folder.iterdir())
+        if others := [name for name in names if not demo.makes(name)]:
+            raise UserError(f"--outdir={self.folder} would be replaced, but holds other things, too "
+                            f"({list_some(others)}): move them, or name a new folder")
+        # The marker goes last, so that what a broken-off deletion leaves is still known for a demo.
+        for path in sorted((self.folder / name for name in names if name != LOCK), key=lambda p: p.name == MARKER):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _note(self) -> None:
         atomic_write_text(self.folder / MARKER, json.dumps(self.settings | {"done": self.done}) + "\n")
 
     def __call__(self, title: str, seconds: float, command: list[str],
-                 fraction: Callable[[str], float | None] = lambda line: None) -> dict[str, float]:
+                 fraction: Callable[[str], float | None] = lambda line: None,
+                 is_there: Callable[[], object] = lambda: True) -> dict[str, Any]:
         """Run a step, unless it ended before; returns the scores that it printed, and `seconds`, the time it took.
 
         Args:
             seconds: The time that is expected, for the bar.
+            is_there: Whether what the step makes is still there. If it is not, the step and all later ones run again.
+
+        Raises:
+            UserError: it ended before, but with another command: that was another version of the demo.
         """
-        if title in self.done:
+        words = " ".join(command).replace(str(self.folder), "{folder}")
+        if title in self.done and is_there():
+            if (before := self.done[title]["command"]) != words:
+                raise UserError(f"--outdir={self.folder}: its step '{title}' was made by another version of this demo "
+                                f"({before}): name a new folder, or delete that one")
             self.progress.end(seconds)
-        else:
-            started = time.time()
-            output = run_step(self.progress, self.log, title, seconds, command, fraction)
-            # Training prints JSON of its own.
-            values = metric_values(output) if command[0] == "calc_metrics.py" else {}
-            self.done[title] = values | {"seconds": time.time() - started}
+            return self.done[title]
+        if title in self.done:
+            self.done = dict(list(self.done.items())[:list(self.done).index(title)])
             self._note()
+        started = time.time()
+        output = run_step(self.progress, self.log, title, seconds, command, fraction)
+        # Training prints JSON of its own.
+        values = metric_values(output) if command[0] == "calc_metrics.py" else {}
+        self.done[title] = values | {"command": words, "seconds": time.time() - started}
+        self._note()
         return self.done[title]
 
 #----------------------------------------------------------------------------
@@ -272,14 +360,21 @@ def make_data(demo: Demo, size: Size, step: Steps, seed: int) -> None:
     """The archives, and the networks that are trained on them."""
     folder = step.folder
     sizes = ",".join(str(stage.resolution) for stage in demo.stages)
+    archives = [folder / f"{demo.archive}{stage.resolution}.zip" for stage in demo.stages]
+    if demo.detector.startswith("timm:"):       # What would be missing at the end of a night is missed at once.
+        step("weights of the judge", 5, ["-m", "metrics.prefetch", f"--metrics={demo.metrics}",
+                                         f"--detector={demo.detector}"])
     step(f"{demo.title} at {sizes} pixels", demo.data_seconds,
          ["dataset_tool.py", f"--source={demo.source}", f"--dest={folder}/{demo.archive}", f"--resolutions={sizes}",
-          "--overwrite", *([f"--max-images={size.max_images}"] if size.max_images else [])])
+          "--overwrite", *([f"--max-images={size.max_images}"] if size.max_images else [])],
+         is_there=lambda: all(archive.is_file() for archive in archives))
     for net in demo.nets:
+        path = folder / f"{net.name}.safetensors"
         step(f"{net.name} network on half the {demo.title}", 15,
              ["-m", "training.feature_networks.train", f"--data={folder}/{demo.archive}{net.resolution}.zip",
-              f"--dest={folder}/{net.name}.safetensors", f"--split={net.split}", f"--seed={seed}",
-              f"--widths={net.widths}", f"--resolution={net.resolution}", f"--epochs={size.epochs}"])
+              f"--dest={path}", f"--split={net.split}", f"--seed={seed}",
+              f"--widths={net.widths}", f"--resolution={net.resolution}", f"--epochs={size.epochs}"],
+             is_there=path.is_file)
 
 
 def train_command(demo: Demo, number: int, size: Size, folder: Path, seed: int, san: bool) -> list[str]:
@@ -301,18 +396,18 @@ def stage_title(stage: Stage, number: int) -> str:
 def run_demo(demo: Demo, folder: Path, seed: int, san: bool, quick: bool) -> dict[str, Any]:
     """All steps; returns what summary.json holds."""
     size = demo.quick if quick else demo.full
-    settings = {"seed": seed, "san": san, "quick": quick}
+    settings = {"data": demo.title, "seed": seed, "san": san, "quick": quick}
     seconds = [kimg * 1e3 / 32 * stage.seconds for kimg, stage in zip(size.kimg, demo.stages, strict=True)]
-    step = Steps(demo, folder, settings, sum(seconds) + demo.data_seconds + 15 * len(demo.nets) + 45)
+    step = Steps(demo, folder, settings, sum(seconds) + demo.data_seconds + 15 * len(demo.nets) + 50)
     make_data(demo, size, step, seed)
     for number, stage in enumerate(demo.stages):
         step(stage_title(stage, number), seconds[number], train_command(demo, number, size, folder, seed, san),
-             kimg_fraction(size.kimg[number]))
+             kimg_fraction(size.kimg[number]), functools.partial(runs_of, folder / stage.folder))
     first, last = demo.stages[0], demo.stages[-1]
     stem_run, run = newest_run(folder / first.folder), newest_run(folder / last.folder)
 
     step("sample sheet", 5, ["gen_images.py", f"--network={run}", "--seeds=0-15", "--batch-sz=32",
-                             f"--sheet={folder}/samples.png"])
+                             f"--sheet={folder / SHEET}"], is_there=(folder / SHEET).is_file)
     judged = ["calc_metrics.py", f"--detector={demo.detector.replace('{folder}', str(folder))}", f"--num={size.num}"]
     before = step("score of the untrained generator", 15, [
         *judged, f"--metrics={demo.metrics_at_start}", f"--network={stem_run}/network-snapshot-000000.pkl",
@@ -322,13 +417,13 @@ def run_demo(demo: Demo, folder: Path, seed: int, san: bool, quick: bool) -> dic
         f"--data={folder}/{demo.archive}{last.resolution}.zip", f"--out={folder}"])
     step.progress.bar.close()
 
-    shutil.copyfile(run / "best_model.pkl", folder / "best_model.pkl")
-    paths = {"samples": folder / "samples.png", "network": folder / "best_model.pkl", "log": step.log,
+    shutil.copyfile(run / "best_model.pkl", folder / BEST)
+    paths = {"samples": folder / SHEET, "network": folder / BEST, "log": step.log,
              "report": run / "report.html"}
     values = {key: (before if key.endswith("_init") else after)[metric] for _, key, metric, _ in demo.rows}
     minutes = sum(found["seconds"] for found in step.done.values()) / 60
     summary = settings | values | {"minutes": minutes, "paths": {name: str(path) for name, path in paths.items()}}
-    atomic_write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    atomic_write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -371,7 +466,9 @@ def main(data: str, outdir: str | None, seed: int, san: bool, quick: bool) -> No
       python demo.py --data=emoji
     """
     demo, folder = DEMOS[data], outdir or default_folder(data, seed, san, quick)
-    print_summary(demo, run_demo(demo, Path(folder).resolve(), seed, san, quick))
+    path = Path(folder).resolve()
+    with held(path):
+        print_summary(demo, run_demo(demo, path, seed, san, quick))
 
 
 if __name__ == "__main__":

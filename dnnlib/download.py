@@ -81,11 +81,12 @@ def locate(asset: Asset, folders: Sequence[str | os.PathLike[str]] = (),
     there. A file under another name, or in torch.hub's folder, is passed over unless its hash fits.
 
     Raises:
-        UserError: a file of that name has another SHA-256 and `allow_unverified` is off.
+        UserError: a file of that name has another SHA-256 and `allow_unverified` is off, or is none; $STYLESAN_WEIGHTS
+            names no folder.
     """
     places = _own_places(folders)
     for path in (folder / asset.filename for folder in places):
-        if path.is_file():
+        if is_own_file(path):
             return _checked(path, asset, allow_unverified)
     hub = [torch_hub_dir()] if asset.in_torch_hub else []
     others = [folder / name for folder in places + hub for name in asset.other_names]
@@ -132,8 +133,26 @@ def default_place(asset: Asset, into: str | os.PathLike[str] | None = None) -> P
 
 
 def _own_places(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    return [*own_folders(folders), cache_dir() / "downloads"]
+
+
+def own_folders(folders: Sequence[str | os.PathLike[str]] = ()) -> list[Path]:
+    """Folders in which the user keeps weights: those given, then that of $STYLESAN_WEIGHTS.
+
+    Raises:
+        UserError: the variable names no folder; other weights than the user's own would be taken.
+    """
     weights = os.environ.get("STYLESAN_WEIGHTS")
-    return [Path(p) for p in folders] + ([Path(weights)] if weights else []) + [cache_dir() / "downloads"]
+    if weights and not os.path.isdir(weights):
+        raise UserError(f"STYLESAN_WEIGHTS={weights}: no such folder: name one with weights, or unset the variable")
+    return [Path(folder) for folder in (*folders, *([weights] if weights else ()))]
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether the user keeps this file. Raises UserError if its name is taken by a broken link or a folder."""
+    if not path.is_file() and os.path.lexists(path):
+        raise UserError(f"{path}: is no file, but a broken link or a folder: mend or remove it")
+    return path.is_file()
 
 
 def _checked(path: Path, asset: Asset, allow_unverified: bool) -> Found:

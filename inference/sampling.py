@@ -216,11 +216,12 @@ class GeneratorSource:
     def __len__(self) -> int:
         return self.num_images
 
-    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All images in order: uint8 [N, 3, R, R] and classes [N]."""
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """All images in order: uint8 [N, 3, R, R] and classes [N], None where the network has none."""
         return self.batches_at(batch_size, range(self.num_images))
 
-    def batches_at(self, batch_size: int, indices: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches_at(self, batch_size: int,
+                   indices: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """The images with these numbers; the others are not made. Large images come in smaller batches."""
         positions = np.asarray(indices, dtype=np.int64)
         batch_size = min(batch_size, largest_batch(self.G.config))
@@ -233,4 +234,4 @@ class GeneratorSource:
             is_last = i + batch_size >= len(positions)
             while len(flags) > (0 if is_last else 1):
                 require_finite(flags.pop(0))    # That of the batch before: the device works on this one meanwhile.
-            yield to_uint8_metric(images), labels
+            yield to_uint8_metric(images), labels if self.G.c_dim > 0 else None

@@ -15,6 +15,7 @@ import torch
 from dnnlib import UserError
 
 PENALTIES = tuple(10.0 ** k for k in range(-5, 3))      # Per image.
+ROUNDING = 1e-6         # Share of a feature that may differ between equal images: it is of single precision.
 HELD_OUT = 5            # Each fifth image of a class, in a seeded order.
 
 #----------------------------------------------------------------------------
@@ -53,7 +54,8 @@ def fit_probe(features: torch.Tensor, labels: torch.Tensor, num_classes: int) ->
     """The probe of features [N, D] and labels int64 [N], in float64."""
     x, y = features.double(), torch.nn.functional.one_hot(labels, num_classes).double()
     mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
-    scale[scale == 0] = 1               # Such a feature says nothing, and its weight will be zero.
+    # Such a feature moves by rounding alone and says nothing. Its weight will be zero.
+    scale[scale <= ROUNDING * mean.abs()] = 1
     x = (x - mean) / scale
     bias = y.mean(dim=0)
     # X = Z V^T with orthogonal columns of Z: every penalty is then a division.
@@ -83,6 +85,15 @@ def held_out_of(labels: np.ndarray, seed: int) -> np.ndarray:
     return held_out
 
 
+def check_labels(labels: np.ndarray) -> None:
+    """Raise UserError unless a probe can be fitted to images with these labels, and some be held out."""
+    counts = np.bincount(labels)
+    if np.count_nonzero(counts) < 2 or counts.max(initial=0) < HELD_OUT:
+        raise UserError(f"a linear probe needs real images of two classes or more, and {HELD_OUT} of one of them, but "
+                        f"of {len(labels)} real images the largest class has {counts.max(initial=0)}, and classes with "
+                        f"images are {np.count_nonzero(counts)}: name a data set with more labelled images by --data")
+
+
 def probe_accuracy(real: torch.Tensor, real_labels: np.ndarray, generated: torch.Tensor, labels: torch.Tensor,
                    seed: int = 0) -> ProbeAccuracy:
     """Fit a probe to four fifths of the real images; its accuracy on the others and on generated images.
@@ -97,11 +108,8 @@ def probe_accuracy(real: torch.Tensor, real_labels: np.ndarray, generated: torch
     Raises:
         UserError: only one class, or so few images that none is held out.
     """
+    check_labels(real_labels)
     held_out = held_out_of(real_labels, seed)
-    num_classes = len(np.unique(real_labels))
-    if num_classes < 2 or not held_out.any():
-        raise UserError(f"a linear probe needs real images of two classes and {HELD_OUT} of one of them, but there are "
-                        f"{len(real_labels)} images of {num_classes} classes: give more labelled images")
     test, targets = torch.from_numpy(held_out), torch.from_numpy(real_labels)
     probe = fit_probe(real[~test], targets[~test], int(real_labels.max()) + 1)
     return ProbeAccuracy(probe.accuracy(generated, labels), probe.accuracy(real[test], targets[test]),

@@ -4,6 +4,7 @@
 Metrics share work: images are generated once per number of images, and every detector sees them once.
 """
 import collections
+import dataclasses
 import functools
 import math
 import sys
@@ -16,17 +17,19 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.classes import Classes, match
+from dnnlib.util import list_some
 from metrics import records
 from metrics.crops import crop_warnings
 from metrics.detectors import Detector, load_detector, require
 from metrics.jobs import Job, RealKey, plan
 from metrics.latents import check_source as check_latents
+from metrics.linear_probe import check_labels
 from metrics.options import MetricOptions
-from metrics.passes import Collected, Wants, class_scores, collect, on_rank0
+from metrics.passes import Collected, Wants, class_scores, collect, labelled, on_rank0
 from metrics.protocols import INCEPTION, METRICS, NOTHING, GeneratorKind, MetricKind, expand
 from metrics.real_side import RealSide, RealWants, labels_of, load_real_side
 from metrics.references import Reference, check_statistics
-from metrics.sources import ImageSource, label_values
+from metrics.sources import ImageSource, label_values, says_it_has_no_labels
 from torch_utils import distributed
 
 SourceFactory = Callable[[int], ImageSource]    # Number of images -> a source of just so many.
@@ -126,21 +129,16 @@ def evaluate(names: Iterable[str], generated: SourceFactory, reference: Referenc
         if job.image_kind is not None:
             _check_detector(job, job.image_kind.gen, detectors[job.detector], reference)
             _check_numbers(job, job.image_kind, detectors[job.detector], reference)
+    walks = [_walk_over(generated(num), [job for job in jobs if job.num == num], detectors, reference)
+             for num in sorted({job.num for job in jobs})]
     real = {} if reference is None else {
         key: load_real_side(reference, detectors[key[0]], needs, key[1], key[2], options)
         for key, needs in _real_wants(jobs).items()}
     done = {}
-    for num in sorted({job.num for job in jobs}):
-        group = [job for job in jobs if job.num == num]
-        source = generated(num)
-        _check_source(source, reference, group)
-        columns = _columns_of_labels(source, group, detectors)
-        classes = _classes_of_real(source, group, reference)
-        gen = _collect_generated(source, group, detectors, columns, options)
-        for collected in gen.values():
-            if collected.labels is not None and classes is not None:
-                collected.labels = classes[collected.labels.cpu()]
-        for job in group:
+    for walk in walks:
+        source = walk.source
+        gen = _collect_generated(walk, detectors, options)
+        for job in walk.jobs:
             answer = _answer(job, source, gen.get(job.detector), real.get(job.real, RealSide()), options)
             done[job.metric.name] = records.result(job, *answer, detectors.get(job.detector), source, reference,
                                                    options.record, time.perf_counter() - start)
@@ -149,6 +147,23 @@ def evaluate(names: Iterable[str], generated: SourceFactory, reference: Referenc
             if options.out_dir is not None:
                 on_rank0(functools.partial(records.append_line, options.out_dir, done[job.metric.name]))
     return [done[job.metric.name] for job in jobs]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """One source of generated images, and the metrics that it serves."""
+
+    source: ImageSource
+    jobs: list[Job]
+    columns: dict[str, np.ndarray]      # Of logits, by judge, for each label of the images.
+    classes: torch.Tensor | None        # Of the real images, for each label of the generated ones.
+
+
+def _walk_over(source: ImageSource, jobs: list[Job], detectors: dict[str, Detector],
+               reference: Reference | None) -> _Walk:
+    """All that can be said of a source before its images are read. Raises UserError."""
+    _check_source(source, reference, jobs)
+    return _Walk(source, jobs, _columns_of_labels(source, jobs, detectors), _classes_of_real(source, jobs, reference))
 
 
 def _answer(job: Job, source: ImageSource, gen: Collected | None, real: RealSide,
@@ -175,18 +190,21 @@ def _real_wants(jobs: list[Job]) -> dict[RealKey, RealWants]:
     return wants
 
 
-def _collect_generated(source: ImageSource, jobs: list[Job], detectors: dict[str, Detector],
-                       columns: dict[str, np.ndarray], options: MetricOptions) -> dict[str, Collected]:
+def _collect_generated(walk: _Walk, detectors: dict[str, Detector], options: MetricOptions) -> dict[str, Collected]:
     """One walk over the generated images for all detectors that these metrics use."""
     wanted: dict[str, Wants] = collections.defaultdict(Wants)
-    for job in jobs:
+    for job in walk.jobs:
         if job.image_kind is not None:
             wanted[job.detector] |= job.image_kind.gen
     if not wanted:
         return {}
     asked = {spec: (detectors[spec], wants) for spec, wants in wanted.items()}
-    return collect(source, asked, options.device, options.batch_size,
-                   progress="generated images" if options.verbose else None, columns=columns)
+    found = collect(walk.source, asked, options.device, options.batch_size,
+                    progress="generated images" if options.verbose else None, columns=walk.columns)
+    for collected in found.values():
+        if collected.labels is not None and walk.classes is not None:
+            collected.labels = walk.classes[collected.labels.cpu()]
+    return found
 
 #----------------------------------------------------------------------------
 # Checks that come before hours of work.
@@ -202,6 +220,8 @@ def _check_reference(jobs: list[Job], reference: Reference | None) -> None:
             raise UserError(f"--metrics={name} learns the classes from the real images, but "
                             f"{reference.source.description.get('path', 'the reference')} has no labels: name a data "
                             "set with labels by --data")
+        if job.image_kind.real_labels and (real := labels_of(reference)) is not None:
+            check_labels(real)
         if reference.source is None and job.image_kind.real.wants.features:
             raise UserError(f"--metrics={name}: not computable from {path_of(reference)}, which holds only mean and "
                             "covariance: name the images themselves with --data or --ref")
@@ -273,6 +293,8 @@ def _check_source(source: ImageSource, reference: Reference | None, jobs: list[J
     for job in jobs:
         if job.image_kind is None:
             check_latents(source, job.metric.name)
+        elif (job.image_kind.gen.labels or job.image_kind.gen.correct) and says_it_has_no_labels(source):
+            labelled(None)
         elif job.image_kind.is_ordered and source.description.get("labels_sorted"):
             _warn(f"{job.metric.name} takes the images in file order, and they are sorted by class: the value will be "
                   "far too low: shuffle them, or use --metrics=is")
@@ -325,6 +347,10 @@ def _classes_of_real(source: ImageSource, jobs: list[Job], reference: Reference 
         "the real images", known, f"name the data set that has these classes by --data, or leave {taking[0]} out",
         None if values is None else values.tolist())
     _note(found.note)
+    if without := sorted({*found.indices} - {-1, *np.unique(real).tolist()}):
+        raise UserError(f"{taking[0]} learns the classes from the real images, but there are none of the classes "
+                        f"{list_some([known.names[i] for i in without])}: name a data set that has images of all "
+                        "classes by --data, or leave these classes out (of a network by --labels=dataset)")
     return torch.tensor(found.indices)
 
 

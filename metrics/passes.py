@@ -68,6 +68,14 @@ class Collected:
 
 #----------------------------------------------------------------------------
 
+def labelled(labels: torch.Tensor | None) -> torch.Tensor:
+    """Labels that a metric needs. Raises UserError if there are none."""
+    if labels is None:
+        raise UserError("the images have no labels, which accuracy and probe_accuracy need: give a data set "
+                        "with labels, a folder with one sub-folder per class, or a conditional network")
+    return labels
+
+
 class _Keeper:
     """Keeps the answers of one detector during one walk, on one process."""
 
@@ -102,16 +110,10 @@ class _Keeper:
         if self.wants.correct:
             self.correct = self.correct + num_correct(outputs["logits"], self._checked(labels))
         if self.wants.labels:
-            self.labels.append(positions, self._labelled(labels))
-
-    def _labelled(self, labels: torch.Tensor | None) -> torch.Tensor:
-        if labels is None:
-            raise UserError("accuracy: the images have no labels: give a data set with labels, a folder with one "
-                            "sub-folder per class, or a conditional network")
-        return labels
+            self.labels.append(positions, labelled(labels))
 
     def _checked(self, labels: torch.Tensor | None) -> torch.Tensor:
-        labels = self._labelled(labels)
+        labels = labelled(labels)
         known = self.detector.num_classes if self.columns is None else len(self.columns)
         if len(labels) and int(labels.max()) >= known:
             raise UserError(f"accuracy: an image has label {int(labels.max())}, but the judge {self.detector.name} "

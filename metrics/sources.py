@@ -21,8 +21,8 @@ class ImageSource(Protocol):
     """A numbered collection of images. Number i is the same image however often and in whatever batches it is read.
 
     A source may set `can_read_ahead = True` where another thread may run its iterators: it reads files and leaves
-    networks alone. One with labels may say in `label_values` which of them occur; names of the classes, where there are
-    any, are `class_names` in its description. What a label means is decided by `dnnlib.classes`.
+    networks alone. It may say in `label_values` which labels occur, None if there are none; names of the classes, where
+    there are any, are `class_names` in its description. What a label means is decided by `dnnlib.classes`.
     """
 
     num_images: int
@@ -35,9 +35,14 @@ class ImageSource(Protocol):
 
 
 def label_values(source: ImageSource) -> np.ndarray | None:
-    """Which labels occur, ascending; None where the source does not say."""
+    """Which labels occur, ascending; None where the source does not say, or has none."""
     values: np.ndarray | None = getattr(source, "label_values", None)
     return values
+
+
+def says_it_has_no_labels(source: ImageSource) -> bool:
+    """Whether it is known before its images are read that they come without labels."""
+    return hasattr(source, "label_values") and label_values(source) is None
 
 
 @runtime_checkable
@@ -126,7 +131,8 @@ class Subset:
         self.fingerprint = digest.hexdigest()
         self.description = {**source.description, "num_images": self.num_images, **(note or {})}
         self.can_read_ahead = getattr(source, "can_read_ahead", False)
-        self.label_values = label_values(source)
+        if hasattr(source, "label_values"):
+            self.label_values = label_values(source)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         return self.batches_at(batch_size, range(self.num_images))
@@ -165,7 +171,8 @@ class Mirrored:
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + b"|mirrored").hexdigest()
         self.description = {**source.description, "num_images": self.num_images, "mirror": True}
         self.can_read_ahead = getattr(source, "can_read_ahead", False)
-        self.label_values = label_values(source)
+        if hasattr(source, "label_values"):
+            self.label_values = label_values(source)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         return self.batches_at(batch_size, range(self.num_images))

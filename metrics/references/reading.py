@@ -183,7 +183,8 @@ def _read_ours(path: str, file: Any, metadata: dict[str, Any]) -> tuple[Statisti
             path, f"{mean} and {covariance}", file[mean], file[covariance], num, ddof, detector=entry["detector"],
             detector_sha256=entry["detector_sha256"], output=entry["output"], format="our reference npz",
             fingerprint=metadata.get("images_fingerprint"), resolution=metadata.get("resolution"),
-            mirror=metadata.get("mirror"), crop=metadata.get("crop")))
+            mirror=metadata.get("mirror"), crop=metadata.get("crop"),
+            resize=metadata.get("resize", {}).get(entry["detector"])))
     if not entries:
         raise UserError(f"{path}: holds no statistics: make the file again with --save-ref")
     return tuple(entries)

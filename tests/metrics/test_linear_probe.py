@@ -7,11 +7,13 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import RidgeCV
 
 from dnnlib import UserError
+from inference.sampling import GeneratorSource
 from metrics.linear_probe import HELD_OUT, PENALTIES, fit_probe, held_out_of, probe_accuracy
 from metrics.metric_main import evaluate
 from metrics.options import MetricOptions
 from metrics.references import Reference
 from tests.closeness import rel_error
+from tests.metrics.generators import stem
 from tests.metrics.helpers import ArraySource
 
 pytestmark = pytest.mark.numeric
@@ -33,10 +35,16 @@ def test_against_scikit_learn(num):
     assert rel_error(ours.scores(x), torch.from_numpy(theirs.predict(standard))) < 1e-6
 
 
-def test_a_feature_that_never_moves_says_nothing():
+@pytest.mark.parametrize("value", [7.0, 0.1])       # The mean of many 0.1 is another number.
+def test_a_feature_that_never_moves_says_nothing(value):
+    """Also where it moves by rounding, and where it does move in the images that are judged."""
     x, labels = digits(100)
-    more = torch.cat([x, torch.full([100, 1], 7.0)], dim=1)
-    assert rel_error(fit_probe(more, labels, 10).scores(more), fit_probe(x, labels, 10).scores(x)) < 1e-9
+    still = value * (1 + 1e-7 * torch.randn(100, 1, generator=torch.Generator().manual_seed(0)))
+    for column in (torch.full([100, 1], value), still):
+        probe = fit_probe(torch.cat([x, column.double()], dim=1), labels, 10)
+        for judged in (column, column + 1):
+            scores = probe.scores(torch.cat([x, judged.double()], dim=1))
+            assert rel_error(scores, fit_probe(x, labels, 10).scores(x)) < 1e-5
 
 
 def test_what_is_held_out():
@@ -61,7 +69,7 @@ def test_accuracies():
 
 @pytest.mark.parametrize("labels", [np.zeros(20, dtype=np.int64), np.arange(20)])
 def test_too_little_to_learn(labels):
-    with pytest.raises(UserError, match=f"two classes and {HELD_OUT} of one"):
+    with pytest.raises(UserError, match=f"two classes or more, and {HELD_OUT} of one"):
         probe_accuracy(torch.randn(20, 3), labels, torch.randn(2, 3), torch.zeros(2, dtype=torch.int64))
 
 #----------------------------------------------------------------------------
@@ -106,7 +114,36 @@ def test_what_is_missing_is_said_first():
     with pytest.raises(UserError, match="needs a network: name it with --detector"):
         probe(gen, real, detector=None)
     gen.description["class_names"], gen.label_values = ["dark", "light", "odd"], np.arange(3)
+    real.num_read = 0
     with pytest.raises(UserError, match="none called odd"):
         probe(gen, real)
+    gen.description["class_names"], gen.label_values = CLASSES, None
+    with pytest.raises(UserError, match="which accuracy and probe_accuracy need"):
+        probe(gen, real)
+    with pytest.raises(UserError, match="the largest class has 4, and classes with images are 3"):
+        probe(gen, shaded(12, 0))
+    assert real.num_read == 0
     with pytest.raises(UserError, match="use --metrics=probe_accuracy"):
         evaluate(["accuracy"], lambda num: gen, None, MetricOptions(detector="timm:test_efficientnet:random", num=6))
+
+
+def test_a_class_without_real_images_is_refused():
+    """The probe never predicts it, so every image of it would count as wrong."""
+    gen, real = shaded(6, 1), shaded(30, 0)
+    kept = real.labels != 1
+    few = ArraySource(real.images[kept], real.labels[kept], real.description)
+    gen.label_values = np.arange(3)
+    with pytest.raises(UserError, match="there are none of the classes light: name a data set"):
+        probe(gen, few)
+    gen.label_values = np.array([0, 2])
+    probe(gen, few)
+    assert few.num_read > 0
+
+
+def test_a_network_without_classes_has_no_labels():
+    """Its images are of no class, also not of the one that is called 0."""
+    gen, real = GeneratorSource(stem(False, resolution=16), 4), shaded(30, 0)
+    with pytest.raises(UserError, match="the images have no labels"):
+        probe(gen, real)
+    assert real.num_read == 0
+    assert [labels for _images, labels in gen.batches(4)] == [None]

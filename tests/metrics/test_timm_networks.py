@@ -99,6 +99,9 @@ def test_a_reference_of_another_detector_is_refused(tmp_path):
     reference = Reference(None, load_statistics(tmp_path / "ref.npz"))
     (record,) = evaluate(["fd"], lambda num: gen, reference, options)
     assert record["reference"]["used"] == "statistics"
+    save_statistics(tmp_path / "ref.npz", saved, {"resize": {TINY: "pil_bilinear_uint8_160"}}, real)
+    with pytest.raises(UserError, match="by pil_bilinear_uint8_160, but now come by pil_bicubic_uint8_160: make it"):
+        evaluate(["fd"], lambda num: gen, Reference(None, load_statistics(tmp_path / "ref.npz")), options)
     options = MetricOptions(detector="timm:test_vit:random", num=6, use_cache=False)
     with pytest.raises(UserError, match="but not pool of timm:test_vit:random"):
         evaluate(["fd"], lambda num: gen, reference, options)
@@ -121,6 +124,8 @@ def test_what_needs_no_download():
 
 @pytest.mark.parametrize(("spec", "match"), [
     ("timm:tf_efficientnet_light2", r"timm has no model .* \(did you mean tf_efficientnet_lite2"),
+    ("timm:tf_efficientnet_lite0.in1", r"timm has no model .* \(did you mean tf_efficientnet_lite0.in1k"),
+    ("timm:tf_efficientnet_lite0.in1:random", "timm has no model"),
     ("timm:", "timm has no model ''"), ("timm:hf-hub:some/thing", "timm has no model"),
     ("timm:mixer_s32_224", "publishes no weights"), ("timmy", "name a network of timm as timm:MODEL")])
 def test_unknown_names(spec, match):

@@ -145,6 +145,7 @@ class TestPlaces:
     @pytest.fixture
     def places(self, tmp_path, monkeypatch):
         """Folder by name, in the order in which they are looked in."""
+        (tmp_path / "env").mkdir()
         monkeypatch.setenv("STYLESAN_WEIGHTS", str(tmp_path / "env"))
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
         return {"flag": tmp_path / "flag", "env": tmp_path / "env", "cache": in_cache(tmp_path).parent,

@@ -99,6 +99,32 @@ def test_order_of_places(tmp_path, monkeypatch, name):
         assert find_weights(name).package is None
 
 
+@pytest.mark.parametrize(("kept", "asked", "is_found"), [
+    ("tf_efficientnet_lite0.in1k", LITE[0], True), (LITE[0], "tf_efficientnet_lite0.in1k", True),
+    ("resnet50.tv_in1k", "resnet50", False), ("resnet50", "resnet50.tv_in1k", False)])
+def test_weights_that_timm_takes_by_itself_have_two_names(tmp_path, kept, asked, is_found):
+    (tmp_path / f"{kept}.safetensors").touch()
+    found = published.locate_weights(asked, [tmp_path])
+    assert (found is not None and found.path.parent == tmp_path) == is_found
+
+
+def test_own_weights_are_not_passed_over(tmp_path, monkeypatch):
+    """Where the user means weights of their own, none are taken from elsewhere without a word."""
+    link = tmp_path / f"{LITE[0]}.safetensors"
+    link.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="is no file, but a broken link or a folder: mend or remove it"):
+        find_weights(LITE[0], [tmp_path])
+    link.unlink()
+    link.mkdir()
+    monkeypatch.setenv("STYLESAN_WEIGHTS", str(tmp_path))
+    with pytest.raises(UserError, match="is no file, but a broken link or a folder: mend or remove it"):
+        find_weights(LITE[0])
+    for wrong in (tmp_path / "nothing", __file__):
+        monkeypatch.setenv("STYLESAN_WEIGHTS", str(wrong))
+        with pytest.raises(UserError, match=f"STYLESAN_WEIGHTS={wrong}: no such folder"):
+            find_weights(LITE[0])
+
+
 @pytest.mark.usefixtures("_no_packages")
 @pytest.mark.parametrize(("name", "has_package"), [(LITE[1], True), ("resnet18", False)])
 def test_absence_names_the_package(monkeypatch, tmp_path, name, has_package):
@@ -120,7 +146,7 @@ def test_damaged_packages(tmp_path, monkeypatch):
     (tmp_path / "odd_package" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(PACKAGES, LITE[0], package._replace(module="odd_package"))
-    with pytest.raises(UserError, match=f"has no such file: install it again: pip install .* {package.name}"):
+    with pytest.raises(UserError, match=f"has no such file: install it again: pip install .* {package.requirement}"):
         load_published(LITE[0])
     path = tmp_path / "odd_package" / package.file
     path.write_bytes(b"odd")

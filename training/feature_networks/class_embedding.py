@@ -103,7 +103,7 @@ def _from_data(c_dim: int, dataset: ImageDataset | None, backbone: Backbone | st
         kept = _kept(dataset, labels, c_dim, net, seed)
     else:
         net, kept = backbone.to(device), None
-    if kept is not None and (table := kept.read(say)) is not None and len(table) == c_dim:
+    if kept is not None and (table := kept.read(say)) is not None:
         return table
     begun = time.monotonic()
     table = _means(c_dim, dataset, labels, net, seed, device, workers, say)
@@ -147,6 +147,9 @@ def _means(c_dim: int, dataset: ImageDataset, labels: np.ndarray, net: Backbone,
         warnings.warn(f"class embedding: no images of class {list_some(missing)}: the mean of the other classes stands "
                       "in", stacklevel=4)
         means[missing] = means[counts > 0].mean(dim=0)
+    if not means.isfinite().all():
+        raise UserError("--embedding=data: the features of the backbone are not finite, so its weights are damaged: "
+                        "get them anew, or name another network by --backbones")
     return means.float()
 
 
@@ -270,7 +273,8 @@ def main(data: str, backbone: str, out: str, seed: int, workers: int, device: st
     if Path(out).suffix not in (".safetensors", ".npy"):
         raise UserError(f"--out={out}: must end in .safetensors or .npy")
     dataset = ImageDataset(data, use_labels=True)
-    table = class_embedding("data", dataset.c_dim, dataset, backbone, seed, misc.select_device(device), workers=workers)
+    table = class_embedding("data", dataset.c_dim, dataset, backbone, seed, misc.select_device(device), workers=workers,
+                            say=lambda text: click.echo(text, err=True))
     save_table(out, table, {"classes": json.dumps(dataset.class_names), "backbone": backbone,
                             "data_fingerprint": dataset.fingerprint})
     click.echo(f"{out}: {table.shape[0]} classes, {table.shape[1]} numbers each, from {dataset.path} by {backbone}")

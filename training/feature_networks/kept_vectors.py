@@ -11,15 +11,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from dnnlib import UserError
 from dnnlib.download import cache_dir
-from dnnlib.util import atomic_file, first_line, parse_json
-from torch_utils.weights import open_safetensors, read_weights
+from dnnlib.util import atomic_file, first_line
+from torch_utils.weights import open_safetensors, read_header, read_weights, safetensors_bytes
 
-KEY = "made_from"           # The header's only entry: the order of several would differ from file to file.
+FORMAT = "stylesan-xl/class-vectors/1"
 TABLE = "embedding"
 
 #----------------------------------------------------------------------------
@@ -54,24 +53,19 @@ class KeptVectors:
 
     def _checked(self, path: Path) -> torch.Tensor:
         with open_safetensors(path) as file:
-            header = file.metadata() or {}
-        tensors = read_weights(path)
-        try:
-            facts = parse_json(header.get(KEY, "null"))
-        except ValueError as err:
-            raise UserError(f"{path}: its header is damaged") from err
-        table = tensors.get(TABLE)
-        if table is None or table.dtype != torch.float32 or table.ndim != 2 or facts != self._header(table):
+            header = read_header(path, file, FORMAT, "its content is not what was kept")
+        table = read_weights(path).get(TABLE)
+        if table is None or table.dtype != torch.float32 or table.ndim != 2 or header != self._header(table):
             raise UserError(f"{path}: its content is not what was kept")
         return table
 
     def _header(self, table: torch.Tensor) -> dict[str, str]:
-        return {**self.facts, "table": hashlib.sha256(table.contiguous().numpy().tobytes()).hexdigest()}
+        content = hashlib.sha256(table.contiguous().numpy().tobytes())
+        return {"format": FORMAT, **self.facts, "table": content.hexdigest()}
 
     def keep(self, table: torch.Tensor, say: Callable[[str], None]) -> None:
         """Write the table to the first place that can be written to."""
-        header = {KEY: json.dumps(self._header(table), sort_keys=True)}
-        content, problem = safetensors.torch.save({TABLE: table.contiguous()}, metadata=header), ""
+        content, problem = safetensors_bytes({TABLE: table}, self._header(table)), ""
         for path in self.places():
             try:
                 with atomic_file(path) as file:

@@ -110,11 +110,12 @@ def study_command(name: str, config_class: type, run: Callable[[Any], Any], draw
             given["outdir"] = outdir
         config = dataclasses.replace(config, **given)
         check(config)
+        if outdir is not None:
+            Path(outdir).mkdir(parents=True, exist_ok=True)         # What cannot be written is said before the work.
         result = run(config)
         line = {"study": name, **result.headline()}
         if outdir is not None:
             folder = Path(outdir)
-            folder.mkdir(parents=True, exist_ok=True)
             for path in draw(result, folder):
                 click.echo(f"figure: {path}", err=True)
             record = {"config": dataclasses.asdict(config), **line}

@@ -7,6 +7,7 @@ networks are smaller, since its images are.
 """
 import copy
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -20,7 +21,8 @@ import torch
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dnnlib import UserError
-from dnnlib.util import atomic_write_text, first_line, parse_json
+from dnnlib.util import atomic_write_text, first_line, list_some, parse_json
+from metrics.precision_recall import K_NEIGHBOURS
 from torch_utils.images import from_uint8, to_uint8_nearest
 from torch_utils.misc import evaluating
 from training.dataset import ImageDataset
@@ -35,6 +37,7 @@ from transport.san.judge import Judge, Score, score, train_judge
 Z_DIM, CLASS_DIM = 32, 32       # Numbers of z, and of the learned vector of a class beside it.
 RESOLUTIONS = (8, 16, 32)
 NORMS = ("spectral", "batch", "none")
+MIN_IMAGES = 2 * (K_NEIGHBOURS + 1)     # Precision and recall of one half against the other.
 PAIRS = 256                     # So many real and as many generated images have their distances compared.
 
 
@@ -137,19 +140,24 @@ def _rounded(value: float) -> float:
 MAY_DIFFER = ("loss", "seeds", "device", "outdir")      # Settings in which the runs of one folder may differ.
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_DIFFER}
+def settings_of(config: Config, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """What decides a run beside loss, model and seed. Data are known by their content, wherever they lie."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_DIFFER}
+    if config.data != "digits":
+        content = (part.cpu().contiguous().numpy().tobytes() for part in (images, labels))
+        settings["data"] = f"images with the hash {hashlib.sha256(b''.join(content)).hexdigest()[:16]}"
+    return settings
 
 
-def save_run(config: Config, run: Run, path: Path) -> None:
+def save_run(settings: dict[str, Any], run: Run, path: Path) -> None:
     """Write a run with the settings that it was made with; whole or not at all."""
-    record = {"settings": _settings(config), "samples": run.samples.tolist(),
+    record = {"settings": settings, "run": [run.loss, run.model, run.seed], "samples": run.samples.tolist(),
               "history": [[m.iteration, [*m.score], [*m.conditions]] for m in run.history]}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps(record))
 
 
-def load_run(config: Config, path: Path, loss: str, model: str, seed: int) -> Run:
+def load_run(config: Config, settings: dict[str, Any], path: Path, loss: str, model: str, seed: int) -> Run:
     """Read what `save_run` has written.
 
     Raises:
@@ -157,19 +165,34 @@ def load_run(config: Config, path: Path, loss: str, model: str, seed: int) -> Ru
     """
     try:
         record = parse_json(path.read_bytes())
-        settings = dict(record["settings"])
+        there = dict(record["settings"])
         history = [Measurement(int(iteration), Score(*values), Conditions(*conditions))
                    for iteration, values, conditions in record["history"]]
+        if odd := [value for m in history for value in (*m.score, *m.conditions) if not _is_finite(value)]:
+            raise ValueError(f"{odd[0]!r} is no finite number")
         samples = np.array(record["samples"], dtype=np.uint8)
-        if not history or samples.ndim != 4:
-            raise ValueError("it has no measurements or no samples")
-    except (OSError, ValueError, KeyError, TypeError) as err:
+        if not len(samples) or samples.ndim != 4:
+            raise ValueError("it has no samples")
+        if record.get("run", [loss, model, seed]) != [loss, model, seed]:       # Earlier files do not say.
+            raise ValueError(f"it is of the run {record['run']}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as err:
         raise UserError(f"{path}: damaged ({first_line(err)}): delete it to have the run made again") from err
-    for name, value in _settings(config).items():
-        if settings.get(name) != value:
-            raise UserError(f"{path}: was made with {name}={settings.get(name)}, not {name}={value}: name another "
+    for name, value in settings.items():
+        if there.get(name) != value:
+            raise UserError(f"{path}: was made with {name}={there.get(name)}, not {name}={value}: name another "
                             "--outdir, or delete the file to have the run made again")
+    if [m.iteration for m in history] != measured_at(config):
+        raise UserError(f"{path}: damaged (it lacks measurements): delete it to have the run made again")
     return Run(loss, model, seed, history, samples)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def measured_at(config: Config) -> list[int]:
+    """The steps after which a run is measured; the last one is among them."""
+    return [*range(config.every, config.iterations, config.every), config.iterations]
 
 #----------------------------------------------------------------------------
 # Images.
@@ -181,7 +204,7 @@ def load_images(data: str) -> tuple[torch.Tensor, torch.Tensor]:
         data: 'digits', or the path of an archive or a folder with labels.
 
     Raises:
-        UserError: it cannot be read, has no classes, or its images are not of 8, 16 or 32 pixels.
+        UserError: it cannot be read, has no classes, or its images are too few or not of 8, 16 or 32 pixels.
     """
     if data == "digits":
         return load_digits()
@@ -189,6 +212,9 @@ def load_images(data: str) -> tuple[torch.Tensor, torch.Tensor]:
     if dataset.resolution not in RESOLUTIONS:
         raise UserError(f"--data={data}: has {dataset.resolution} pixels, but the networks of this study are made for "
                         f"{', '.join(map(str, RESOLUTIONS))}: make it with dataset_tool.py --resolution=16")
+    if len(dataset) < MIN_IMAGES:
+        raise UserError(f"--data={data}: has {len(dataset)} images, but this study compares its halves and needs "
+                        f"{MIN_IMAGES}: name a larger one")
     items = [dataset[k] for k in range(len(dataset))]
     images = from_uint8(torch.from_numpy(np.stack([image for image, _ in items])))
     if bool((images[:, 0] == images[:, 1]).all() and (images[:, 0] == images[:, 2]).all()):
@@ -326,9 +352,10 @@ class Training:
 def train(training: Training, judge: Judge, model: str) -> Run:
     """Train both networks, and measure every so many steps; a line on stderr tells of each measurement."""
     config, history = training.config, []
+    measured = set(measured_at(config))
     for iteration in range(1, config.iterations + 1):
         training.iterate()
-        if iteration % config.every == 0 or iteration == config.iterations:
+        if iteration in measured:
             measurement, fake = training.measure(judge, iteration)
             history.append(measurement)
             click.echo(f"{training.loss} {model}, seed {training.seed}, step {iteration}: Frechet distance "
@@ -346,17 +373,21 @@ def run(config: Config) -> Result:
     """
     check(config)
     images, labels = (t.to(config.device) for t in load_images(config.data))
+    if config.conditional and (rare := (labels.bincount() == 1).nonzero()[:, 0].tolist()):
+        raise UserError(f"--conditional=true: of class {list_some(rare)} --data={config.data} has one image, and what "
+                        "a class is like takes two: name data with more, or leave --conditional out")
+    settings = settings_of(config, images, labels)
     judge, accuracy = train_judge(images, labels, config.judge_steps)
     losses = GAN_LOSSES if config.loss == "all" else (config.loss,)
     runs = []
     for loss, seed, model in itertools.product(losses, range(config.seeds), MODELS):
         path = config.outdir and Path(config.outdir, "runs", f"{loss}-{model}-{seed}.json")
         if path and path.exists():
-            runs.append(load_run(config, path, loss, model, seed))
+            runs.append(load_run(config, settings, path, loss, model, seed))
             continue
         runs.append(train(Training(config, images, labels, loss, model, seed), judge, model))
         if path:
-            save_run(config, runs[-1], path)
+            save_run(settings, runs[-1], path)
     return Result(config, runs, accuracy, score(judge, images[0::2], images[1::2]))
 
 #----------------------------------------------------------------------------

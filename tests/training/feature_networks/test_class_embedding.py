@@ -81,6 +81,10 @@ def test_classes_without_images_get_the_mean():
 def test_data_refusals():
     with pytest.raises(UserError, match="--embedding=data: needs labelled images"):
         class_embedding("data", 10)
+    broken = load_backbone("local:random")
+    broken.pooled = lambda x: torch.full([len(x), broken.channels[-1]], torch.inf)
+    with pytest.raises(UserError, match="features of the backbone are not finite"):
+        class_embedding("data", 10, dataset=Digits(16, count=60), backbone=broken)
     with pytest.raises(UserError, match="label 9"):
         class_embedding("data", 9, dataset=Digits(16, count=60), backbone="local:random")
 
@@ -180,7 +184,7 @@ def test_what_took_long_is_kept_beside_the_data(archive, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", [
     lambda content: b"garbage", lambda content: content[:-9], lambda content: b"",
-    lambda content: content[:-4] + b"\0\0\0\x40", lambda content: content.replace(b"made_from", b"made_of__")])
+    lambda content: content[:-4] + b"\0\0\0\x40", lambda content: content.replace(b"seed", b"seat")])
 def test_damaged_vectors_are_made_anew(archive, tmp_path, monkeypatch, damage):
     monkeypatch.setattr(training.feature_networks.class_embedding, "KEEP_SECONDS", 0)
     dataset, said = ImageDataset(archive, use_labels=True), []

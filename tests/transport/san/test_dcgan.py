@@ -1,12 +1,15 @@
 """The DCGAN as SAN: networks and scores, runs that are kept, and the conversion that the documentation shows."""
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from dnnlib import UserError
 from tests.closeness import approx
 from tests.conftest import write_dataset
 from training.discriminators.san import SanLinear
@@ -124,9 +127,52 @@ def test_command_keeps_its_runs(tmp_path):
     assert [again[f"hinge {model}"]["fid"][0] for model in dcgan.MODELS] == [
         line[f"hinge {model}"]["fid"][0] for model in dcgan.MODELS]
     assert again["hinge san"]["fid_std"][0] >= 0
+    shutil.move(tmp_path / "data.zip", tmp_path / "moved.zip")      # The same images elsewhere, then others there.
+    done = command(f"--data={tmp_path}/moved.zip", f"--outdir={tmp_path}")
+    assert (done.exit_code, "seed 0, step" in done.stderr) == (0, False)
+    write_dataset(tmp_path / "data.zip", 8, 40, 3, seed=1)
+    done = command(data, f"--outdir={tmp_path}")
+    assert done.exit_code == 2
+    assert "was made with data=images with the hash" in done.output
+    data = f"--data={tmp_path}/moved.zip"
     done = command(data, "--norm=batch", f"--outdir={tmp_path}")
     assert done.exit_code == 2
     assert "norm=spectral, not norm=batch" in done.output
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    (lambda record: record["history"].pop(), "lacks measurements"),
+    (lambda record: record["history"][0][1].__setitem__(0, float("nan")), "nan is no finite number"),
+    (lambda record: record["history"][0][2].__setitem__(0, "0.5"), "'0.5' is no finite number"),
+    (lambda record: record.update(samples=[[[[300]]]]), "300"),
+    (lambda record: record.update(samples=[]), "no samples"),
+    (lambda record: record.update(run=["hinge", "gan", 0]), "it is of the run"),
+])
+def test_kept_runs_are_believed_as_little_as_other_files(tmp_path, change, problem):
+    config = dcgan.Config(iterations=3, every=2)
+    score, conditions = dcgan.Score(1, 1, 1, 1), dcgan.Conditions(*[0.5] * 7)
+    run = dcgan.Run("hinge", "san", 0, [dcgan.Measurement(i, score, conditions) for i in (2, 3)],
+                    np.zeros((2, 8, 8, 1), dtype=np.uint8))
+    settings, path = dcgan.settings_of(config, *load_digits()), tmp_path / "run.json"
+    dcgan.save_run(settings, run, path)
+    assert dcgan.load_run(config, settings, path, "hinge", "san", 0).history == run.history
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"run.json: damaged .*{problem}.*delete it to have the run made again"):
+        dcgan.load_run(config, settings, path, "hinge", "san", 0)
+
+
+def test_data_that_are_too_few(tmp_path):
+    done = command(f"--data={write_dataset(tmp_path / 'few.zip', 8, 7, 2)}")
+    assert (done.exit_code, "has 7 images, but this study compares its halves and needs 8" in done.output) == (2, True)
+    done = command(f"--data={write_dataset(tmp_path / 'rare.zip', 8, 9, 9)}", "--conditional=true")
+    assert (done.exit_code, "--conditional=true: of class 0, 1, " in done.output) == (2, True)
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(tmp_path):
+    done = command(f"--outdir={__file__}")
+    assert (done.exit_code, "step 1" in done.output) == (2, False)
 
 
 def test_images_of_an_archive(tmp_path):
