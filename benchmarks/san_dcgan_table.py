@@ -70,18 +70,20 @@ class Folder:
 
 def read_folder(folder: Path) -> Folder:
     """Raises UserError: a file is no run, or was made with other settings than the first."""
-    runs, config = [], None
+    runs: list[Run] = []
+    config, settings = Config(), {}
     for path in sorted(folder.iterdir()):
         match = FILE_NAME.fullmatch(path.name)
         if match is None:
             raise UserError(f"{path}: is no run of transport.san_dcgan: move it away")
-        if config is None:
+        if not runs:
             try:
-                config = Config(**parse_json(path.read_bytes())["settings"])
+                settings = parse_json(path.read_bytes())["settings"]
+                config = Config(**settings)
             except (OSError, ValueError, KeyError, TypeError) as err:
                 raise UserError(f"{path}: damaged ({first_line(err)}): copy it again") from err
-        runs.append(load_run(config, path, match[1], match[2], int(match[3])))
-    if config is None:
+        runs.append(load_run(config, settings, path, match[1], match[2], int(match[3])))
+    if not runs:
         raise UserError(f"{folder}: has no runs: remove it")
     return Folder(folder.name, config, runs)
 

@@ -251,7 +251,7 @@ def test_one_name_in_both_forms_of_unicode(network):
     one = Directions([apart], torch.ones(1, 3), torch.ones(1, 4, dtype=torch.bool), [""], where="--directions=a")
     with pytest.raises(UserError, match="--directions=a and --directions=b: both have a direction called"):
         joined([one, dataclasses.replace(one, names=[composed], where="--directions=b")])
-    assert len(directions.chosen(one, [composed])) == 1
+    assert len(directions.chosen([one], [composed])) == 1
 
 
 def test_lists_are_lines(tmp_path):
