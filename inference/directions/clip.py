@@ -164,7 +164,7 @@ def find_weights(model: str, tag: str, published: dict[str, Any]) -> Path:
     hub_id, _, file = published.get("hf_hub", "").rpartition("/")
     files = (file,) if file else HUB_FILES
     url = hub_address(hub_id, files[0]) if hub_id else published["url"]
-    asset = Asset(filename=f"{model}.{tag}{Path(url).suffix}", url=url)
+    asset = Asset(filename=f"{model}.{tag}{Path(url).suffix}", url=url, options="or the file by --clip-weights")
     return locate_file(asset, hub_id or None, files, [f"{model}.{tag}"]) or find_asset(asset).path
 
 
