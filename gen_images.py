@@ -301,7 +301,7 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
               type=click.Choice(["uniform", "balanced", "dataset"]))
 @click.option("--data", help="Data set with the labels for --labels=dataset", metavar="DIR|FILE", type=cli.PathType())
 @click.option("--split", help="Which part of --data, if it has several", metavar="train|val|test|all")
-@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.FloatRange(),
+@click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.Number(),
               default=1.0, show_default=True)
 @click.option("--batch-sz", "--batch-gpu", "batch_sz", help="Images made at once: more are faster on GPUs and may "
               "round differently (by one of 255 levels)", metavar="INT", type=cli.IntRange(min=1), default=1,
@@ -311,7 +311,7 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
 @cli.edit_options()
 @click.option("--translate", help="Shift of the picture in image widths", type=cli.Vec2(), default="0,0",
               show_default=True)
-@click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=cli.FloatRange(), default=0,
+@click.option("--rotate", help="Rotation of the picture in degrees", metavar="ANGLE", type=cli.Number(), default=0,
               show_default=True)
 @click.option("--noise-mode", help="Accepted for old commands: these generators have no noise inputs",
               type=click.Choice(["const", "random", "none"]), default="const", show_default=True)
@@ -324,9 +324,9 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
 @click.option("--grid", help="Let --sheet show the images as they come: columns x rows", type=cli.Grid())
 @click.option("--grid-width", help="Let rows of --sheet have up to so many images, of as many classes as fit whole",
               metavar="INT", type=cli.IntRange(min=1))
-@click.option("--samples-per-class", help=f"Of --sheet, without --seeds  [default: {OFFICIAL_SAMPLES}]", metavar="INT",
-              type=cli.IntRange(min=1))
-@click.option("--seed", help=f"The first of --samples-per-class  [default: {OFFICIAL_SEED}]", metavar="INT",
+@click.option("--samples-per-class", help="Images of each class on --sheet, if there are no --seeds  "
+              f"[default: {OFFICIAL_SAMPLES}]", metavar="INT", type=cli.IntRange(min=1))
+@click.option("--seed", help=f"The first seed of --samples-per-class  [default: {OFFICIAL_SEED}]", metavar="INT",
               type=cli.Seed())
 @cli.precision_option()
 @cli.device_option()

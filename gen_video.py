@@ -241,7 +241,7 @@ def check_network(G: Generator, options: VideoOptions) -> None:
               show_default=True)
 @click.option("--loop/--no-loop", help="Go back from the last keyframe to the first", default=True, show_default=True)
 @click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean  [default: 1]", metavar="FLOAT",
-              type=cli.FloatRange())
+              type=cli.Number())
 @click.option("--centroids-path", help="Truncate towards the nearest of these centres of w", metavar="FILE",
               type=cli.PathType())
 @cli.edit_options()
@@ -252,7 +252,7 @@ def check_network(G: Generator, options: VideoOptions) -> None:
 @click.option("--sweep-translate", help="Shift the pictures so far, in image widths, and back", type=cli.Vec2(),
               default="0,0", show_default=True)
 @click.option("--sweep-rotate", help="Turn the pictures so far in degrees; whole turns go on, others go back",
-              metavar="ANGLE", type=cli.FloatRange(), default=0, show_default=True)
+              metavar="ANGLE", type=cli.Number(), default=0, show_default=True)
 @click.option("--mix-layers", help="Show mixtures: these layers from a source for each column of the grid, the others "
               "from one for each row", type=cli.IntList())
 @click.option("--fps", help="Frames per second  [default: 60; 50 for .gif]", metavar="INT",
@@ -260,8 +260,8 @@ def check_network(G: Generator, options: VideoOptions) -> None:
 @click.option("--zoom", help="Enlarge pixels to squares of so many", metavar="INT", type=cli.IntRange(min=1, max=64),
               default=1, show_default=True)
 @click.option("--first-frame", help="Also save the first frame as a picture", metavar="PNG", type=cli.PathType())
-@click.option("--batch-sz", help="Pictures per batch; the video does not depend on it", metavar="INT",
-              type=cli.IntRange(min=1), default=1, show_default=True)
+@click.option("--batch-sz", help="Pictures per batch; the video depends on it by rounding only (one of 255 "
+              "levels)", metavar="INT", type=cli.IntRange(min=1), default=1, show_default=True)
 @cli.precision_option()
 @cli.device_option()
 def main(**values: Any) -> None:
