@@ -287,7 +287,7 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
             distributed.print0(records.json_line(record))
 
 
-@click.command(cls=dnnlib.cli.Command)
+@click.command(cls=dnnlib.cli.Command, context_settings={"max_content_width": 120})
 @click.argument("paths", metavar="[REF SAMPLES]", nargs=-1, type=dnnlib.cli.PathType())
 @click.option("--metrics", metavar="[NAME,NAME...|none]", type=dnnlib.cli.StrList(), default="fid50k_full",
               show_default=True, help=f"Protocols: {', '.join(OFFICIAL)}; groups: {', '.join(protocols.GROUPS)}; with "
@@ -296,12 +296,12 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
               help="Generator to score: a snapshot, an official pickle, or a run")
 @click.option("--images", metavar="DIR|FILE", type=dnnlib.cli.PathType(),
               help="Images to score instead of a generator: a folder, zip, tar, .npz, .npy, "
-              " shards, Parquet, ... as dataset_tool.py reads them")
+              "shards, Parquet, ... as dataset_tool.py reads them")
 @click.option("--images-split", metavar="train|val|test|all", help="Which part of --images, if it has several")
 @click.option("--data", metavar="DIR|FILE", type=dnnlib.cli.PathType(),
               help="Real images to compare with, of any kind that --images takes")
 @click.option("--ref", metavar="DIR|FILE", type=dnnlib.cli.PathType(addresses=True),
-              help="The same, or stored statistics: ours, ADM's, EDM's...")
+              help="Real images as for --data, or stored statistics: ours, ADM's, EDM's...")
 @click.option("--split", metavar="train|val|test|all", help="Which part of --data or --ref, if it has several")
 @click.option("--save-ref", metavar="NPZ", type=dnnlib.cli.PathType(),
               help="Write the statistics of --data or --ref to this file")
@@ -315,14 +315,14 @@ def show(results: list[dict[str, Any]], like_adm: bool) -> None:
               help="Images to score instead of the number that the name says; the result's name then says it  "
               "[default: of the protocol; for pytorch_fid all there are; else 50000]")
 @click.option("--seed", metavar="INT", type=dnnlib.cli.Seed(), default=0, show_default=True,
-              help="Of latents, classes and every random choice of a metric")
+              help="Random seed of latents, classes and every random choice of a metric")
 @click.option("--labels", metavar="dataset|uniform|balanced", default="dataset", show_default=True,
               type=click.Choice(["dataset", "uniform", "balanced"]), help="How classes of generated images are drawn: "
               "as often as in --data, all alike, or equally many of each")
 @click.option("--trunc", metavar="FLOAT", type=dnnlib.cli.Psi(), default=1, show_default=True,
               help="Truncation psi")
 @click.option("--mirror", metavar="BOOL", type=bool, default=False, show_default=True,
-              help="fid, kid, pr, sfid, the names without _full, --save-ref: add mirrored real images")
+              help="Add mirrored real images, for fid, kid, pr, sfid, the names without _full and --save-ref")
 @click.option("--batch", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=64, show_default=True,
               help="Images generated or read at a time; moves no result")
 @click.option("--gpus", metavar="INT", type=dnnlib.cli.IntRange(min=1), default=1, show_default=True,

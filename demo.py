@@ -90,7 +90,8 @@ class Demo:
         """Whether a demo leaves a file or folder of this name in its folder."""
         names = {MARKER, LOCK, LOG, SHEET, BEST, SUMMARY, *(f"{net.name}.safetensors" for net in self.nets),
                  *(stage.folder for stage in self.stages)}
-        return name in names or name.startswith((self.archive, "."))        # Archives have indices beside them.
+        # Archives have indices beside them, and the scores of the network are kept.
+        return name in names or name.startswith((self.archive, ".", "metric-"))
 
 
 EMOJI_GUIDED = ("--cls_weight=8", "--classifier={folder}/guide.safetensors")
@@ -304,12 +305,12 @@ class Steps:
 
     def _take_over(self, demo: Demo, there: dict[str, Any], done: dict[str, dict[str, Any]]) -> None:
         """Go on with the demo that the folder holds, or delete it if it begins anew. Raises UserError."""
-        if demo.resumes and there == self.settings:
-            self.done = done
-            return
-        if demo.resumes or there["data"] != self.settings["data"]:
+        if there != self.settings:
             raise UserError(f"--outdir={self.folder} holds a demo of other settings ({json.dumps(there)}): name a new "
                             "folder, or delete that one")
+        if demo.resumes:
+            self.done = done
+            return
         names = sorted(path.name for path in self.folder.iterdir())
         if others := [name for name in names if not demo.makes(name)]:
             raise UserError(f"--outdir={self.folder} would be replaced, but holds other things, too "
@@ -437,19 +438,18 @@ def print_summary(demo: Demo, summary: dict[str, Any]) -> None:
 
 
 def default_folder(data: str, seed: int, san: bool, quick: bool) -> str:
-    """Where a demo goes. One that is not replaced has a folder for each choice of settings."""
-    if not DEMOS[data].resumes:
-        return "runs/demo"
-    parts = [f"-seed{seed}" if seed else "", "" if san else "-san0", "-quick" if quick else ""]
-    return f"runs/demo-{data}{''.join(parts)}"
+    """Where a demo goes: each choice of settings has a folder of its own."""
+    parts = ["" if data == "digits" else f"-{data}", f"-seed{seed}" if seed else "", "" if san else "-san0",
+             "-quick" if quick else ""]
+    return f"runs/demo{''.join(parts)}"
 
 
-@click.command(cls=cli.Command)
+@click.command(cls=cli.Command, context_settings={"max_content_width": 120})
 @click.option("--data", type=click.Choice(list(DEMOS)), default="digits", show_default=True,
-              help="Handwritten digits, or emoji (needs pip install -e .[emoji,pretrained])")
+              help="Handwritten digits, or emoji (needs pip install -e '.[emoji,pretrained]')")
 @click.option("--outdir", metavar="DIR", type=cli.PathType(), default=None,
-              help="Where everything goes  [default: runs/demo; for emoji runs/demo-emoji, with the settings that were "
-                   "typed in its name]")
+              help="Where everything goes  [default: runs/demo, with the other settings in its name, such as "
+                   "runs/demo-emoji-seed1]")
 @click.option("--seed", metavar="INT", type=cli.Seed(), default=0, show_default=True, help="Random seed")
 @click.option("--san", metavar="BOOL", type=bool, default=True, show_default=True,
               help="SAN heads; 0: plain hinge heads")
@@ -462,7 +462,7 @@ def main(data: str, outdir: str | None, seed: int, san: bool, quick: bool) -> No
     \b
     Examples:
       python demo.py
-      python demo.py --san=0 --outdir=runs/demo-hinge
+      python demo.py --san=0
       python demo.py --data=emoji
     """
     demo, folder = DEMOS[data], outdir or default_folder(data, seed, san, quick)

@@ -129,10 +129,10 @@ def table(directions: Directions, most: int = 20) -> list[str]:
 def method_options(command: cli.Decorated) -> cli.Decorated:
     """The options that all methods of w have."""
     for option in (
-        click.option("--seed", help="Of the random latents", metavar="INT", type=cli.Seed(), default=0,
+        click.option("--seed", help="Random seed of the latents", metavar="INT", type=cli.Seed(), default=0,
                      show_default=True),
-        click.option("--samples", help="w to look at", metavar="INT", type=cli.IntRange(min=2), default=10_000,
-                     show_default=True),
+        click.option("--samples", help="How many random w to look at", metavar="INT", type=cli.IntRange(min=2),
+                     default=10_000, show_default=True),
         click.option("--layers", help="Layers that are moved, e.g. 3-7  [default: all]", type=cli.IntList()),
     ):
         command = option(command)
@@ -154,9 +154,9 @@ def file_options(command: cli.Decorated) -> cli.Decorated:
 
 def num_option(command: cli.Decorated) -> cli.Decorated:
     """How many directions, and what they are called."""
-    named = click.option("--name", help="What the names of the directions begin with  [default: sefa or pca]",
+    named = click.option("--name", help="What the names of the directions begin with  [default: the method]",
                          metavar="TEXT")
-    return named(click.option("--num", help="How many directions; with --per-class of each class", metavar="INT",
+    return named(click.option("--num", help="How many directions", metavar="INT",
                               type=cli.IntRange(min=1), default=10, show_default=True)(command))
 
 
@@ -167,12 +167,17 @@ def class_option(command: cli.Decorated) -> cli.Decorated:
 
 #----------------------------------------------------------------------------
 
-@click.group()
+@click.group(context_settings={"max_content_width": 120})
 def main() -> None:
     """Find directions in the space of w or of styles, and show what they do.
 
     gen_images.py and gen_video.py move pictures along them: --directions=FILE --edit=NAME:STRENGTH. A strength of 1 is
-    one standard deviation of w; along a direction of a text it is what was found.
+    one standard deviation of w; along a direction of a text it is the whole of what was found.
+
+    \b
+    Examples:
+      python directions.py classes --network=best_model.pkl --from=cat --to=dog --dest=cat.npz
+      python gen_images.py --network=best_model.pkl --seeds=0-9 --directions=cat.npz --edit=cat-to-dog:1.5 --outdir=out
     """
 
 
@@ -181,7 +186,7 @@ def main() -> None:
 @num_option
 @class_option
 def sefa_command(**options: Any) -> None:
-    """Directions along which styles change most, from the weights alone (SeFa).
+    """Find directions along which styles change most, from the weights alone (SeFa).
 
     \b
     Example:
@@ -197,9 +202,10 @@ def sefa_command(**options: Any) -> None:
 @method_options
 @num_option
 @class_option
-@click.option("--per-class", help="Components of each class by itself, called CLASS-pca0 and so on", is_flag=True)
+@click.option("--per-class", help="Find --num components of each class by itself, called "
+              "CLASS-pca0 and so on", is_flag=True)
 def pca_command(**options: Any) -> None:
-    """Principal components of w (GANSpace).
+    """Find principal components of w (GANSpace).
 
     \b
     Examples:
@@ -227,7 +233,7 @@ def pca_command(**options: Any) -> None:
               metavar="NAME,INT...")
 @click.option("--to", "second", help="Classes where they end  [default: all]", metavar="NAME,INT...")
 def classes_command(**options: Any) -> None:
-    """From the mean w of one class to that of another; such a direction is called CLASS-to-CLASS.
+    """Find directions from the mean w of one class to that of another, called CLASS-to-CLASS.
 
     \b
     Examples:
@@ -293,12 +299,12 @@ def called(path: str) -> str:
 @click.option("--name", help="What the direction is called  [default: after --from and --to]", metavar="TEXT")
 @click.option("--inv-steps", help=f"Steps of the search for latents of pictures  [default: {OFFICIAL_STEPS}]",
               metavar="INT", type=cli.IntRange(min=0))
-@click.option("--distance", help="Of pictures, as in run_inversion.py", metavar="NAME|FILE",
-              type=cli.PathType())
+@click.option("--distance", help="Distance between pictures, as in run_inversion.py  [default: as there]",
+              metavar="NAME|FILE", type=cli.PathType())
 @click.option("--batch-sz", help="Pictures whose latents are searched for at once", metavar="INT",
               type=cli.IntRange(min=1), default=8, show_default=True)
 def folders_command(**options: Any) -> None:
-    """From the mean w of some pictures to that of others.
+    """Find a direction from the mean w of some pictures to that of others.
 
     Latents of pictures are searched for as run_inversion.py does it, whose projected_w.npz is taken, too.
 
@@ -362,7 +368,7 @@ def text_steps(job: Job) -> tuple[int, Iterator[torch.Tensor]]:
 @click.option("--batch-sz", help="Pictures at once: less takes less memory", metavar="INT", type=cli.IntRange(min=1),
               default=4, show_default=True)
 def text_command(**options: Any) -> None:
-    """A direction of styles along which pictures become what a text says (StyleMC, with CLIP).
+    """Find a direction of styles along which pictures become what a text says (StyleMC, with CLIP).
 
     \b
     Example:
@@ -388,7 +394,12 @@ def text_command(**options: Any) -> None:
 @main.command("list", cls=cli.Command)
 @click.argument("file", metavar="FILE", type=cli.PathType())
 def list_command(file: str) -> None:
-    """List the directions of a file."""
+    """List the directions of a file.
+
+    \b
+    Example:
+      python directions.py list pca.npz
+    """
     directions = read_directions(file, "FILE")
     click.echo("\n".join([f"{file}: {len(directions)} direction(s)", *table(directions, most=MOST_DIRECTIONS)]))
 
@@ -426,8 +437,8 @@ def pictures_along(loaded: LoadedNetwork, offsets: Sequence[Offset], strengths: 
               type=cli.PathType(addresses=True), required=True)
 @click.option("--sheet", help="The picture to write", metavar="PNG", type=cli.OutputFile(), required=True)
 @click.option("--name", "names", help="Only this direction; may be given several times", metavar="TEXT", multiple=True)
-@click.option("--seed", help="Of the picture", metavar="INT", type=cli.Seed(), default=0, show_default=True)
-@click.option("--class", "class_name", help="Of the picture  [default: drawn from the seed]", metavar="NAME|INT")
+@click.option("--seed", help="Random seed of the picture", metavar="INT", type=cli.Seed(), default=0, show_default=True)
+@click.option("--class", "class_name", help="Class of the picture  [default: drawn from the seed]", metavar="NAME|INT")
 @click.option("--trunc", help="Truncation psi: 1 is none, 0 the mean", metavar="FLOAT", type=cli.Psi(),
               default=1.0, show_default=True)
 @click.option("--strength", help="Strength at the end of each row", metavar="FLOAT",

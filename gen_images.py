@@ -323,9 +323,9 @@ def write(loaded: LoadedNetwork, options: ImageOptions) -> str:
 @click.option("--grid", help="Let --sheet show the images as they come: columns x rows", type=cli.Grid())
 @click.option("--grid-width", help="Let rows of --sheet have up to so many images, of as many classes as fit whole",
               metavar="INT", type=cli.IntRange(min=1))
-@click.option("--samples-per-class", help=f"Of --sheet, without --seeds  [default: {OFFICIAL_SAMPLES}]", metavar="INT",
-              type=cli.IntRange(min=1))
-@click.option("--seed", help=f"The first of --samples-per-class  [default: {OFFICIAL_SEED}]", metavar="INT",
+@click.option("--samples-per-class", help="Images of each class on --sheet, if there are no --seeds  "
+              f"[default: {OFFICIAL_SAMPLES}]", metavar="INT", type=cli.IntRange(min=1))
+@click.option("--seed", help=f"The first seed of --samples-per-class  [default: {OFFICIAL_SEED}]", metavar="INT",
               type=cli.Seed())
 @cli.precision_option()
 @cli.device_option()

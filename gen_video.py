@@ -262,8 +262,8 @@ def check_network(G: Generator, options: VideoOptions) -> None:
 @click.option("--zoom", help="Enlarge pixels to squares of so many", metavar="INT", type=cli.IntRange(min=1, max=64),
               default=1, show_default=True)
 @click.option("--first-frame", help="Also save the first frame as a picture", metavar="PNG", type=cli.OutputFile())
-@click.option("--batch-sz", help="Pictures per batch; the video does not depend on it", metavar="INT",
-              type=cli.IntRange(min=1), default=1, show_default=True)
+@click.option("--batch-sz", help="Pictures per batch; the video depends on it by rounding only (one of 255 "
+              "levels)", metavar="INT", type=cli.IntRange(min=1), default=1, show_default=True)
 @cli.precision_option()
 @cli.device_option()
 def main(**values: Any) -> None:

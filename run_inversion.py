@@ -286,7 +286,7 @@ class Inversion:
 @click.option("--run-pti", help="Tune the generator to each target", is_flag=True)
 @click.option("--pti-steps", help="Steps of tuning", metavar="INT", type=cli.IntRange(min=1), default=350,
               show_default=True)
-@click.option("--batch-sz", help="Targets at once; the results do not depend on it", metavar="INT",
+@click.option("--batch-sz", help="Targets at once; the results depend on it by rounding only", metavar="INT",
               type=cli.IntRange(min=1), default=1, show_default=True)
 @cli.device_option()
 def main(**values: Any) -> None:

@@ -204,7 +204,7 @@ def option(names: str, help: str, **settings: Any) -> Callable[[Command], Comman
 @option("--diversity", "Weight of the diversity term, for small data sets  [default: by preset]", metavar="FLOAT",
         type=cli.FloatRange(min=0))
 @option("--split-group --ghost-batch ghost_batch", "Normalise in D over this many consecutive images, so that results "
-        "do not depend on how a batch is split  [default: over a micro-batch]", metavar="INT", type=cli.IntRange(min=0))
+        "do not depend on how a batch is split; 0: over a micro-batch", metavar="INT", type=cli.IntRange(min=0))
 @option("--map-depth", "Mapping network depth", metavar="INT", type=cli.IntRange(min=1))
 # Super-resolution.
 @option("--stem", "Train a stem (what happens without --superres)", is_flag=True)
@@ -231,8 +231,8 @@ def option(names: str, help: str, **settings: Any) -> Callable[[Command], Comman
 @option("--seed", "Random seed", metavar="INT", type=cli.Seed())
 @option("--fp32", "Disable mixed precision: the official name of --precision=fp32", metavar="BOOL", type=bool)
 @cli.precision_option()
-@option("--feature-precision", "Of the frozen networks: tf32 (on GPUs) and bf16 are faster where the hardware has them "
-        "(docs/performance.md)", type=click.Choice(["fp32", "tf32", "bf16"]))
+@option("--feature-precision", "How the frozen networks compute: tf32 (on GPUs) and bf16 are faster where the hardware "
+        "has them (docs/performance.md)", type=click.Choice(["fp32", "tf32", "bf16"]))
 @option("--nobench", "Disable cuDNN benchmarking", metavar="BOOL", type=bool)
 @option("--workers", "Loader processes", metavar="INT", type=cli.IntRange(min=0))
 @option("--stage-to", "Copy --data to this folder of a local disk first, once per node, and read it there",
@@ -240,7 +240,7 @@ def option(names: str, help: str, **settings: Any) -> Callable[[Command], Comman
 @cli.device_option()
 @option("--keep", "Network snapshots that stay beside the best one; 0: all", metavar="INT",
         type=cli.IntRange(min=0))
-@option("--keep-every", "Of each so many kimg one snapshot stays for good", metavar="KIMG",
+@option("--keep-every", "One snapshot of every so many kimg stays for good; 0: none does", metavar="KIMG",
         type=cli.FloatRange(min=0))
 @option("--snap-state", "Minutes between training states; 0: only with snapshots", metavar="MINUTES",
         type=cli.FloatRange(min=0))

@@ -167,14 +167,42 @@ def tell(notes: Iterable[str]) -> None:
 #----------------------------------------------------------------------------
 # Numbers.
 
-class FloatRange(click.FloatRange):
+class Number(click.ParamType):
     """A finite number: neither nan nor inf, nor one that only a float64 holds."""
+
+    name = "FLOAT"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(click.FLOAT.convert(value, param, ctx))
         if not abs(number) <= MAX_FLOAT:        # Also nan.
             self.fail(f"{value} is not a finite number (at most {MAX_FLOAT:g})", param, ctx)
-        return float(super().convert(number, param, ctx))
+        return number
+
+
+class FloatRange(click.FloatRange):
+    """A finite number with a bound, which --help shows. Without a bound it would show `x<=None`: take `Number`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return float(super().convert(Number().convert(value, param, ctx), param, ctx))
+
+
+class WholeNumber(click.ParamType):
+    """A whole number of 32 bits.
+
+    Args:
+        highest: The largest number that is taken, also with a minus before it.
+    """
+
+    name = "INT"
+
+    def __init__(self, highest: int = MAX_INT):
+        self.highest = highest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = int(click.INT.convert(value, param, ctx))
+        if abs(number) > self.highest:
+            self.fail(f"{value} is too large: at most {self.highest}", param, ctx)
+        return number
 
 
 class Psi(FloatRange):
@@ -192,15 +220,12 @@ class Angle(FloatRange):
 
 
 class IntRange(click.IntRange):
-    """A whole number of 32 bits."""
+    """A whole number of 32 bits with a bound, which --help shows. Without a bound take `WholeNumber`."""
 
     highest = MAX_INT
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        number = int(super().convert(value, param, ctx))
-        if abs(number) > self.highest:
-            self.fail(f"{value} is too large: at most {self.highest}", param, ctx)
-        return number
+        return WholeNumber(self.highest).convert(super().convert(value, param, ctx), param, ctx)
 
 
 class Seed(IntRange):

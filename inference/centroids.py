@@ -152,8 +152,8 @@ def check_numbers(G: Generator, num: int, clusters: int) -> None:
 @click.option("--per-class", help="Clusters of each class by itself", is_flag=True)
 @click.option("--class", "--classes", "class_name", help="Only these classes, by name or index, e.g. cat,3,5-7  "
               "[default: all]", metavar="NAME,INT...")
-@click.option("--seed", help="Of the latents and of the starts of k-means", metavar="INT", type=cli.Seed(), default=0,
-              show_default=True)
+@click.option("--seed", help="Random seed of the latents and of the starts of k-means", metavar="INT",
+              type=cli.Seed(), default=0, show_default=True)
 @click.option("--sheet", help="Also draw the pictures of the centres", metavar="PNG", type=cli.OutputFile())
 @cli.precision_option()
 @cli.device_option()

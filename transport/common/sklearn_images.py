@@ -15,7 +15,7 @@ def _datasets() -> ModuleType:
     try:
         import sklearn.datasets
     except ImportError as err:
-        raise UserError("digits and photographs come with scikit-learn: pip install -e .[transport]") from err
+        raise UserError("digits and photographs come with scikit-learn: pip install -e '.[transport]'") from err
     datasets: ModuleType = sklearn.datasets
     return datasets
 

@@ -136,9 +136,18 @@ def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _bounds(min: float | None, max: float | None, open_min: bool, open_max: bool, **_: Any) -> list[str]:   # noqa: A002
+    """What `check` asks of a number, as click writes it: ['0<x<=1'], ['x>=1']; [] where nothing is asked."""
+    below, above = ("<" if open_min else "<="), ("<" if open_max else "<=")
+    if min is None:
+        return [] if max is None else [f"x{above}{max:g}"]
+    return [f"x{'>' if open_min else '>='}{min:g}"] if max is None else [f"{min:g}{below}x{above}{max:g}"]
+
+
 def _option_of(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     """An option without a default of its own: what is not given stays as the (quick) settings have it."""
-    text = f"{field.metadata['text']}  [default: {field.default}]"
+    shown = [*([] if field.default is None else [f"default: {field.default}"]), *_bounds(**field.metadata)]
+    text = field.metadata["text"] + (f"  [{'; '.join(shown)}]" if shown else "")
     if field.name == "device":
         kind: Any = click.Choice(["auto", "cuda", "cpu", "mps"])
     elif field.metadata["choices"]:
@@ -146,6 +155,6 @@ def _option_of(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     else:
         plain = [t for t in (typing.get_args(hint) or (hint,)) if t is not type(None)]
         # Words without choices may be paths; others pass a path's type unchanged.
-        kinds = {int: cli.IntRange(), float: cli.FloatRange(), str: cli.PathType()}
+        kinds = {int: cli.WholeNumber(), float: cli.Number(), str: cli.PathType()}
         kind = cli.Seed() if field.name == "seed" else kinds.get(plain[0], plain[0])
     return click.Option([_flag(field.name)], type=kind, default=None, help=text)

