@@ -205,9 +205,14 @@ def design_lowpass_filter(num_taps: int, cutoff: float, width: float, sampling_r
 
     Taps are worked out in double precision and rounded to single precision, also for networks in double precision: they
     are part of the state of a network, and official snapshots hold these values.
+
+    Raises:
+        ValueError: the cutoff is not between 0 and half the sampling rate.
     """
     if num_taps == 1:
         return None
+    if not 0 < cutoff < sampling_rate / 2:
+        raise ValueError(f"cutoff {cutoff:g}: must be above 0 and below half the sampling rate of {sampling_rate:g}")
     x = (np.arange(num_taps) - (num_taps - 1) / 2) / sampling_rate
     window = kaiser_window(num_taps, width / (sampling_rate / 2))
     if not radial:

@@ -184,6 +184,13 @@ def test_filters_are_those_of_scipy(num_taps, width):
     assert np.allclose(networks_stylegan3.kaiser_window(num_taps, width / 8), np.kaiser(num_taps, beta), rtol=1e-13)
 
 
+@pytest.mark.parametrize("cutoff", [0.0, -1.0, 8.0, float("nan")])
+@pytest.mark.parametrize("radial", [False, True])
+def test_filters_without_a_cutoff(cutoff, radial):
+    with pytest.raises(ValueError, match="must be above 0 and below half the sampling rate of 16"):
+        networks_stylegan3.design_lowpass_filter(6, cutoff, 1.0, 16, radial)
+
+
 def test_growing_keeps_the_stem_bit_for_bit():
     torch.manual_seed(0)
     stem = Generator(small_config())

@@ -32,8 +32,9 @@ class Fake(torch.nn.Module):
     def mapping(self, z, c, truncation_psi):
         return torch.cat([z, c], dim=1)
 
-    def synthesis(self, ws, transform):
+    def synthesis(self, ws, transform, style_offset):
         assert transform is None
+        assert style_offset is None
         return self.picture(*ws.split([ws.shape[1] - self.c_dim, self.c_dim], dim=1))
 
 
