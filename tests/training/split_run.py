@@ -1,6 +1,6 @@
 """Five iterations in float64, under any launcher; rank 0 writes every tensor. `test_nodes.py` starts it.
 
-Usage: split_run.py DATA BATCH_GPU SPLIT_GROUP DEST
+Usage: split_run.py DATA SPLIT_GROUP BATCH_GPU=DEST [BATCH_GPU=DEST ...]
 """
 import dataclasses
 import hashlib
@@ -50,7 +50,14 @@ class SeenBatches:
 
 
 def main(device) -> int:
-    data, batch_gpu, group, dest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    data, group = sys.argv[1], int(sys.argv[2])
+    for batch_gpu, _, dest in (run.partition("=") for run in sys.argv[3:]):
+        train(data, group, int(batch_gpu), dest, device)
+    return 0
+
+
+def train(data: str, group: int, batch_gpu: int, dest: str, device) -> None:
+    """One run from its beginning."""
     rank = distributed.rank()
     dataset = ImageDataset(data, use_labels=True)
     config = TrainConfig(
@@ -70,7 +77,6 @@ def main(device) -> int:
         tensors = {f"{name}.{key}": value for name, net in (("G", G), ("G_ema", G_ema)) for key, value
                    in net.state_dict().items()} | {f"D.{key}": value for key, value in D.own_state_dict().items()}
         torch.save({"tensors": tensors | {"pl_mean": loss.pl_mean}, "seen": seen}, dest)
-    return 0
 
 
 if __name__ == "__main__":

@@ -108,8 +108,9 @@ def test_readme_command_trains_on_two_nodes(nodes, data16, tmp_path):
 
 #----------------------------------------------------------------------------
 
-def split_run(data, dest, batch_gpu: int) -> list[str]:
-    return [SPLIT_RUN, str(data), str(batch_gpu), "2", str(dest)]
+def split_run(data: Path, folder: Path, **batch_sizes: int) -> list[str]:
+    """The command, with a file of results in the folder for each micro-batch size."""
+    return [SPLIT_RUN, str(data), "2", *(f"{batch_gpu}={folder / name}" for name, batch_gpu in batch_sizes.items())]
 
 
 @pytest.mark.numeric
@@ -119,13 +120,10 @@ def test_weights_do_not_depend_on_how_the_batch_is_split(nodes, data16, tmp_path
     Everything that a training state holds is compared: networks, running means of w, of path lengths and of BatchNorm,
     singular vectors. And what every sample is made of is a function of its position, bit by bit.
     """
-    results = []
-    for name, batch_gpu in (("whole", 8), ("four", 2)):
-        subprocess.run([sys.executable, *split_run(data16, tmp_path / name, batch_gpu)], env=environment(), check=True,
-                       timeout=1500)
-        results.append(torch.load(tmp_path / name))
-    nodes.run([*readme_launcher(nodes, 2), *split_run(data16, tmp_path / "nodes", 2)])
-    results.append(torch.load(tmp_path / "nodes"))
+    subprocess.run([sys.executable, *split_run(data16, tmp_path, whole=8, four=2)], env=environment(), check=True,
+                   timeout=1500)
+    nodes.run([*readme_launcher(nodes, 2), *split_run(data16, tmp_path, nodes=2)])
+    results = [torch.load(tmp_path / name) for name in ("whole", "four", "nodes")]
 
     first = results[0]
     assert len(first["seen"]) == (5 + 2 + 5) * 8                # Gmain, Greg, Dmain.
