@@ -190,14 +190,19 @@ def _naming(path: Path, temp: str | Path) -> Iterator[None]:
         raise
 
 
-def _temporary_folder(path: Path) -> Path:
-    """A new folder beside `path`. Raises OSError, which names `path`."""
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, which goes with the block. Raises OSError, which names `path`."""
     try:
         # It is absolute, because programs take a name such as -x or a:b for something else.
-        return Path(os.path.abspath(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")))
+        place = Path(os.path.abspath(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")))
     except OSError as err:
         err.filename = str(path)        # The name that was asked for, not the temporary one.
         raise
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -248,8 +253,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _refuse_what_is_no_file(path)
-    place = _temporary_folder(path)
-    try:
+    with _temporary_folder(path) as place:
         temp = place / path.name
         with _naming(path, place):
             yield temp
@@ -257,8 +261,6 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(f.fileno())
         os.replace(temp, path)
         _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -279,31 +281,25 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = _temporary_folder(path)
-    try:
+    with _temporary_folder(path) as place:
         temp = place / path.name        # mkdtemp's own folder is private.
         temp.mkdir()
         with _naming(path, place):
             yield temp
         os.replace(temp, path)
         _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _filled(path: Path) -> Iterator[Path]:
     """`atomic_folder` for an empty folder that is there."""
-    place = _temporary_folder(path / "new")
-    try:
+    with _temporary_folder(path / "new") as place:
         _refuse_neighbours(path, place)         # Also another run that has begun with the same folder.
         yield place
         _refuse_neighbours(path, place)
         for child in sorted(place.iterdir()):
             child.rename(path / child.name)
         _sync_folder(path)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _refuse_neighbours(folder: Path, only: Path) -> None:

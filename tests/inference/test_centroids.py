@@ -5,7 +5,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from click.testing import CliRunner
 
 import gen_images
 from dnnlib import UserError
@@ -16,6 +15,7 @@ from inference.sample_files import NAME_WIDTH
 from inference.sampling import many_w
 from legacy import load_network
 from tests.closeness import assert_close, max_error
+from tests.inference import commands
 from tests.parity import DATA
 from torch_utils.images import to_uint8_sample
 from training.data.randomness import CounterRNG
@@ -23,7 +23,7 @@ from training.generator.synthesis import distances, nearest_centroids
 
 
 def invoke(*args, command=centroids.main):
-    return CliRunner().invoke(command, [str(a) for a in args] + ["--device=cpu"])
+    return commands.invoke(command, *args)
 
 
 @pytest.fixture(scope="module")

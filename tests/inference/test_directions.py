@@ -25,19 +25,10 @@ from inference.motion import Motion, Sweep, make_keyframes
 from inference.sampling import class_means, many_w, map_latents
 from legacy import load_network
 from tests.closeness import max_error
+from tests.inference.commands import invoke, made
 from training.generator.layer_schedule import stem_config
 from training.generator.synthesis import Offset, synthesize, synthesize_ws
 from training.networks_stylegan3 import Generator
-
-
-def invoke(command, *args):
-    return CliRunner().invoke(command, [str(a) for a in args] + ["--device=cpu"])
-
-
-def made(command, *args) -> str:
-    result = invoke(command, *args)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def pixels(path) -> np.ndarray:

@@ -14,6 +14,7 @@ from dnnlib import UserError
 from inference import sample_files, sampling
 from inference.sampling import GeneratorSource, find_class, generate, seed_label, seed_latent
 from legacy import load_network
+from tests.inference import commands
 from tests.parity import DATA, load_npz
 from torch_utils import checkpoint
 from torch_utils.images import from_uint8, to_uint8_metric, to_uint8_sample
@@ -23,7 +24,7 @@ from training.run.formats import NETWORK_FORMAT
 
 
 def invoke(*args):
-    return CliRunner().invoke(gen_images.main, [str(a) for a in args] + ["--device=cpu"])
+    return commands.invoke(gen_images.main, *args)
 
 
 def images(folder) -> dict[str, np.ndarray]:

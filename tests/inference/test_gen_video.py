@@ -8,7 +8,6 @@ import PIL.Image
 import pytest
 import scipy.interpolate
 import torch
-from click.testing import CliRunner
 
 import gen_images
 import gen_video
@@ -22,13 +21,14 @@ from inference.sampling import find_classes, seed_label, seed_latent
 from inference.video_files import open_video
 from legacy import load_network
 from tests.closeness import max_error
+from tests.inference import commands
 from tests.parity import DATA
 from torch_utils.images import to_uint8_sample
 from training.generator.synthesis import synthesize_ws
 
 
 def invoke(*args, command=gen_video.main):
-    return CliRunner().invoke(command, [str(a) for a in args] + ["--device=cpu"])
+    return commands.invoke(command, *args)
 
 
 def stored(path) -> np.ndarray:

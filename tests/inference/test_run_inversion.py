@@ -6,19 +6,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from click.testing import CliRunner
 
 import gen_images
 import run_inversion
 from dnnlib import UserError
 from legacy import load_network
+from tests.inference.commands import invoke
 from torch_utils.images import from_uint8
 from training.generator.synthesis import synthesize_ws
 from training.run.formats import read_snapshot
-
-
-def invoke(command, *args):
-    return CliRunner().invoke(command, [str(a) for a in args] + ["--device=cpu"])
 
 
 def invert(network, outdir, *args):

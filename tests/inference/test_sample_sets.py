@@ -17,13 +17,14 @@ from inference.samples import Samples, class_shares, drawn_classes, each_class
 from inference.sampling import seed_label, seed_latent
 from legacy import load_network
 from tests.conftest import write_dataset
+from tests.inference import commands
 from torch_utils import checkpoint
 
 CELL = 64                   # Images of 16 pixels, four times as large.
 
 
 def invoke(*args):
-    return CliRunner().invoke(gen_images.main, [str(a) for a in args] + ["--device=cpu"])
+    return commands.invoke(gen_images.main, *args)
 
 
 def made(*args) -> str:

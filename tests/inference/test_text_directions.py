@@ -10,7 +10,6 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
-from click.testing import CliRunner
 
 import directions
 import gen_images
@@ -42,6 +41,7 @@ from inference.page.scene import Controls, Mixing
 from legacy import load_network
 from tests import needs_cuda
 from tests.closeness import max_error
+from tests.inference.commands import invoke, made
 from torch_utils.images import to_uint8_sample
 from training.generator.layer_schedule import stem_config, superres_config
 from training.generator.superres import load_stem_into
@@ -96,16 +96,6 @@ def file(G, tmp_path_factory):
     path = tmp_path_factory.mktemp("directions") / "styles.npz"
     save_directions(path, style_directions(G, "smile", "red: hair", layers=(0, 1, 2)), G, {})
     return path
-
-
-def invoke(command, *args):
-    return CliRunner().invoke(command, [str(a) for a in args] + ["--device=cpu"])
-
-
-def made(command, *args) -> str:
-    result = invoke(command, *args)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 text = directions.main.commands["text"]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same functions as PyTorch's compiler wants them.
+"""These are the functions of `untraced_functions` as PyTorch's compiler wants them.
 
-Imported when it meets the first of them: the modules of the traced code are loaded by then, so all are known.
+The module is imported when it meets the first of them. The modules of the traced code are loaded by then, so all of
+them are known.
 """
 from collections.abc import Callable
 
