@@ -13,6 +13,8 @@ import pytest
 
 from tests import closeness
 from torch_utils import published
+from training.watch import reporting
+from training.watch.html_report import REPORT_FILE, write_report
 
 # Files that take minutes: begun last, they would have one process work alone at the end.
 LONG_FILES = ("test_demo.py", "test_nodes.py", "test_resume.py", "test_processes.py")
@@ -44,6 +46,8 @@ def pytest_configure(config):
 def pytest_sessionstart(session):
     from torch_utils.ops import dispatch
     dispatch.load("cpu")
+    # Ten figures would take longer than the rest of a tiny run.
+    reporting.write_report = lambda folder: folder / REPORT_FILE
 
 
 @pytest.hookimpl(wrapper=True)
@@ -95,6 +99,12 @@ def _offline(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("STYLESAN_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("STYLESAN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """Runs within the test's process draw report.html, as they do outside tests."""
+    monkeypatch.setattr(reporting, "write_report", write_report)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def constant_generator(monkeypatch):
 
 
 @pytest.mark.slow
-def test_collapse_stops_the_run_when_asked_to(data16, tmp_path, constant_generator):
+def test_collapse_stops_the_run_when_asked_to(data16, tmp_path, constant_generator, reports):
     result = run(tmp_path, data16, "--kimg=0.8", "--tick=0.008", "--snap=100", "--on-collapse=stop")
     assert result.exit_code == EXIT_COLLAPSE == 5
     folder = only_run(tmp_path)

@@ -68,7 +68,7 @@ def test_is_finite_looks_into_everything():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notices", ["weights", "gradients"])
-def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkeypatch, notices):
+def test_injected_nan_stops_the_run_and_names_the_layer(data16, tmp_path, monkeypatch, reports, notices):
     """From the third iteration on a layer of G makes NaN. The end of a tick notices the weight, which would be saved
     there; within a tick the gradients show it."""
     monkeypatch.setattr(GradientGuard, "LIMIT", 3)

@@ -263,7 +263,7 @@ def test_logits_of_a_scale_can_be_told_apart(c_dim, sizes, larger):
 
 
 @pytest.mark.slow
-def test_a_run_reports_signs_per_scale_and_gradient_norms(data16, tmp_path):
+def test_a_run_reports_signs_per_scale_and_gradient_norms(data16, tmp_path, reports):
     result = CliRunner().invoke(main, [*SMALL, f"--data={data16}", f"--outdir={tmp_path}", "--kimg=0.016"],
                                 catch_exceptions=False)
     assert result.exit_code == 0
