@@ -191,8 +191,11 @@ def option(names: str, help: str, **settings: Any) -> Callable[[Command], Comman
         type=cli.IntRange(min=0))
 @option("--backbones", "Feature networks of D: official names, any timm model, NAME:random, or a .safetensors file",
         metavar="NAME,...", type=cli.PathList())
-@option("--embedding", "Class table: from the data, random, or a file", metavar="data|random|FILE",
+@option("--embedding", "Class table: from the data; the same about its mean, for classes that look alike; random; or a "
+        "file", metavar="data|centred|random|FILE",
         type=cli.PathType())
+@option("--feature-size", "Enlarge smaller images to this side for the --backbones, 0: to the side that each was "
+        "trained with; 112 takes less than half the time", metavar="PIXELS", type=cli.IntRange(min=0, max=1024))
 @option("--san", "SAN heads; 0 for plain hinge heads", metavar="BOOL", type=bool)
 # Hyperparameters.
 @option("--batch-gpu", "Images per micro-batch; auto: what fits and is fast  [default: batch/gpus, if 32 bits reach]",

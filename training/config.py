@@ -101,6 +101,7 @@ class DiscriminatorConfig:
     bn_warmup: bool = True          # See `training.feature_networks.backbones.warm_up_batch_norm`.
     seed: int = 0                   # Draws the frozen random projections.
     ghost_batch: int = 0            # Samples in a ghost batch, over which heads normalise; 0: over a micro-batch.
+    feature_size: int = 0           # Smaller images are enlarged to this side for the backbones; 0: to what each wants.
 
 #----------------------------------------------------------------------------
 # Loss, optimisation, data, run.
@@ -196,7 +197,7 @@ class TrainConfig:
     kimg_per_tick: float
     snapshot_ticks: int
     metrics: tuple[str, ...] = ()
-    embedding: str = "data"         # data | random | a file.
+    embedding: str = "data"         # data | centred | random | a file.
     path_stem: str | None = None
     resume: str | None = None       # The run begins with the weights of this snapshot, all of which must fit.
     init_from: str | None = None    # The run begins with those weights of this snapshot that fit.

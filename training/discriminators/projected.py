@@ -86,7 +86,7 @@ class ProjectedDiscriminator(torch.nn.Module):
     """Logits of real against generated, one vector per backbone.
 
     The heads' architecture depends on the backbones' input sizes and not on `config.img_resolution`: larger images give
-    larger maps of logits.
+    larger maps of logits. `config.feature_size` gives the backbones, which are changed for it, another input size.
 
     Args:
         config: The settings.
@@ -107,6 +107,8 @@ class ProjectedDiscriminator(torch.nn.Module):
         self.discriminators = torch.nn.ModuleDict()
         for i, (key, name) in enumerate(zip(self.backbone_names, config.backbones, strict=True)):
             backbone = backbones[name] if backbones and name in backbones else load_backbone(name, weights)
+            if config.feature_size:
+                backbone.look_at(config.feature_size)
             if config.bn_warmup:
                 warm_up_batch_norm(backbone)
             with seeded(config.seed, f"projection {i}"):

@@ -14,6 +14,7 @@ from torch_utils.published import trained_with
 
 NUM_MAPS = 4                # So many maps are taken from a timm model, the deepest ones, or all if it has fewer.
 BN_WARMUP_SIZE = 256
+MIN_SIZE = 64               # Here the deepest map of a network that halves five times has two pixels per side.
 FUSED = "fused_attn"        # The attribute by which timm's attention layers are told to use the fused kernel.
 
 #----------------------------------------------------------------------------
@@ -46,7 +47,7 @@ class Backbone(torch.nn.Module):
         net: The network itself; its state dict has its own library's keys.
         channels: Channels of the maps, shallowest first.
         map_sizes: Sides of the maps for images of `input_size`.
-        input_size: Side of the images it was made for.
+        input_size: Side of the images it was made for, or that `look_at` set.
         mean, std: Per channel of images in [0, 1], as the network was trained with them.
         always_resize: Whether images of every other size are resized to it; if not, only smaller ones are.
         isotropic: All maps have one size (transformers); a pyramid is made of them later.
@@ -87,6 +88,23 @@ class Backbone(torch.nn.Module):
         self.channels = [x.shape[1] for x in maps]
         self.map_sizes = [x.shape[2] for x in maps]
         return self
+
+    def look_at(self, size: int) -> None:
+        """Have images that are smaller enlarged to this side, instead of the one that the network was made for.
+
+        Raises:
+            UserError: the network takes images of one size only, or this one is too small for it.
+        """
+        if size == self.input_size:
+            return
+        if self.always_resize:
+            raise UserError(f"--feature-size={size}: {self.name} takes images of {self.input_size} pixels only: leave "
+                            "--feature-size out, or choose other --backbones, such as tf_efficientnet_lite0")
+        if size < MIN_SIZE:
+            raise UserError(f"--feature-size={size}: {self.name} needs {MIN_SIZE} pixels or more: take as many, or 0 "
+                            f"for {self.input_size}")
+        self.input_size = size
+        self.probe()
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, R, R] in [-1, 1] as `maps` takes them: standardised, and resized bilinearly where needed."""

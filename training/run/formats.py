@@ -65,7 +65,7 @@ _TENSORS = entries(_tensor)
 _DISCRIMINATOR = settings_of(DiscriminatorConfig, dict.fromkeys(
     ("img_resolution", "cmap_dim", "proj_channels", "max_channels"), whole(1, MAX_SIZE)) | {
     "backbones": items(text, 1, 100), "c_dim": whole(0, MAX_SIZE), "seed": whole(-2 ** 63, 2 ** 64),
-    "ghost_batch": whole(0, MAX_SIZE)})
+    "ghost_batch": whole(0, MAX_SIZE), "feature_size": whole(0, MAX_SIZE)})
 
 SNAPSHOT = record({
     "format": exactly(NETWORK_FORMAT),

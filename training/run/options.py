@@ -36,6 +36,7 @@ class TrainOptions:
     freezed: int = 0
     backbones: tuple[str, ...] = OFFICIAL_BACKBONES
     embedding: str = "data"
+    feature_size: int = 0
     san: bool = True
     # Hyperparameters.
     batch_gpu: int | str | None = None      # Also 'auto'.

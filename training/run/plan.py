@@ -216,7 +216,7 @@ def _settings(options: TrainOptions, preset: Preset, dataset: ImageDataset, stem
         data=DataConfig(str(options.data), dataset.resolution, dataset.c_dim, options.mirror, options.workers),
         generator=_generator(options, preset, dataset, stem),
         discriminator=DiscriminatorConfig(tuple(options.backbones), dataset.resolution, dataset.c_dim, options.san,
-                                          ghost_batch=options.ghost_batch),
+                                          ghost_batch=options.ghost_batch, feature_size=options.feature_size),
         loss=LossConfig(cls_weight=options.cls_weight, cls_model=options.classifier,
                         diversity_weight=preset.diversity),
         optim=optim,

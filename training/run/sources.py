@@ -70,7 +70,7 @@ def find_sources(config: TrainConfig, find_snapshot: Callable[[str], Path]) -> d
                 found[name] = Source(typed, find_snapshot(typed).resolve())
             except UserError:
                 found[name] = Source(typed, None)
-    if config.embedding not in ("data", "random"):
+    if Path(config.embedding).suffix:       # Files have one, the names of what is made have none.
         found["embedding"] = _plain(config.embedding)
     if config.loss.cls_weight > 0 and config.loss.cls_model.endswith(".safetensors"):
         found["loss.cls_model"] = _plain(config.loss.cls_model)

@@ -16,6 +16,7 @@ from training.feature_networks.registry import load_backbone
 
 pytestmark = pytest.mark.numeric
 
+TINY_TIMM = "resnet10t"
 SMALL = DiscriminatorConfig(backbones=("local:random",), img_resolution=32, c_dim=5, cmap_dim=8, proj_channels=8,
                             max_channels=16)
 
@@ -45,6 +46,19 @@ def test_any_number_of_classes(c_dim):
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_images_of_any_size(size):
     assert make()(images(size=size), labels())[0].shape == make()(images(), labels())[0].shape
+
+
+def test_features_of_another_size():
+    """A quarter of the positions in the backbone; fewer blocks in the heads, so that logits see as much of the map."""
+    small, whole = (make(backbones=(f"{TINY_TIMM}:random",), feature_size=size) for size in (112, 224))
+    depths = [[len(head.main) for head in D.discriminators[f"{TINY_TIMM}_random"].mini_discs.values()]
+              for D in (small, whole)]
+    assert depths == [[3, 2, 1, 1], [4, 3, 2, 1]]
+    x = images().requires_grad_()
+    (logits,), (others,) = small(x, labels()), whole(x, labels())
+    assert len(logits) == len(others) == 4
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    assert gradient.abs().sum(dim=(1, 2, 3)).min() > 0
 
 
 def test_two_backbones_give_two_logits():

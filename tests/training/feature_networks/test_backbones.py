@@ -89,6 +89,35 @@ def test_preprocessing():
     assert rel_error(deit.preprocess(x)[:, 0], expected) < 1e-5
 
 
+def test_another_size():
+    """Maps are those that timm makes of images enlarged to that size; larger images stay as they are."""
+    b = load_backbone("resnet18:random")
+    b.look_at(96)
+    assert (b.input_size, b.map_sizes) == (96, [24, 12, 6, 3])
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen = b.preprocess(x)
+    assert seen.shape[2] == 96
+    assert b.preprocess(torch.zeros(1, 3, 128, 128)).shape[2] == 128
+    with torch.no_grad():
+        maps, direct = b.maps(seen), b.net.forward_intermediates(seen, intermediates_only=True)
+    assert all(torch.equal(a, d) for a, d in zip(maps, direct[-4:], strict=True))
+    b.look_at(96)       # Twice is no error.
+
+
+@pytest.mark.parametrize(("name", "size", "message"), [
+    ("deit_tiny_distilled_patch16_224:random", 112, "--feature-size=112: deit_tiny.* takes images of 224 pixels only"),
+    ("local:random", 64, "takes images of 32 pixels only"),
+    ("resnet18:random", 63, "--feature-size=63: resnet18:random needs 64 pixels or more"),
+])
+def test_sizes_that_do_not_work(name, size, message):
+    b = load_backbone(name)
+    before = b.input_size
+    with pytest.raises(UserError, match=message):
+        b.look_at(size)
+    b.look_at(before)
+    assert b.input_size == before
+
+
 def test_random_weights_depend_on_the_seed_only():
     torch.manual_seed(3)
     state = torch.get_rng_state()

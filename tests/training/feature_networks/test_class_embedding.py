@@ -19,7 +19,7 @@ from tests.closeness import assert_close, rel_error
 from tests.data_prep.samples import files, metadata, write_zip
 from tests.training.feature_networks.digits import Digits
 from training.dataset import ImageDataset, follow_classes
-from training.feature_networks.class_embedding import class_embedding
+from training.feature_networks.class_embedding import centred_table, class_embedding
 from training.feature_networks.registry import load_backbone
 
 pytestmark = pytest.mark.numeric
@@ -78,6 +78,22 @@ def test_classes_without_images_get_the_mean():
     assert torch.equal(table[10], table[11])
 
 
+def test_centred():
+    """What the rows share is gone, and they keep their mean length; a class that is the mean has no direction."""
+    plain = class_embedding("data", 10, dataset=Digits(16, count=60), backbone="local:random")
+    table = class_embedding("centred", 10, dataset=Digits(16, count=60), backbone="local:random")
+    assert torch.equal(table, centred_table(plain))
+    assert_close(table.norm(dim=1), plain.norm(dim=1).mean().expand(10), rtol=1e-5, atol=0)
+    about = plain - plain.mean(dim=0)
+    assert_close(torch.cosine_similarity(table, about), torch.ones(10), rtol=1e-5, atol=0)
+    with pytest.warns(UserWarning, match="no images of class 10"):
+        table = class_embedding("centred", 11, dataset=Digits(16, count=60), backbone="local:random")
+    assert_close(torch.cosine_similarity(table[:10], about), torch.ones(10), rtol=1e-5, atol=0)
+    assert not table[10].any()
+    assert torch.equal(centred_table(plain[:1]), plain[:1])
+    assert not centred_table(torch.zeros(2, 3)).any()
+
+
 def test_data_refusals():
     with pytest.raises(UserError, match="--embedding=data: needs labelled images"):
         class_embedding("data", 10)
@@ -122,7 +138,7 @@ def test_a_file_never_runs_code(tmp_path):
 
 
 def test_other_refusals(tmp_path):
-    with pytest.raises(UserError, match="--embedding=datta: choose data, random"):
+    with pytest.raises(UserError, match="--embedding=datta: choose data, centred, random"):
         class_embedding("datta", 3)
     with pytest.raises(UserError, match="no such file"):
         class_embedding(str(tmp_path / "x.npy"), 3)
