@@ -113,22 +113,23 @@ DEMOS = {
               ("KID", "kid", "kid", ".2e")),
         full=Size(kimg=(12.8, 27.2), epochs=15, num=1797, tick=0.8),
         quick=Size(kimg=(0.64, 0.32), epochs=4, num=500, tick=0.16)),
-    # The official recipe, but for widths that a processor can train in a night. The judge is another network than the
-    # discriminator's, and has seen neither these images nor the generator.
+    # The official recipe in widths that a processor can train in a night, with what so few images, classes and steps
+    # need (docs/recipes.md). The judge is another network than the discriminator's, and has seen neither these images
+    # nor the generator.
     "emoji": Demo(
         title="emoji", source="openmoji", archive="emoji", data_seconds=90, resumes=True,
         nets=(OwnNet("guide", 32, "64,128,256", "0/2"),),
-        options=("--cfg=stylegan3-t", "--preset=light", "--cond=1", "--mirror=1", "--diversity=0",
+        options=("--cfg=stylegan3-t", "--preset=light", "--cond=1", "--mirror=1", "--feature-size=112",
                  "--backbones=tf_efficientnet_lite0", "--metrics=none", "--snap=25"),
-        stages=(Stage(16, "stage16", (), 3.5),
-                Stage(32, "stage32", EMOJI_GUIDED, 4.5), Stage(64, "stage64", EMOJI_GUIDED, 6.0)),
+        stages=(Stage(16, "stage16", ("--embedding=centred",), 1.4),
+                Stage(32, "stage32", EMOJI_GUIDED, 2.4), Stage(64, "stage64", EMOJI_GUIDED, 3.9)),
         detector="timm:tf_efficientnet_lite2", metrics_at_start="fd", metrics="fd,kid,pr,probe_accuracy",
         rows=(("FD (lite2) at start", "fd_init", "fd", ".1f"), ("FD (lite2) now", "fd", "fd", ".1f"),
               ("probe accuracy now", "accuracy", "probe_accuracy", ".1%"),
               ("... of real images", "accuracy_real", "probe_accuracy_held_out", ".1%"),
               ("precision", "precision", "pr_precision", ".2f"), ("recall", "recall", "pr_recall", ".2f"),
               ("KID (lite2)", "kid", "kid", ".2e")),
-        full=Size(kimg=(120.0, 60.0, 40.0), epochs=15, num=4442, tick=0.8),
+        full=Size(kimg=(100.0, 60.0, 60.0), epochs=15, num=4442, tick=0.8),
         quick=Size(kimg=(0.096, 0.064, 0.064), epochs=2, num=64, tick=0.032, max_images=200)),
 }
 

@@ -26,6 +26,8 @@ from transport.san.dcgan import Config, Measurement, Run, load_run  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 FILE_NAME = re.compile(r"(\w+)-(\w+)-(\d+)\.json")          # Loss, model and seed.
+# Runs know images by a hash, not by a name.
+ARCHIVES = {"images with the hash f6a237b2bf3446fd": "emoji16.zip"}
 STEPS = (1000, 2000, 3000, 5000, 10_000)                    # That are shown of longer histories.
 
 INTRODUCTION = """# SAN on a DCGAN of small images
@@ -62,8 +64,9 @@ class Folder:
     def command(self) -> str:
         """What it takes to make these runs."""
         default = Config(loss=self.losses[0] if len(self.losses) == 1 else "all")
-        words = [f"--{field.name}={getattr(self.config, field.name)}" for field in dataclasses.fields(Config)
-                 if getattr(self.config, field.name) != getattr(default, field.name) and field.name != "loss"]
+        config = dataclasses.replace(self.config, data=ARCHIVES.get(self.config.data, self.config.data))
+        words = [f"--{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(Config)
+                 if getattr(config, field.name) != getattr(default, field.name) and field.name != "loss"]
         words += [] if default.loss == Config().loss else [f"--loss={default.loss}"]
         return " ".join(["python -m transport.san_dcgan", *words])
 

@@ -85,14 +85,14 @@ def test_the_digits_begin_anew(machine):
             "san", "quick", "paths"} == set(summary)
 
 
-def test_the_emoji_follow_the_official_recipe(machine):
+def test_the_emoji_follow_the_official_recipe_with_a_few_changes(machine):
     code, output = run("--data=emoji")
     assert code == 0, output
     stages = words_of(machine, "train.py")
     assert len(stages) == 3
     for stage in stages:
-        assert {"--backbones=tf_efficientnet_lite0", "--san=1", "--diversity=0", "--mirror=1", "--cond=1"} <= stage
-        assert not any(word.startswith("--embedding") for word in stage)        # From the data, by default.
+        assert {"--backbones=tf_efficientnet_lite0", "--san=1", "--mirror=1", "--cond=1", "--feature-size=112"} <= stage
+    assert ["--embedding=centred" in stage for stage in stages] == [True, False, False]
     assert ["--cls_weight=8" in stage for stage in stages] == [False, True, True]
     judged = words_of(machine, "calc_metrics.py")[1]
     assert {"--detector=timm:tf_efficientnet_lite2", "--metrics=fd,kid,pr,probe_accuracy", "--num=4442"} <= judged
@@ -179,7 +179,7 @@ def test_what_is_gone_is_made_again_with_all_that_follows(machine):
 def test_steps_of_another_version(machine, monkeypatch):
     assert run("--data=emoji", "--outdir=here")[0] == 0
     assert emoji_commands(machine) == []
-    longer = demo.dataclasses.replace(demo.DEMOS["emoji"].full, kimg=(120.0, 60.0, 50.0))
+    longer = demo.dataclasses.replace(demo.DEMOS["emoji"].full, kimg=(100.0, 60.0, 70.0))
     monkeypatch.setitem(demo.DEMOS, "emoji", demo.dataclasses.replace(demo.DEMOS["emoji"], full=longer))
     output = emoji_commands(machine)
     assert "'64-pixel super-resolution stage' was made by another version of this demo" in output

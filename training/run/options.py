@@ -127,10 +127,11 @@ PRESETS = {
                    overrides={"discriminator.diffaug": (), "discriminator.max_channels": 128,
                               "loss.blur_init_sigma": 0.0, "loss.pl_weight": 0.0, "optim.ema_kimg": 2.0,
                               "optim.eps": 1e-8}),
-    # The paper's recipe for a few thousand images and a processor: narrow, and blurred for as long as such a run is.
-    "light": Preset(cbase=4096, cmax=64, syn_layers=6, head_layers=4, margin=2, w_dim=128, batch=32,
+    # The paper's recipe for a few thousand images and a processor: narrow, with many steps for the images that such a
+    # run sees, and blurred for more than two thousand of them.
+    "light": Preset(cbase=4096, cmax=64, syn_layers=6, head_layers=4, margin=2, w_dim=128, diversity=2.0, batch=16,
                     overrides={"discriminator.proj_channels": 32, "discriminator.max_channels": 64,
-                               "loss.blur_fade_kimg": 20.0}),
+                               "loss.blur_fade_kimg": 40.0}),
 }
 
 
