@@ -39,9 +39,9 @@ missing once the files of its folder lie in `OUT/runs`. The runs were made on x8
 Score: as many samples as there are real images, in the 64 features of a classifier that was trained on every second
 image. Precision and recall have k = 3. For the digits the classifier has 96.7 % right on the other half, and one half
 of the digits against the other reads 6.25, 0.934, 0.925, all classes; for the emoji 77.4 % and 5.00, 0.937, 0.917, all
-classes. `emoji16.zip` is what `dataset_tool.py --source=openmoji --dest=emoji --resolutions=16` writes. The columns after the recall are SAN's conditions
-([docs/transport.md](../../docs/transport.md#san-on-any-gan)). Where two values stand, the first is the GAN's and the
-second SAN's; a deviation is that over seeds."""
+classes. `emoji16.zip` is what `dataset_tool.py --source=openmoji --dest=emoji --resolutions=16` writes. The columns
+after the recall are SAN's conditions ([docs/transport.md](../../docs/transport.md#san-on-any-gan)). Where two values
+stand, the first is the GAN's and the second SAN's; a deviation is that over seeds."""
 
 #----------------------------------------------------------------------------
 
