@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -28,8 +27,8 @@ from dnnlib.util import atomic_write_text  # noqa: E402
 from torch_utils import misc  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "feature_size.md"
-STEM = ("--cfg=stylegan3-t", "--preset=light", "--cond=1", "--diversity=0", "--backbones=tf_efficientnet_lite0:random",
-        "--metrics=none", "--workers=0", "--kimg=1")
+STEM = ("--cfg=stylegan3-t", "--preset=light", "--batch=32", "--cond=1", "--diversity=0",
+        "--backbones=tf_efficientnet_lite0:random", "--metrics=none", "--workers=0", "--kimg=1")
 
 
 def run(*command: str) -> str:
@@ -52,7 +51,7 @@ def page(times: dict[int, list[dict[str, float]]], device: str) -> str:
     """The table; ratios are to the first size."""
     now = datetime.datetime.now(datetime.UTC)
     lines = ["# The side at which the feature network sees images", "",
-             f"`python benchmarks/bench_feature_size.py`, {now:%Y-%m-%d %H:%M} UTC, {platform.machine()}, {device}, "
+             f"`python benchmarks/bench_feature_size.py --turns={len(next(iter(times.values())))}`, {now:%Y-%m-%d %H:%M} UTC, {platform.machine()}, {device}, "
              f"{torch.get_num_threads()} thread(s), torch {torch.__version__}. A 16-pixel stem, preset `light`, "
              "EfficientNet-lite0, batch 32; medians of the turns, seconds.", "",
              "| --feature-size | step of G | step of D | iteration (of each turn) | times as fast |",
@@ -82,8 +81,7 @@ def main(turns: int, sizes: list[int], device: str) -> None:
                 found.append(time_step(data, size, device))
                 print(f"{size}: {found[-1]['iteration']:.2f} s per iteration", file=sys.stderr)
     atomic_write_text(RESULT, page(times, misc.select_device(device).type))
-    result: dict[str, Any] = {"sizes": {str(size): found for size, found in times.items()}}
-    print(json.dumps(result))
+    print(json.dumps({"sizes": times}))
 
 
 if __name__ == "__main__":
