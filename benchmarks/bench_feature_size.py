@@ -49,14 +49,15 @@ def time_step(data: Path, size: int, device: str) -> dict[str, float]:
 
 def page(times: dict[int, list[dict[str, float]]], device: str) -> str:
     """The table; ratios are to the first size."""
-    now = datetime.datetime.now(datetime.UTC)
+    now, compared = datetime.datetime.now(datetime.UTC), next(iter(times.values()))
     lines = ["# The side at which the feature network sees images", "",
-             f"`python benchmarks/bench_feature_size.py --turns={len(next(iter(times.values())))}`, {now:%Y-%m-%d %H:%M} UTC, {platform.machine()}, {device}, "
-             f"{torch.get_num_threads()} thread(s), torch {torch.__version__}. A 16-pixel stem, preset `light`, "
+             f"`python benchmarks/bench_feature_size.py --turns={len(compared)}`, {now:%Y-%m-%d %H:%M} UTC, "
+             f"{platform.machine()}, {device}, {torch.get_num_threads()} thread(s), "
+             f"torch {torch.__version__}. A 16-pixel stem, preset `light`, "
              "EfficientNet-lite0, batch 32; medians of the turns, seconds.", "",
              "| --feature-size | step of G | step of D | iteration (of each turn) | times as fast |",
              "|---|---|---|---|---|"]
-    first = statistics.median(turn["iteration"] for turn in next(iter(times.values())))
+    first = statistics.median(turn["iteration"] for turn in compared)
     for size, turns in times.items():
         median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
         every = ", ".join(f"{turn['iteration']:.2f}" for turn in turns)
