@@ -81,7 +81,7 @@ def main(turns: int, sizes: list[int], device: str) -> None:
             for size, found in times.items():
                 found.append(time_step(data, size, device))
                 print(f"{size}: {found[-1]['iteration']:.2f} s per iteration", file=sys.stderr)
-    atomic_write_text(RESULT, page(times, misc.select_device(device).type))
+    atomic_write_text(RESULT, page(times, misc.select_device(device)))
     print(json.dumps({"sizes": times}))
 
 
